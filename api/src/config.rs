@@ -1,0 +1,314 @@
+//! What a machine is made of. Field names are those of the command line's options.
+
+use std::{path::PathBuf, str::FromStr};
+
+use serde::{Deserialize, Serialize};
+use thiserror::Error;
+
+use crate::{
+    size::ByteSize,
+    spec::{self, SpecError},
+};
+
+/// A machine.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct VmConfig {
+    /// Kernel image: a bzImage, or an ELF vmlinux with a PVH entry.
+    pub kernel: Option<PathBuf>,
+    /// Initial RAM disk.
+    pub initrd: Option<PathBuf>,
+    /// Kernel command line.
+    pub cmdline: String,
+    /// Who decompresses a bzImage.
+    pub unpack: KernelUnpack,
+    /// Number of virtual CPUs.
+    pub cpus: u32,
+    /// Guest RAM.
+    pub memory: MemoryConfig,
+    /// Virtio block devices, in the guest's order.
+    pub disk: Vec<DiskConfig>,
+    /// Virtio network devices, in the guest's order.
+    pub net: Vec<NetConfig>,
+    /// Virtio socket device.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vsock: Option<VsockConfig>,
+    /// The first serial port.
+    pub serial: CharBackend,
+    /// The virtio console; none if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub console: Option<ConsoleConfig>,
+    /// The virtio entropy device.
+    pub rng: RngConfig,
+    /// What happens when the guest asks for a restart.
+    pub on_reset: OnReset,
+    /// What happens when the guest's kernel panics.
+    pub on_panic: OnPanic,
+}
+
+impl Default for VmConfig {
+    fn default() -> Self {
+        Self {
+            kernel: None,
+            initrd: None,
+            cmdline: Self::DEFAULT_CMDLINE.into(),
+            unpack: KernelUnpack::default(),
+            cpus: 1,
+            memory: MemoryConfig::default(),
+            disk: Vec::new(),
+            net: Vec::new(),
+            vsock: None,
+            serial: CharBackend::default(),
+            console: None,
+            rng: RngConfig::default(),
+            on_reset: OnReset::default(),
+            on_panic: OnPanic::default(),
+        }
+    }
+}
+
+impl VmConfig {
+    /// The kernel command line where none is given: a console, and a restart after a panic, which
+    /// is what lets a guest without a panic device end.
+    pub const DEFAULT_CMDLINE: &'static str = "console=ttyS0 panic=-1";
+}
+
+/// Who decompresses a bzImage.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum KernelUnpack {
+    /// Fanlight does, where it knows the format: the guest starts in the kernel proper.
+    #[default]
+    Host,
+    /// The guest does, by the code in front of its kernel.
+    Guest,
+}
+
+/// Guest RAM.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct MemoryConfig {
+    /// How much.
+    pub size: ByteSize,
+    /// Size of the huge pages to take it from: 2M or 1G; ordinary pages if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub hugepages: Option<ByteSize>,
+}
+
+impl Default for MemoryConfig {
+    fn default() -> Self {
+        Self {
+            size: ByteSize(512 << 20),
+            hugepages: None,
+        }
+    }
+}
+
+impl FromStr for MemoryConfig {
+    type Err = SpecError;
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        spec::parse(text, Some("size"))
+    }
+}
+
+/// A virtio block device.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct DiskConfig {
+    /// Image file or block device.
+    pub path: PathBuf,
+    /// Whether the guest may only read.
+    #[serde(default)]
+    pub readonly: bool,
+    /// Image format.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub format: Option<DiskFormat>,
+    /// What the guest reads as the disk's serial number, at most 20 bytes.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub serial: Option<String>,
+    /// PCIe root port to place the device behind; on the root bus if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u8>,
+}
+
+impl FromStr for DiskConfig {
+    type Err = SpecError;
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        spec::parse(text, Some("path"))
+    }
+}
+
+/// Format of a disk image.
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum DiskFormat {
+    /// The file's bytes are the disk's.
+    Raw,
+    /// QEMU's copy-on-write format, versions 2 and 3.
+    Qcow2,
+}
+
+/// A virtio network device.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct NetConfig {
+    /// Name of the host's tap interface.
+    pub tap: String,
+    /// The guest's hardware address; made from the tap's name if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mac: Option<String>,
+    /// Whether the kernel's vhost-net moves the packets: where it is there, if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub vhost: Option<bool>,
+    /// PCIe root port to place the device behind; on the root bus if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u8>,
+}
+
+impl FromStr for NetConfig {
+    type Err = SpecError;
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        spec::parse(text, Some("tap"))
+    }
+}
+
+/// A virtio socket device, served by the host's vhost-vsock.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct VsockConfig {
+    /// The guest's context id, from 3 on, unique on the host.
+    pub cid: u32,
+}
+
+impl FromStr for VsockConfig {
+    type Err = SpecError;
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        spec::parse(text, Some("cid"))
+    }
+}
+
+/// The virtio entropy device.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct RngConfig {
+    /// Whether the guest has one.
+    pub enabled: bool,
+}
+
+impl Default for RngConfig {
+    fn default() -> Self {
+        Self { enabled: true }
+    }
+}
+
+impl FromStr for RngConfig {
+    type Err = SpecError;
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        spec::parse(text, Some("enabled"))
+    }
+}
+
+/// Where a console's bytes come from and go to.
+#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum CharBackend {
+    /// Standard input and output. Ctrl-A x ends the machine.
+    #[default]
+    Stdio,
+    /// Output is dropped, there is no input.
+    Null,
+    /// Output is appended to a file, there is no input.
+    File(PathBuf),
+    /// A UNIX socket that Fanlight listens on; one client at a time.
+    Socket(PathBuf),
+}
+
+/// The virtio console.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[serde(transparent)]
+pub struct ConsoleConfig(pub CharBackend);
+
+/// Not a console.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("{0:?} is not a console: say stdio, null, file=PATH or socket=PATH")]
+pub struct CharBackendError(String);
+
+impl FromStr for CharBackend {
+    type Err = CharBackendError;
+
+    fn from_str(text: &str) -> Result<Self, CharBackendError> {
+        match text.split_once('=') {
+            None if text == "stdio" => Ok(Self::Stdio),
+            None if text == "null" => Ok(Self::Null),
+            Some(("file", path)) if !path.is_empty() => Ok(Self::File(path.into())),
+            Some(("socket", path)) if !path.is_empty() => Ok(Self::Socket(path.into())),
+            _ => Err(CharBackendError(text.into())),
+        }
+    }
+}
+
+impl FromStr for ConsoleConfig {
+    type Err = CharBackendError;
+    fn from_str(text: &str) -> Result<Self, CharBackendError> {
+        text.parse().map(Self)
+    }
+}
+
+/// What happens when the guest asks for a restart.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnReset {
+    /// The machine restarts in place.
+    #[default]
+    Restart,
+    /// Fanlight ends with a status of its own.
+    Exit,
+}
+
+/// What happens when the guest's kernel panics.
+#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum OnPanic {
+    /// Fanlight ends with a status of its own.
+    #[default]
+    Exit,
+    /// The machine restarts in place.
+    Restart,
+    /// The guest goes on as it likes: it may dump itself, or restart.
+    Continue,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_empty_object_is_the_default_machine() {
+        let config: VmConfig = serde_json::from_str("{}").unwrap();
+        assert_eq!(config, VmConfig::default());
+    }
+
+    #[test]
+    fn a_machine_survives_json() {
+        let config = VmConfig {
+            kernel: Some("k".into()),
+            cpus: 8,
+            memory: "2G,hugepages=2M".parse().unwrap(),
+            disk: vec!["path=a,readonly=on,format=qcow2".parse().unwrap()],
+            net: vec!["tap=t0,mac=02:00:00:00:00:01".parse().unwrap()],
+            vsock: Some("cid=3".parse().unwrap()),
+            serial: "socket=/s".parse().unwrap(),
+            console: Some("file=/f".parse().unwrap()),
+            rng: "off".parse().unwrap(),
+            ..VmConfig::default()
+        };
+        let json = serde_json::to_string(&config).unwrap();
+        assert_eq!(serde_json::from_str::<VmConfig>(&json).unwrap(), config);
+    }
+
+    #[test]
+    fn unknown_fields_are_refused() {
+        let error = serde_json::from_str::<VmConfig>(r#"{"cpu": 1}"#).unwrap_err();
+        assert!(error.to_string().contains("unknown field `cpu`"));
+    }
+}

@@ -1,0 +1,12 @@
+//! The types by which people and programs describe a machine: the command line, `--config` files
+//! and Rust programs share them. Knows neither KVM nor any device.
+
+pub mod config;
+pub mod size;
+pub mod spec;
+
+pub use config::{
+    CharBackend, ConsoleConfig, DiskConfig, DiskFormat, KernelUnpack, MemoryConfig, NetConfig,
+    OnPanic, OnReset, RngConfig, VmConfig, VsockConfig,
+};
+pub use size::ByteSize;

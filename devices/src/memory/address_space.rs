@@ -1,0 +1,428 @@
+//! The one map of what lies at a guest-physical range.
+//!
+//! Every range is either answered by a device ([`IoHandler`]) or backed by a range of a file
+//! ([`Backing`]): RAM, a passed-through BAR or a device's shared memory. Whatever is exported or
+//! mapped for DMA asks [`AddressSpace::resolve`] which file and offset that is; nobody finds out by
+//! trying. The map does not make memory slots: who owns the mapping does.
+//!
+//! I/O ports are a second, small instance of the same type.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    fs::File,
+    sync::{Arc, RwLock},
+};
+
+use thiserror::Error;
+
+/// What answers the guest's accesses to a range that is not memory.
+///
+/// Called from vCPU threads, with no lock of the address space held. Offsets are relative to the
+/// start of the region; an access never crosses its end.
+pub trait IoHandler: Send + Sync {
+    /// Fills `data`, which is zeroed and 1 to 8 bytes long.
+    fn read(&self, offset: u64, data: &mut [u8]);
+    /// Takes `data`, 1 to 8 bytes.
+    fn write(&self, offset: u64, data: &[u8]);
+}
+
+/// What kind of memory a range is, which decides how it can be exported and mapped for DMA.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub enum BackingKind {
+    /// Guest RAM: pages of the machine's memfd.
+    Ram,
+    /// A region of a VFIO device: `file` is the device, `offset` what its region info says.
+    Bar {
+        /// The machine's number for the device.
+        device: u32,
+        /// VFIO region index, 0 to 5.
+        region: u32,
+    },
+    /// Memory that a virtio device shares with its driver (Virtio 1.3, 2.10).
+    SharedMemory {
+        /// The machine's number for the device.
+        device: u32,
+        /// Shared memory id.
+        id: u8,
+    },
+}
+
+/// The file and offset behind a range.
+#[derive(Clone, Debug)]
+pub struct Backing {
+    /// Kind of memory.
+    pub kind: BackingKind,
+    /// What is mapped.
+    pub file: Arc<File>,
+    /// Where in `file` the range starts, in bytes.
+    pub offset: u64,
+}
+
+/// What the map holds for a range.
+#[derive(Clone)]
+pub enum Region {
+    /// A device answers each access.
+    Io(Arc<dyn IoHandler>),
+    /// A file lies there; the guest reaches it through a memory slot.
+    Backed(Backing),
+}
+
+impl fmt::Debug for Region {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Region::Io(_) => f.write_str("Io"),
+            Region::Backed(backing) => backing.fmt(f),
+        }
+    }
+}
+
+/// A piece of a resolved range: `len` bytes at `gpa` are `backing.file` from `backing.offset` on.
+#[derive(Clone, Debug)]
+pub struct Segment {
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    /// Length in bytes, never zero.
+    pub len: u64,
+    /// What backs it; the offset is that of the first byte.
+    pub backing: Backing,
+}
+
+/// Why a range could not be added, removed or resolved.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum AddressSpaceError {
+    /// The range is empty or passes the end of the 64-bit space.
+    #[error("{len:#x} bytes at {gpa:#x} are not a range of addresses")]
+    BadRange {
+        /// Start.
+        gpa: u64,
+        /// Length.
+        len: u64,
+    },
+    /// Something else lies there.
+    #[error("{len:#x} bytes at {gpa:#x} overlap the {other_len:#x} bytes at {other_gpa:#x}")]
+    Overlap {
+        /// Start of the refused range.
+        gpa: u64,
+        /// Its length.
+        len: u64,
+        /// Start of what lies there.
+        other_gpa: u64,
+        /// Its length.
+        other_len: u64,
+    },
+    /// No region of exactly this start and length.
+    #[error("no region of {len:#x} bytes starts at {gpa:#x}")]
+    NotFound {
+        /// Start.
+        gpa: u64,
+        /// Length.
+        len: u64,
+    },
+    /// Nothing lies at an address.
+    #[error("nothing lies at guest-physical address {gpa:#x}")]
+    Unmapped {
+        /// The first such address.
+        gpa: u64,
+    },
+    /// A device register lies at an address, not memory.
+    #[error("guest-physical address {gpa:#x} is a device's register, not memory")]
+    NotMemory {
+        /// The first such address.
+        gpa: u64,
+    },
+}
+
+#[derive(Clone, Debug)]
+struct Entry {
+    len: u64,
+    region: Region,
+}
+
+/// The map from guest-physical ranges to what lies there.
+#[derive(Debug, Default)]
+pub struct AddressSpace {
+    /// Keyed by start; entries never overlap.
+    entries: RwLock<BTreeMap<u64, Entry>>,
+}
+
+impl AddressSpace {
+    /// A map of nothing.
+    pub fn new() -> Self {
+        Self::default()
+    }
+
+    /// Has `handler` answer accesses to `[gpa, gpa + len)`.
+    pub fn insert_io(
+        &self,
+        gpa: u64,
+        len: u64,
+        handler: Arc<dyn IoHandler>,
+    ) -> Result<(), AddressSpaceError> {
+        self.insert(gpa, len, Region::Io(handler))
+    }
+
+    /// Records that `backing` lies at `[gpa, gpa + len)`.
+    pub fn insert_backed(
+        &self,
+        gpa: u64,
+        len: u64,
+        backing: Backing,
+    ) -> Result<(), AddressSpaceError> {
+        self.insert(gpa, len, Region::Backed(backing))
+    }
+
+    fn insert(&self, gpa: u64, len: u64, region: Region) -> Result<(), AddressSpaceError> {
+        let end = range_end(gpa, len)?;
+        let mut entries = self.entries.write().unwrap_or_else(|e| e.into_inner());
+        if let Some((&other_gpa, other)) = entries.range(..=end - 1).next_back()
+            && other_gpa + (other.len - 1) >= gpa
+        {
+            return Err(AddressSpaceError::Overlap {
+                gpa,
+                len,
+                other_gpa,
+                other_len: other.len,
+            });
+        }
+        entries.insert(gpa, Entry { len, region });
+        Ok(())
+    }
+
+    /// Removes the region that was inserted with exactly this start and length.
+    pub fn remove(&self, gpa: u64, len: u64) -> Result<(), AddressSpaceError> {
+        let mut entries = self.entries.write().unwrap_or_else(|e| e.into_inner());
+        match entries.get(&gpa) {
+            Some(entry) if entry.len == len => {
+                entries.remove(&gpa);
+                Ok(())
+            }
+            _ => Err(AddressSpaceError::NotFound { gpa, len }),
+        }
+    }
+
+    /// The region that holds `gpa`: its start, length and content.
+    pub fn lookup(&self, gpa: u64) -> Option<(u64, u64, Region)> {
+        let entries = self.entries.read().unwrap_or_else(|e| e.into_inner());
+        let (&start, entry) = entries.range(..=gpa).next_back()?;
+        (gpa - start < entry.len).then(|| (start, entry.len, entry.region.clone()))
+    }
+
+    /// Which files and offsets back `[gpa, gpa + len)`, in order; pieces that continue each other
+    /// in one file are one segment. Fails at the first address that is not memory.
+    pub fn resolve(&self, gpa: u64, len: u64) -> Result<Vec<Segment>, AddressSpaceError> {
+        let end = range_end(gpa, len)?;
+        let mut segments: Vec<Segment> = Vec::new();
+        let mut at = gpa;
+        while at < end {
+            let (start, region_len, region) =
+                self.lookup(at).ok_or(AddressSpaceError::Unmapped { gpa: at })?;
+            let Region::Backed(mut backing) = region else {
+                return Err(AddressSpaceError::NotMemory { gpa: at });
+            };
+            let piece = (start + (region_len - 1) - at + 1).min(end - at);
+            backing.offset += at - start;
+            match segments.last_mut() {
+                Some(last)
+                    if last.backing.kind == backing.kind
+                        && Arc::ptr_eq(&last.backing.file, &backing.file)
+                        && last.backing.offset + last.len == backing.offset =>
+                {
+                    last.len += piece;
+                }
+                _ => segments.push(Segment {
+                    gpa: at,
+                    len: piece,
+                    backing,
+                }),
+            }
+            at += piece;
+        }
+        Ok(segments)
+    }
+
+    /// The guest reads `data.len()` bytes. What no device answers reads as ones, as on a real bus.
+    pub fn read(&self, gpa: u64, data: &mut [u8]) {
+        match self.handler(gpa, data.len()) {
+            Some((handler, offset)) => {
+                data.fill(0);
+                handler.read(offset, data);
+            }
+            None => data.fill(0xff),
+        }
+    }
+
+    /// The guest writes `data`. What no device takes is lost, as on a real bus.
+    pub fn write(&self, gpa: u64, data: &[u8]) {
+        if let Some((handler, offset)) = self.handler(gpa, data.len()) {
+            handler.write(offset, data);
+        }
+    }
+
+    /// The device that answers `len` bytes at `gpa`, all within one region, and the offset there.
+    fn handler(&self, gpa: u64, len: usize) -> Option<(Arc<dyn IoHandler>, u64)> {
+        let (start, region_len, region) = self.lookup(gpa)?;
+        let offset = gpa - start;
+        match region {
+            Region::Io(handler) if region_len - offset >= len as u64 => Some((handler, offset)),
+            _ => None,
+        }
+    }
+}
+
+/// One past the last address of a range that must not be empty or reach the very end of the space.
+fn range_end(gpa: u64, len: u64) -> Result<u64, AddressSpaceError> {
+    gpa.checked_add(len)
+        .filter(|_| len != 0)
+        .ok_or(AddressSpaceError::BadRange { gpa, len })
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Mutex;
+
+    use proptest::prelude::*;
+
+    use super::*;
+
+    #[derive(Default)]
+    struct Recorder(Mutex<Vec<(u64, Vec<u8>)>>);
+
+    impl IoHandler for Recorder {
+        fn read(&self, offset: u64, data: &mut [u8]) {
+            data[0] = offset as u8;
+        }
+        fn write(&self, offset: u64, data: &[u8]) {
+            self.0.lock().unwrap().push((offset, data.to_vec()));
+        }
+    }
+
+    fn ram(file: &Arc<File>, offset: u64) -> Backing {
+        Backing {
+            kind: BackingKind::Ram,
+            file: file.clone(),
+            offset,
+        }
+    }
+
+    fn file() -> Arc<File> {
+        Arc::new(tempfile::tempfile().unwrap())
+    }
+
+    #[test]
+    fn resolve_names_file_and_offset_and_merges_what_continues() {
+        let (map, file) = (AddressSpace::new(), file());
+        map.insert_backed(0, 0x1000, ram(&file, 0)).unwrap();
+        map.insert_backed(0x1000, 0x1000, ram(&file, 0x1000)).unwrap();
+        map.insert_backed(0x2000, 0x1000, ram(&file, 0x8000)).unwrap();
+        let got: Vec<_> = map
+            .resolve(0x800, 0x2000)
+            .unwrap()
+            .iter()
+            .map(|s| (s.gpa, s.len, s.backing.offset))
+            .collect();
+        assert_eq!(got, [(0x800, 0x1800, 0x800), (0x2000, 0x800, 0x8000)]);
+    }
+
+    #[test]
+    fn ram_and_a_bar_are_told_apart() {
+        let (map, file) = (AddressSpace::new(), file());
+        let bar = Backing {
+            kind: BackingKind::Bar {
+                device: 1,
+                region: 2,
+            },
+            file: file.clone(),
+            offset: 0x1000,
+        };
+        map.insert_backed(0, 0x1000, ram(&file, 0)).unwrap();
+        map.insert_backed(0x1000, 0x1000, bar.clone()).unwrap();
+        let kinds: Vec<_> = map
+            .resolve(0, 0x2000)
+            .unwrap()
+            .iter()
+            .map(|s| s.backing.kind)
+            .collect();
+        assert_eq!(kinds, [BackingKind::Ram, bar.kind]);
+    }
+
+    #[test]
+    fn resolve_says_where_memory_ends() {
+        let (map, file) = (AddressSpace::new(), file());
+        map.insert_backed(0, 0x1000, ram(&file, 0)).unwrap();
+        map.insert_io(0x2000, 0x1000, Arc::new(Recorder::default()))
+            .unwrap();
+        assert_eq!(
+            map.resolve(0xfff, 2).unwrap_err(),
+            AddressSpaceError::Unmapped { gpa: 0x1000 }
+        );
+        assert_eq!(
+            map.resolve(0x2000, 1).unwrap_err(),
+            AddressSpaceError::NotMemory { gpa: 0x2000 }
+        );
+        assert!(matches!(
+            map.resolve(u64::MAX, 2),
+            Err(AddressSpaceError::BadRange { .. })
+        ));
+        assert!(matches!(
+            map.resolve(0, 0),
+            Err(AddressSpaceError::BadRange { .. })
+        ));
+    }
+
+    #[test]
+    fn accesses_reach_their_device_and_nothing_beyond_it() {
+        let (map, device) = (AddressSpace::new(), Arc::new(Recorder::default()));
+        map.insert_io(0x1000, 0x10, device.clone()).unwrap();
+        map.write(0x1004, &[1, 2]);
+        map.write(0x100f, &[3, 4]);
+        map.write(0x1010, &[5]);
+        assert_eq!(*device.0.lock().unwrap(), [(4, vec![1, 2])]);
+        let mut data = [0xaa; 2];
+        map.read(0x1008, &mut data);
+        assert_eq!(data, [8, 0]);
+        map.read(0x2000, &mut data);
+        assert_eq!(data, [0xff, 0xff]);
+    }
+
+    #[test]
+    fn overlaps_are_refused_and_removal_is_exact() {
+        let (map, device) = (AddressSpace::new(), Arc::new(Recorder::default()));
+        map.insert_io(0x1000, 0x1000, device.clone()).unwrap();
+        for (gpa, len) in [(0x1000, 1), (0xfff, 2), (0x1fff, 1), (0, 0x10000)] {
+            assert!(matches!(
+                map.insert_io(gpa, len, device.clone()),
+                Err(AddressSpaceError::Overlap { .. })
+            ));
+        }
+        assert!(map.remove(0x1000, 0x800).is_err());
+        map.remove(0x1000, 0x1000).unwrap();
+        map.insert_io(0, 0x10000, device).unwrap();
+    }
+
+    proptest! {
+        /// Against a model of one owner a byte.
+        #[test]
+        fn agrees_with_a_byte_map(ops in prop::collection::vec((0u64..64, 1u64..16, any::<bool>()), 1..40)) {
+            let (map, file) = (AddressSpace::new(), file());
+            let mut model: Vec<Option<u64>> = vec![None; 128];
+            for (gpa, len, add) in ops {
+                let range = gpa as usize..(gpa + len) as usize;
+                if add {
+                    let free = model[range.clone()].iter().all(Option::is_none);
+                    let added = map.insert_backed(gpa, len, ram(&file, gpa)).is_ok();
+                    prop_assert_eq!(free, added);
+                    if added {
+                        model[range].fill(Some(gpa));
+                    }
+                } else if map.remove(gpa, len).is_ok() {
+                    prop_assert!(model[range.clone()].iter().all(|&o| o == Some(gpa)));
+                    model[range].fill(None);
+                }
+                for (at, owner) in model.iter().enumerate() {
+                    prop_assert_eq!(map.lookup(at as u64).map(|(start, ..)| start), *owner);
+                }
+            }
+        }
+    }
+}

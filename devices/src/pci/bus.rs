@@ -1,0 +1,310 @@
+//! Buses and what is on them: routing of configuration accesses, and the assignment of bus numbers and
+//! addresses that firmware would make.
+
+use std::{
+    collections::BTreeMap,
+    ops::Range,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use thiserror::Error;
+
+use super::{BarKind, DevFn, PciFunction, RootPort};
+
+/// Devices on a bus.
+const DEVICES: u8 = 32;
+/// Granularity of bridge windows.
+const WINDOW_UNIT: u64 = 1 << 20;
+
+/// Why a bus cannot take a function, or a function has no addresses.
+#[derive(Debug, Error, PartialEq, Eq)]
+pub enum PciError {
+    /// All device numbers are in use.
+    #[error("the PCI bus has {DEVICES} devices already: put some behind a root port with port=N")]
+    Full,
+    /// A window is too small.
+    #[error("no room for a BAR of {size:#x} bytes in the {window} PCI window")]
+    NoRoom {
+        /// Size asked for.
+        size: u64,
+        /// Which window.
+        window: &'static str,
+    },
+}
+
+/// Address ranges from which BARs and bridge windows are taken.
+#[derive(Clone, Debug)]
+pub struct Windows {
+    /// Below 4 GiB, for BARs that cannot go higher.
+    pub memory32: Range<u64>,
+    /// Prefetchable, above RAM. May be empty.
+    pub memory64: Range<u64>,
+    /// Ports.
+    pub io: Range<u64>,
+}
+
+#[derive(Clone)]
+enum Node {
+    Endpoint(Arc<dyn PciFunction>),
+    Port(Arc<RootPort>),
+}
+
+impl Node {
+    fn function(&self) -> &dyn PciFunction {
+        match self {
+            Node::Endpoint(function) => &**function,
+            Node::Port(port) => &**port,
+        }
+    }
+}
+
+/// One bus.
+#[derive(Default)]
+pub struct PciBus {
+    nodes: Mutex<BTreeMap<DevFn, Node>>,
+}
+
+impl PciBus {
+    fn lock(&self) -> MutexGuard<'_, BTreeMap<DevFn, Node>> {
+        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn insert(&self, node: Node) -> Result<DevFn, PciError> {
+        let mut nodes = self.lock();
+        let place = (0..DEVICES)
+            .map(|device| DevFn::new(device, 0))
+            .find(|place| !nodes.contains_key(place))
+            .ok_or(PciError::Full)?;
+        nodes.insert(place, node);
+        Ok(place)
+    }
+
+    /// Adds a function as a device of its own.
+    pub fn add(&self, function: Arc<dyn PciFunction>) -> Result<DevFn, PciError> {
+        self.insert(Node::Endpoint(function))
+    }
+
+    /// Adds a root port.
+    pub fn add_port(&self, port: Arc<RootPort>) -> Result<DevFn, PciError> {
+        self.insert(Node::Port(port))
+    }
+
+    /// Runs `access` on the function at `bus` and `place`, where this bus has number `number`.
+    fn with_function(
+        &self,
+        number: u8,
+        bus: u8,
+        place: DevFn,
+        access: &mut dyn FnMut(&dyn PciFunction),
+    ) {
+        let nodes = self.lock();
+        if number == bus {
+            let node = nodes.get(&place).cloned();
+            drop(nodes);
+            if let Some(node) = node {
+                access(node.function());
+            }
+            return;
+        }
+        let port = nodes.values().find_map(|node| match node {
+            Node::Port(port) if port.forwarded_buses().contains(&bus) => Some(port.clone()),
+            _ => None,
+        });
+        drop(nodes);
+        // A guest may number buses so that a port leads back up: the bus behind a port is deeper than the
+        // port, so this ends all the same.
+        if let Some(port) = port {
+            let secondary = *port.forwarded_buses().start();
+            port.bus.with_function(secondary, bus, place, access);
+        }
+    }
+
+    /// The guest reads configuration space of a function by its bus number, this bus being number 0.
+    /// Where there is none it reads ones.
+    pub fn read_config(&self, bus: u8, place: DevFn, offset: u16, data: &mut [u8]) {
+        data.fill(0xff);
+        self.with_function(0, bus, place, &mut |function| {
+            function.read_config(offset, data);
+        });
+    }
+
+    /// The guest writes configuration space of a function by its bus number.
+    pub fn write_config(&self, bus: u8, place: DevFn, offset: u16, data: &[u8]) {
+        self.with_function(0, bus, place, &mut |function| {
+            function.write_config(offset, data);
+        });
+    }
+
+    /// Numbers buses and places BARs and bridge windows, as firmware does before it starts a guest.
+    pub fn assign(&self, windows: &Windows) -> Result<(), PciError> {
+        let mut free = Free::new(windows);
+        let mut next_bus = 1;
+        for node in self.lock().values() {
+            match node {
+                Node::Endpoint(function) => free.place(&[function.clone()])?,
+                Node::Port(port) => {
+                    let functions: Vec<_> = port
+                        .bus
+                        .lock()
+                        .values()
+                        .filter_map(|node| match node {
+                            Node::Endpoint(function) => Some(function.clone()),
+                            Node::Port(_) => None,
+                        })
+                        .collect();
+                    free.align(WINDOW_UNIT);
+                    let before = (free.memory32.start, free.memory64.start);
+                    free.place(&functions)?;
+                    free.align(WINDOW_UNIT);
+                    let window = |from, to| (from != to).then_some((from, to));
+                    port.set_buses(0, next_bus, next_bus);
+                    port.set_windows(
+                        window(before.0, free.memory32.start),
+                        window(before.1, free.memory64.start),
+                    );
+                    next_bus += 1;
+                }
+            }
+        }
+        Ok(())
+    }
+}
+
+/// What is left of the windows.
+struct Free {
+    memory32: Range<u64>,
+    memory64: Range<u64>,
+    io: Range<u64>,
+}
+
+impl Free {
+    fn new(windows: &Windows) -> Self {
+        Self {
+            memory32: windows.memory32.clone(),
+            memory64: windows.memory64.clone(),
+            io: windows.io.clone(),
+        }
+    }
+
+    fn align(&mut self, unit: u64) {
+        self.memory32.start = self.memory32.start.next_multiple_of(unit);
+        self.memory64.start = self.memory64.start.next_multiple_of(unit);
+    }
+
+    /// Places the BARs of `functions`, the largest first, so that alignment wastes nothing.
+    fn place(&mut self, functions: &[Arc<dyn PciFunction>]) -> Result<(), PciError> {
+        let mut bars: Vec<_> = functions
+            .iter()
+            .flat_map(|function| function.bars().into_iter().map(move |bar| (function, bar)))
+            .collect();
+        bars.sort_by_key(|(_, (.., size))| std::cmp::Reverse(*size));
+        for (function, (index, kind, size)) in bars {
+            let (window, name) = match kind {
+                BarKind::Io => (&mut self.io, "I/O"),
+                BarKind::Memory64 { prefetchable: true } if !self.memory64.is_empty() => {
+                    (&mut self.memory64, "64-bit")
+                }
+                _ => (&mut self.memory32, "32-bit"),
+            };
+            let start = window.start.next_multiple_of(size);
+            let end = start
+                .checked_add(size)
+                .filter(|&end| end <= window.end)
+                .ok_or(PciError::NoRoom { size, window: name })?;
+            window.start = end;
+            function.place_bar(index, start);
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// A function that remembers where it was put.
+    struct Function(u8, Mutex<Vec<u64>>, Vec<(usize, BarKind, u64)>);
+
+    impl PciFunction for Function {
+        fn read_config(&self, _: u16, data: &mut [u8]) {
+            data.fill(self.0);
+        }
+        fn write_config(&self, _: u16, _: &[u8]) {}
+        fn bars(&self) -> Vec<(usize, BarKind, u64)> {
+            self.2.clone()
+        }
+        fn place_bar(&self, _: usize, address: u64) {
+            self.1.lock().unwrap().push(address);
+        }
+    }
+
+    fn function(id: u8, sizes: &[u64]) -> Arc<Function> {
+        let kind = BarKind::Memory64 { prefetchable: true };
+        let bars = sizes.iter().map(|&size| (0, kind, size)).collect();
+        Arc::new(Function(id, Mutex::default(), bars))
+    }
+
+    fn windows() -> Windows {
+        Windows {
+            memory32: 0xc000_0000..0xe000_0000,
+            memory64: 1 << 39..1 << 40,
+            io: 0x1000..0xffff,
+        }
+    }
+
+    fn read(bus: &PciBus, number: u8, device: u8) -> u8 {
+        let mut byte = [0];
+        bus.read_config(number, DevFn::new(device, 0), 0, &mut byte);
+        byte[0]
+    }
+
+    #[test]
+    fn accesses_follow_the_bus_numbers() {
+        let bus = PciBus::default();
+        let port = Arc::new(RootPort::new(1));
+        bus.add(function(0x11, &[])).unwrap();
+        bus.add_port(port.clone()).unwrap();
+        port.bus.add(function(0x22, &[])).unwrap();
+        bus.assign(&windows()).unwrap();
+        assert_eq!(read(&bus, 0, 0), 0x11);
+        assert_eq!(read(&bus, 1, 0), 0x22);
+        assert_eq!(read(&bus, 1, 1), 0xff);
+        assert_eq!(read(&bus, 2, 0), 0xff);
+        port.set_buses(0, 7, 9);
+        assert_eq!(read(&bus, 1, 0), 0xff);
+        assert_eq!(read(&bus, 7, 0), 0x22);
+        assert_eq!(read(&bus, 8, 0), 0xff);
+    }
+
+    #[test]
+    fn bars_are_aligned_and_behind_their_ports_window() {
+        let bus = PciBus::default();
+        let port = Arc::new(RootPort::new(1));
+        let (near, far) = (function(1, &[0x4000]), function(2, &[1 << 14, 1 << 34]));
+        bus.add(near.clone()).unwrap();
+        bus.add_port(port.clone()).unwrap();
+        port.bus.add(far.clone()).unwrap();
+        bus.assign(&windows()).unwrap();
+        assert_eq!(*near.1.lock().unwrap(), [1 << 39]);
+        let far = far.1.lock().unwrap().clone();
+        assert_eq!(far[0] % (1 << 34), 0);
+        assert!(far[1] >= far[0] + (1 << 34));
+    }
+
+    #[test]
+    fn a_bar_larger_than_its_window_is_refused_by_name() {
+        let bus = PciBus::default();
+        bus.add(function(1, &[1 << 50])).unwrap();
+        let error = bus.assign(&windows()).unwrap_err();
+        assert!(error.to_string().contains("64-bit PCI window"), "{error}");
+    }
+
+    #[test]
+    fn a_33rd_device_is_refused() {
+        let bus = PciBus::default();
+        for _ in 0..DEVICES {
+            bus.add(function(0, &[])).unwrap();
+        }
+        assert_eq!(bus.add(function(0, &[])), Err(PciError::Full));
+    }
+}

@@ -1,0 +1,55 @@
+//! PCI Express: configuration space, BARs, buses, bridges, and the ways a guest reaches them.
+//!
+//! Register names are those of the PCI Local Bus Specification 3.0 and the PCI Express Base
+//! Specification.
+
+mod access;
+mod bar;
+mod bridge;
+mod bus;
+mod config;
+mod host_bridge;
+mod msix;
+
+pub use access::{ConfigMechanism1, Ecam, MECHANISM_1_PORTS};
+pub use bar::{BarContent, BarHandler, BarKind, Bars};
+pub use bridge::RootPort;
+pub use bus::{PciBus, PciError, Windows};
+pub use config::{Capability, ConfigSpace, Identity};
+pub use host_bridge::HostBridge;
+pub use msix::{Msix, MsixError, PBA_ENTRY, TABLE_ENTRY};
+
+use std::fmt;
+
+/// Place of a function on its bus.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub struct DevFn(pub u8);
+
+impl DevFn {
+    /// From a device number below 32 and a function number below 8.
+    pub const fn new(device: u8, function: u8) -> Self {
+        Self(device << 3 | function & 7)
+    }
+}
+
+impl fmt::Display for DevFn {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{:02x}.{}", self.0 >> 3, self.0 & 7)
+    }
+}
+
+/// A PCI function as its bus sees it. Calls come from vCPU threads.
+pub trait PciFunction: Send + Sync {
+    /// Reads configuration space. `offset` is below 4096, `data` 1, 2 or 4 bytes that do not cross a
+    /// double word.
+    fn read_config(&self, offset: u16, data: &mut [u8]);
+
+    /// Writes configuration space, with the same bounds.
+    fn write_config(&self, offset: u16, data: &[u8]);
+
+    /// The BARs to find a place for: register index, kind and size in bytes.
+    fn bars(&self) -> Vec<(usize, BarKind, u64)>;
+
+    /// Puts a BAR at an address. For the machine, before the guest runs.
+    fn place_bar(&self, index: usize, address: u64);
+}

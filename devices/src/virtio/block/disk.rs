@@ -1,0 +1,295 @@
+//! A disk image on the host: opened, locked, read and written through imago, which knows the formats.
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, ErrorKind},
+    os::{fd::AsRawFd, unix::fs::FileExt},
+    path::{Path, PathBuf},
+    sync::{PoisonError, RwLock, RwLockReadGuard},
+};
+
+use imago::{
+    DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder,
+    file::File as ImageFile,
+    io_buffers::{IoVector, IoVectorMut},
+    qcow2::Qcow2,
+    raw::Raw,
+    storage::StorageOpenOptions,
+};
+use thiserror::Error;
+use vm_memory::VolatileSlice;
+
+use super::SECTOR_SIZE;
+
+/// First bytes of a qcow2 image.
+const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
+
+/// Format of an image.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum DiskFormat {
+    /// The file's bytes are the disk's.
+    Raw,
+    /// QEMU's copy-on-write format.
+    Qcow2,
+}
+
+/// Why an image cannot be used.
+#[derive(Debug, Error)]
+pub enum DiskError {
+    /// The file cannot be opened.
+    #[error("disk {}: cannot open it{}", path.display(), if *writable { " for writing; for a disk that is only read say readonly=on" } else { "" })]
+    Open {
+        /// The image.
+        path: PathBuf,
+        /// Whether it was to be written.
+        writable: bool,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// Another process has it.
+    #[error("disk {}: in use by another process; stop that first, or give each its own image", .0.display())]
+    InUse(PathBuf),
+    /// The file looks like another format than the default.
+    #[error("disk {}: this is a qcow2 image: say format=qcow2, or format=raw to give the guest the file's own bytes", .0.display())]
+    Ambiguous(PathBuf),
+    /// The file is not of the format that was named.
+    #[error("disk {}: not a qcow2 image; say format=raw", .0.display())]
+    NotQcow2(PathBuf),
+    /// The image needs something that is not supported, or is damaged.
+    #[error("disk {}: cannot use this qcow2 image; `qemu-img check` says if it is damaged, and images with backing or data files must be converted first", path.display())]
+    Format {
+        /// The image.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// No whole sectors.
+    #[error("disk {}: its size, {size} bytes, is not a multiple of {SECTOR_SIZE}, or zero", path.display())]
+    Size {
+        /// The image.
+        path: PathBuf,
+        /// Its size in bytes.
+        size: u64,
+    },
+}
+
+/// An open image. Several queues use it at the same time.
+#[derive(Debug)]
+pub struct DiskImage {
+    /// Discarding needs it exclusively: it may give a cluster away that another request is about to use.
+    access: RwLock<FormatAccess<ImageFile>>,
+    size: u64,
+    readonly: bool,
+}
+
+impl DiskImage {
+    /// Opens and locks an image. Without a format it is raw, but not if it looks like a qcow2 image: that
+    /// is a mistake of the user's, while deciding by the content would let a guest that writes such a
+    /// header into its raw disk read other files of the host's at its next start.
+    pub fn open(
+        path: &Path,
+        readonly: bool,
+        format: Option<DiskFormat>,
+    ) -> Result<Self, DiskError> {
+        let file = OpenOptions::new()
+            .read(true)
+            .write(!readonly)
+            .open(path)
+            .map_err(|source| DiskError::Open {
+                path: path.into(),
+                writable: !readonly,
+                source,
+            })?;
+        Self::from_file(file, path, readonly, format)
+    }
+
+    fn from_file(
+        file: File,
+        path: &Path,
+        readonly: bool,
+        format: Option<DiskFormat>,
+    ) -> Result<Self, DiskError> {
+        lock(&file, readonly).map_err(|source| match source.kind() {
+            ErrorKind::WouldBlock | ErrorKind::PermissionDenied => DiskError::InUse(path.into()),
+            _ => DiskError::Open {
+                path: path.into(),
+                writable: !readonly,
+                source,
+            },
+        })?;
+        let mut magic = [0; 4];
+        let looks_like_qcow2 = file.read_exact_at(&mut magic, 0).is_ok() && magic == QCOW2_MAGIC;
+        let format = match (format, looks_like_qcow2) {
+            (None, true) => return Err(DiskError::Ambiguous(path.into())),
+            (Some(DiskFormat::Qcow2), false) => return Err(DiskError::NotQcow2(path.into())),
+            (format, _) => format.unwrap_or(DiskFormat::Raw),
+        };
+        let options = StorageOpenOptions::new().filename(path).write(!readonly);
+        let bad = |source| DiskError::Format {
+            path: path.into(),
+            source,
+        };
+        let storage = ImageFile::from_open_file(file, options).map_err(bad)?;
+        let gate = DenyImplicitOpenGate::default();
+        let access = match format {
+            DiskFormat::Raw => Raw::builder(storage)
+                .write(!readonly)
+                .open(gate)
+                .map(FormatAccess::new),
+            DiskFormat::Qcow2 => Qcow2::<ImageFile>::builder(storage)
+                .write(!readonly)
+                .open(gate)
+                .map(FormatAccess::new),
+        }
+        .map_err(bad)?;
+        let size = access.size();
+        if size == 0 || size % SECTOR_SIZE != 0 {
+            return Err(DiskError::Size {
+                path: path.into(),
+                size,
+            });
+        }
+        Ok(Self {
+            access: RwLock::new(access),
+            size,
+            readonly,
+        })
+    }
+
+    /// Size of the disk in bytes.
+    pub fn size(&self) -> u64 {
+        self.size
+    }
+
+    /// Whether the disk may only be read.
+    pub fn is_readonly(&self) -> bool {
+        self.readonly
+    }
+
+    fn access(&self) -> RwLockReadGuard<'_, FormatAccess<ImageFile>> {
+        self.access.read().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Fills guest memory from `offset` on.
+    pub fn read(&self, slices: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+        let (vector, _guard) = IoVectorMut::from_volatile_slice(slices);
+        self.access().readv(vector, offset)
+    }
+
+    /// Writes guest memory from `offset` on.
+    pub fn write(&self, slices: &[VolatileSlice<'_>], offset: u64) -> io::Result<()> {
+        let (vector, _guard) = IoVector::from_volatile_slice(slices);
+        self.access().writev(vector, offset)
+    }
+
+    /// Makes everything written so far survive a loss of power.
+    pub fn flush(&self) -> io::Result<()> {
+        let access = self.access();
+        access.flush()?;
+        access.sync()
+    }
+
+    /// Makes a range read as zeroes; gives its space back if `unmap`.
+    pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
+        if unmap {
+            let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+            match access.discard_to_zero(offset, len) {
+                Err(error) if error.kind() == ErrorKind::Unsupported => {}
+                result => return result,
+            }
+        }
+        self.access().write_zeroes(offset, len)
+    }
+
+    /// Gives a range's space back; what it reads as after is undefined. Only a hint.
+    pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
+        let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+        match access.discard_to_any(offset, len) {
+            Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
+            result => result,
+        }
+    }
+}
+
+/// Takes an open-file-description lock on the whole file: shared for a reader, else exclusive. It
+/// conflicts with Fanlight's and with QEMU's, which locks single bytes.
+fn lock(file: &File, readonly: bool) -> io::Result<()> {
+    let kind = if readonly { libc::F_RDLCK } else { libc::F_WRLCK };
+    let range = libc::flock {
+        l_type: kind as libc::c_short,
+        l_whence: libc::SEEK_SET as libc::c_short,
+        l_start: 0,
+        l_len: 0,
+        l_pid: 0,
+    };
+    // SAFETY: the descriptor is open and `range` outlives the call, which only reads it.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_OFD_SETLK, &raw const range) } {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn image(bytes: &[u8]) -> tempfile::NamedTempFile {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        file.write_all(bytes).unwrap();
+        file
+    }
+
+    #[test]
+    fn an_image_has_one_writer_or_many_readers() {
+        let file = image(&[0; 512]);
+        let writer = DiskImage::open(file.path(), false, None).unwrap();
+        for readonly in [false, true] {
+            assert!(matches!(
+                DiskImage::open(file.path(), readonly, None),
+                Err(DiskError::InUse(_))
+            ));
+        }
+        drop(writer);
+        let _reader = DiskImage::open(file.path(), true, None).unwrap();
+        assert!(DiskImage::open(file.path(), true, None).is_ok());
+        assert!(DiskImage::open(file.path(), false, None).is_err());
+    }
+
+    #[test]
+    fn formats_are_not_guessed() {
+        let mut header = [0; 512];
+        header[..4].copy_from_slice(&QCOW2_MAGIC);
+        let file = image(&header);
+        assert!(matches!(
+            DiskImage::open(file.path(), false, None),
+            Err(DiskError::Ambiguous(_))
+        ));
+        assert!(DiskImage::open(file.path(), false, Some(DiskFormat::Raw)).is_ok());
+        assert!(matches!(
+            DiskImage::open(file.path(), false, Some(DiskFormat::Qcow2)),
+            Err(DiskError::Format { .. })
+        ));
+        let raw = image(&[0; 512]);
+        assert!(matches!(
+            DiskImage::open(raw.path(), false, Some(DiskFormat::Qcow2)),
+            Err(DiskError::NotQcow2(_))
+        ));
+    }
+
+    #[test]
+    fn odd_sizes_and_missing_files_are_named() {
+        for bytes in [&[0; 0][..], &[0; 513]] {
+            let file = image(bytes);
+            assert!(matches!(
+                DiskImage::open(file.path(), false, None),
+                Err(DiskError::Size { .. })
+            ));
+        }
+        let error = DiskImage::open(Path::new("/nowhere"), false, None).unwrap_err();
+        assert!(error.to_string().starts_with("disk /nowhere: cannot open it"));
+    }
+}

@@ -1,0 +1,282 @@
+//! Network device (Virtio 1.3, 5.1) on a tap interface. The host kernel's vhost-net moves the frames
+//! where it is there; else two threads of ours do.
+
+mod tap;
+mod user;
+
+use std::{fmt, io, str::FromStr, sync::Arc};
+
+use thiserror::Error;
+use vhost::{VhostBackend, net::VhostNet, vhost_kern::net::Net as KernelNet};
+use zerocopy::{Immutable, IntoBytes, little_endian};
+
+use super::{
+    ActivateError, Activation, ActiveQueue, VirtioDevice, read_bytes,
+    queue::Worker,
+    vhost::{host_error, set_up},
+};
+use crate::GuestMemory;
+
+pub use tap::{Tap, TapError};
+
+const VIRTIO_NET_F_CSUM: u64 = 1 << 0;
+const VIRTIO_NET_F_GUEST_CSUM: u64 = 1 << 1;
+const VIRTIO_NET_F_MAC: u64 = 1 << 5;
+const VIRTIO_NET_F_GUEST_TSO4: u64 = 1 << 7;
+const VIRTIO_NET_F_GUEST_TSO6: u64 = 1 << 8;
+const VIRTIO_NET_F_GUEST_ECN: u64 = 1 << 9;
+const VIRTIO_NET_F_HOST_TSO4: u64 = 1 << 11;
+const VIRTIO_NET_F_HOST_TSO6: u64 = 1 << 12;
+const VIRTIO_NET_F_HOST_ECN: u64 = 1 << 13;
+const VIRTIO_NET_F_MRG_RXBUF: u64 = 1 << 15;
+const VIRTIO_NET_F_STATUS: u64 = 1 << 16;
+
+const VIRTIO_NET_S_LINK_UP: u16 = 1;
+
+const QUEUE_SIZES: &[u16] = &[256, 256];
+const RECEIVE_QUEUE: u16 = 0;
+const TRANSMIT_QUEUE: u16 = 1;
+
+/// Features that vhost-net takes part in; offloads are between driver and tap.
+const VHOST_FEATURES: u64 = VIRTIO_NET_F_MRG_RXBUF | 1 << 28 | 1 << 29 | 1 << 32;
+
+/// A hardware address.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mac(pub [u8; 6]);
+
+/// Not a hardware address of one interface.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+#[error("{0:?} is not a hardware address for a guest: write six bytes such as 52:54:00:12:34:56, the first even")]
+pub struct MacError(String);
+
+impl FromStr for Mac {
+    type Err = MacError;
+
+    fn from_str(text: &str) -> Result<Self, MacError> {
+        let bytes: Vec<u8> = text
+            .split(':')
+            .map(|part| (part.len() == 2).then(|| u8::from_str_radix(part, 16).ok())?)
+            .collect::<Option<_>>()
+            .ok_or_else(|| MacError(text.into()))?;
+        match <[u8; 6]>::try_from(bytes) {
+            // An odd first byte is a group of interfaces.
+            Ok(mac) if mac[0] & 1 == 0 && mac != [0; 6] => Ok(Self(mac)),
+            _ => Err(MacError(text.into())),
+        }
+    }
+}
+
+impl fmt::Display for Mac {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let [a, b, c, d, e, g] = self.0;
+        write!(f, "{a:02x}:{b:02x}:{c:02x}:{d:02x}:{e:02x}:{g:02x}")
+    }
+}
+
+impl Mac {
+    /// The same address for the same name each time: locally administered, from a hash (FNV-1a).
+    pub fn for_name(name: &str) -> Self {
+        let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
+            (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)
+        });
+        let [a, b, c, d, ..] = hash.to_le_bytes();
+        Self([0x02, 0xfa, a, b, c, d])
+    }
+}
+
+/// Device configuration (`struct virtio_net_config`), as far as it is offered.
+#[derive(Clone, Debug, IntoBytes, Immutable)]
+#[repr(C)]
+struct Config {
+    mac: [u8; 6],
+    status: little_endian::U16,
+}
+
+enum Backend {
+    Kernel(KernelNet<Arc<GuestMemory>>),
+    User(Vec<Worker>),
+}
+
+/// The network device.
+pub struct Net {
+    tap: Arc<Tap>,
+    config: Config,
+    backend: Backend,
+}
+
+impl fmt::Debug for Net {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Net").field("tap", &self.tap).finish()
+    }
+}
+
+/// Why there is no vhost-net though it was asked for.
+#[derive(Debug, Error)]
+#[error("vhost=on: cannot use /dev/vhost-net; load it with `modprobe vhost_net`, and see that you may write it")]
+pub struct VhostNetError(#[source] io::Error);
+
+impl Net {
+    /// A device on `tap`. `vhost` says whether vhost-net must or must not be used; where it is absent it is
+    /// used if it can be.
+    pub fn new(
+        tap: Arc<Tap>,
+        mac: Mac,
+        vhost: Option<bool>,
+        mem: &GuestMemory,
+    ) -> Result<Self, VhostNetError> {
+        let kernel = || {
+            let net = KernelNet::new(Arc::new(mem.clone()))?;
+            net.set_owner()?;
+            Ok(net)
+        };
+        let backend = match (vhost, kernel) {
+            (Some(false), _) => Backend::User(Vec::new()),
+            (wanted, kernel) => match (kernel(), wanted) {
+                (Ok(net), _) => Backend::Kernel(net),
+                (Err(error), Some(true)) => {
+                    let error: vhost::Error = error;
+                    return Err(VhostNetError(io::Error::other(error)));
+                }
+                (Err(error), _) => {
+                    tracing::info!(%error, "no vhost-net: frames are moved by Fanlight");
+                    Backend::User(Vec::new())
+                }
+            },
+        };
+        Ok(Self {
+            tap,
+            config: Config {
+                mac: mac.0,
+                status: VIRTIO_NET_S_LINK_UP.into(),
+            },
+            backend,
+        })
+    }
+}
+
+impl VirtioDevice for Net {
+    fn device_id(&self) -> u32 {
+        1
+    }
+
+    fn name(&self) -> &'static str {
+        "net"
+    }
+
+    fn queue_sizes(&self) -> &[u16] {
+        QUEUE_SIZES
+    }
+
+    fn features(&self) -> u64 {
+        VIRTIO_NET_F_CSUM
+            | VIRTIO_NET_F_GUEST_CSUM
+            | VIRTIO_NET_F_MAC
+            | VIRTIO_NET_F_GUEST_TSO4
+            | VIRTIO_NET_F_GUEST_TSO6
+            | VIRTIO_NET_F_GUEST_ECN
+            | VIRTIO_NET_F_HOST_TSO4
+            | VIRTIO_NET_F_HOST_TSO6
+            | VIRTIO_NET_F_HOST_ECN
+            | VIRTIO_NET_F_MRG_RXBUF
+            | VIRTIO_NET_F_STATUS
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        read_bytes(self.config.as_bytes(), offset, data);
+    }
+
+    fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
+
+    fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
+        let features = activation.features;
+        self.tap
+            .set_offload(tap::Offload {
+                checksum: features & VIRTIO_NET_F_GUEST_CSUM != 0,
+                tso4: features & VIRTIO_NET_F_GUEST_TSO4 != 0,
+                tso6: features & VIRTIO_NET_F_GUEST_TSO6 != 0,
+                ecn: features & VIRTIO_NET_F_GUEST_ECN != 0,
+            })
+            .map_err(|source| ActivateError::Host {
+                device: "net",
+                action: "set the tap's offloads".into(),
+                source,
+            })?;
+        match &mut self.backend {
+            Backend::Kernel(kernel) => {
+                let queues: Vec<&ActiveQueue> = activation
+                    .queues
+                    .iter()
+                    .zip(0..)
+                    .map(|(queue, index)| {
+                        queue.as_ref().ok_or(ActivateError::QueueNotReady(index))
+                    })
+                    .collect::<Result<_, _>>()?;
+                let features = features & VHOST_FEATURES;
+                set_up("net", kernel, &activation.mem, features, &queues)?;
+                for index in 0..queues.len() {
+                    kernel
+                        .set_backend(index, Some(self.tap.file()))
+                        .map_err(|error| host_error("net", "start vhost", error))?;
+                }
+            }
+            Backend::User(workers) => {
+                let merge = features & VIRTIO_NET_F_MRG_RXBUF != 0;
+                let receive = activation.take_queue(RECEIVE_QUEUE)?;
+                let transmit = activation.take_queue(TRANSMIT_QUEUE)?;
+                let status = activation.status;
+                workers.push(Worker::spawn(
+                    "net-in",
+                    status.clone(),
+                    user::Receive::new(receive, self.tap.clone(), merge),
+                )?);
+                workers.push(Worker::spawn(
+                    "net-out",
+                    status,
+                    user::Transmit::new(transmit, self.tap.clone()),
+                )?);
+            }
+        }
+        Ok(())
+    }
+
+    fn reset(&mut self) {
+        match &mut self.backend {
+            Backend::Kernel(kernel) => {
+                for index in 0..QUEUE_SIZES.len() {
+                    // A queue that never ran has no backend to take away.
+                    let _ = kernel.set_backend(index, None);
+                }
+            }
+            Backend::User(workers) => workers.clear(),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn addresses_parse_and_groups_are_refused() {
+        let mac: Mac = "52:54:00:12:34:56".parse().unwrap();
+        assert_eq!(mac.to_string(), "52:54:00:12:34:56");
+        for bad in [
+            "",
+            "52:54:00:12:34",
+            "53:54:00:12:34:56",
+            "52:54:00:12:34:5g",
+            "52:54:00:12:34:56:78",
+            "00:00:00:00:00:00",
+            "+2:54:00:12:34:56",
+        ] {
+            assert!(bad.parse::<Mac>().is_err(), "{bad}");
+        }
+    }
+
+    #[test]
+    fn names_give_stable_distinct_addresses() {
+        assert_eq!(Mac::for_name("tap0"), Mac::for_name("tap0"));
+        assert_ne!(Mac::for_name("tap0"), Mac::for_name("tap1"));
+        assert!(Mac::for_name("tap0").to_string().parse::<Mac>().is_ok());
+    }
+}

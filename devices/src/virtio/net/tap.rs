@@ -1,0 +1,180 @@
+//! A tap interface of the host (Linux `Documentation/networking/tuntap.rst`).
+
+use std::{
+    fs::{File, OpenOptions},
+    io::{self, ErrorKind},
+    os::{
+        fd::AsRawFd,
+        unix::fs::OpenOptionsExt,
+    },
+};
+
+use thiserror::Error;
+use vmm_sys_util::{
+    ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val},
+    ioctl_iow_nr,
+};
+
+/// `struct virtio_net_hdr_v1`, in front of every frame.
+pub const HEADER_LEN: usize = 12;
+
+ioctl_iow_nr!(TUNSETIFF, b'T' as u32, 202, libc::c_int);
+ioctl_iow_nr!(TUNSETOFFLOAD, b'T' as u32, 208, libc::c_uint);
+ioctl_iow_nr!(TUNSETVNETHDRSZ, b'T' as u32, 216, libc::c_int);
+
+/// Why there is no tap interface.
+#[derive(Debug, Error)]
+pub enum TapError {
+    /// Not a name for an interface.
+    #[error("--net tap={0}: an interface's name has 1 to 15 bytes, without slashes or white space")]
+    Name(String),
+    /// The host has no tun driver.
+    #[error("--net tap={name}: cannot open /dev/net/tun; load it with `modprobe tun`")]
+    NoTun {
+        /// The interface.
+        name: String,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// It is not ours to use, or not there and not ours to make.
+    #[error(
+        "--net tap={0}: no permission on it, or it does not exist; make it with \
+         `ip tuntap add dev {0} mode tap user $USER vnet_hdr` as root"
+    )]
+    Permission(String),
+    /// Somebody has it open.
+    #[error("--net tap={0}: in use by another process; give each guest an interface of its own")]
+    Busy(String),
+    /// An interface of another kind.
+    #[error("--net tap={0}: that interface is not a tap; give the name of one")]
+    NotATap(String),
+    /// The kernel refused something else.
+    #[error("--net tap={name}: cannot {action}")]
+    Host {
+        /// The interface.
+        name: String,
+        /// What was tried.
+        action: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// What the guest's driver can leave to us in frames that it receives.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Offload {
+    /// Checksums not filled in.
+    pub checksum: bool,
+    /// TCP over IPv4 not segmented.
+    pub tso4: bool,
+    /// TCP over IPv6 not segmented.
+    pub tso6: bool,
+    /// With congestion notification.
+    pub ecn: bool,
+}
+
+/// An open tap interface, not blocking.
+#[derive(Debug)]
+pub struct Tap {
+    file: File,
+}
+
+impl Tap {
+    /// Attaches to the interface of the given name. Where it does not exist and the caller may make one, it
+    /// lives as long as the result.
+    pub fn open(name: &str) -> Result<Self, TapError> {
+        let valid = (1..libc::IFNAMSIZ).contains(&name.len())
+            && name.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b'%');
+        if !valid {
+            return Err(TapError::Name(name.into()));
+        }
+        let file = OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open("/dev/net/tun")
+            .map_err(|source| TapError::NoTun {
+                name: name.into(),
+                source,
+            })?;
+        // SAFETY: all-zero bytes are a valid `ifreq`: it holds integers and arrays of them.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        for (to, from) in request.ifr_name.iter_mut().zip(name.bytes()) {
+            *to = from as libc::c_char;
+        }
+        let flags = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        request.ifr_ifru.ifru_flags = flags as libc::c_short;
+        // SAFETY: TUNSETIFF reads and writes one `ifreq`.
+        check(unsafe { ioctl_with_mut_ref(&file, TUNSETIFF(), &mut request) }).map_err(
+            |source| match (source.kind(), source.raw_os_error()) {
+                (ErrorKind::PermissionDenied, _) => TapError::Permission(name.into()),
+                (ErrorKind::ResourceBusy, _) => TapError::Busy(name.into()),
+                (ErrorKind::InvalidInput, _) => TapError::NotATap(name.into()),
+                _ => TapError::Host {
+                    name: name.into(),
+                    action: "attach to it",
+                    source,
+                },
+            },
+        )?;
+        let length = HEADER_LEN as libc::c_int;
+        // SAFETY: TUNSETVNETHDRSZ reads one int.
+        check(unsafe { ioctl_with_ref(&file, TUNSETVNETHDRSZ(), &length) }).map_err(|source| {
+            TapError::Host {
+                name: name.into(),
+                action: "set its header length",
+                source,
+            }
+        })?;
+        Ok(Self { file })
+    }
+
+    /// Tells the kernel what frames the guest can take.
+    pub fn set_offload(&self, offload: Offload) -> io::Result<()> {
+        let bit = |set: bool, flag: libc::c_uint| if set { flag } else { 0 };
+        // The kernel refuses segmentation without checksums.
+        let segmentation = bit(offload.tso4, libc::TUN_F_TSO4)
+            | bit(offload.tso6, libc::TUN_F_TSO6)
+            | bit(offload.ecn, libc::TUN_F_TSO_ECN);
+        let flags = if offload.checksum {
+            libc::TUN_F_CSUM | segmentation
+        } else {
+            0
+        };
+        // SAFETY: TUNSETOFFLOAD takes a plain value.
+        check(unsafe { ioctl_with_val(&self.file, TUNSETOFFLOAD(), flags.into()) })
+    }
+
+    /// The descriptor: frames are read and written whole, with a header of [`HEADER_LEN`] bytes.
+    pub fn file(&self) -> &File {
+        &self.file
+    }
+}
+
+impl AsRawFd for Tap {
+    fn as_raw_fd(&self) -> std::os::fd::RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_that_are_none_are_refused_before_the_kernel_sees_them() {
+        for name in ["", "a/b", "a b", "tap%d", "sixteen-bytes-xx"] {
+            assert!(matches!(Tap::open(name), Err(TapError::Name(_))), "{name}");
+        }
+    }
+}

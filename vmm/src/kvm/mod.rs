@@ -1,0 +1,249 @@
+//! The virtual machine as KVM knows it: one module for every ioctl of Fanlight's on `/dev/kvm` and
+//! its descriptors, and the implementation of what devices ask of the hypervisor.
+
+mod interrupts;
+mod slots;
+mod vcpu;
+
+use std::{
+    io,
+    path::Path,
+    sync::{Arc, Mutex},
+};
+
+use fanlight_arch::layout;
+use fanlight_devices::{
+    hypervisor::{Hypervisor, MappedSlot, MsiVector},
+    memory::SlotMapping,
+};
+use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES};
+use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
+use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
+
+pub use vcpu::{Exit, ExitCounts, KvmVcpu, VcpuError, kick_signal};
+
+use interrupts::Interrupts;
+use slots::Slots;
+
+/// Why there is no virtual machine.
+#[derive(Debug, Error)]
+pub enum KvmError {
+    /// The device node is not there.
+    #[error(
+        "no /dev/kvm: load the module kvm_intel or kvm_amd (virtualization must be enabled in the \
+         firmware), or use a host that has it"
+    )]
+    Missing,
+    /// The device node may not be opened.
+    #[error("no permission on /dev/kvm: join its group, `usermod -aG kvm $USER`, and log in again")]
+    Permission,
+    /// KVM answers, but not the interface that Linux has had since 2.6.22.
+    #[error("/dev/kvm speaks version {0} of its interface, not {KVM_API_VERSION}: update the host's kernel")]
+    Version(i32),
+    /// Something that Fanlight is built on is missing.
+    #[error("this host's KVM lacks {0}: update the host's kernel")]
+    Capability(&'static str),
+    /// More vCPUs than KVM runs.
+    #[error("{asked} vCPUs: this host's KVM runs 1 to {max}; give --cpus a number in that range")]
+    Cpus {
+        /// What was asked for.
+        asked: u32,
+        /// What KVM can do.
+        max: u32,
+    },
+    /// An ioctl failed.
+    #[error("KVM cannot {action}")]
+    Ioctl {
+        /// What was tried.
+        action: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// Names the ioctl that failed.
+fn ioctl(action: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
+    move |error| KvmError::Ioctl {
+        action,
+        source: io::Error::from_raw_os_error(error.errno()),
+    }
+}
+
+/// What Fanlight cannot do without.
+const REQUIRED: [(Cap, &str); 7] = [
+    (Cap::Irqchip, "an in-kernel interrupt controller"),
+    (Cap::Irqfd, "irqfd"),
+    (Cap::IrqRouting, "interrupt routing"),
+    (Cap::Ioeventfd, "ioeventfd"),
+    (Cap::UserMemory, "user memory slots"),
+    (Cap::ImmediateExit, "immediate_exit"),
+    (Cap::ExtCpuid, "extended CPUID"),
+];
+
+/// A virtual machine without vCPUs, with its interrupt controllers.
+#[derive(Debug)]
+pub struct KvmVm {
+    kvm: Kvm,
+    vm: Arc<VmFd>,
+    interrupts: Arc<Interrupts>,
+    slots: Arc<Slots>,
+    /// Held while the ring of coalesced accesses is read; none where KVM does not coalesce ports.
+    coalesced: Option<Arc<Mutex<()>>>,
+}
+
+impl KvmVm {
+    /// Opens `/dev/kvm` and creates a machine for `cpus` vCPUs.
+    pub fn new(cpus: u32) -> Result<Self, KvmError> {
+        let kvm = open()?;
+        let max = u32::try_from(kvm.get_max_vcpus())
+            .unwrap_or(u32::MAX)
+            .min(layout::MAX_CPUS);
+        if cpus == 0 || cpus > max {
+            return Err(KvmError::Cpus { asked: cpus, max });
+        }
+        if let Some((_, name)) = REQUIRED
+            .iter()
+            .find(|(cap, _)| !kvm.check_extension(*cap))
+        {
+            return Err(KvmError::Capability(name));
+        }
+        let slots = kvm.get_nr_memslots();
+        let vm = Arc::new(kvm.create_vm().map_err(ioctl("create a virtual machine"))?);
+        vm.set_identity_map_address(layout::KVM_IDENTITY_MAP)
+            .map_err(ioctl("place the identity map"))?;
+        vm.set_tss_address(layout::KVM_TSS as usize)
+            .map_err(ioctl("place the task state segment"))?;
+        vm.create_irq_chip()
+            .map_err(ioctl("create the interrupt controllers"))?;
+        interrupts::enable_x2apic_ids(&vm)?;
+        let interrupts = Arc::new(Interrupts::new(vm.clone())?);
+        Ok(Self {
+            interrupts,
+            slots: Arc::new(Slots::new(vm.clone(), slots)),
+            coalesced: kvm
+                .check_extension(Cap::CoalescedPio)
+                .then(Arc::default),
+            vm,
+            kvm,
+        })
+    }
+
+    /// The CPUID leaves that this host can give a guest.
+    pub fn supported_cpuid(&self) -> Result<CpuId, KvmError> {
+        self.kvm
+            .get_supported_cpuid(KVM_MAX_CPUID_ENTRIES)
+            .map_err(ioctl("tell which CPUID leaves it supports"))
+    }
+
+    /// Whether KVM emulates the local APIC's TSC deadline mode, which CPUID does not tell.
+    pub fn has_tsc_deadline(&self) -> bool {
+        self.kvm.check_extension(Cap::TscDeadlineTimer)
+    }
+
+    /// Creates the vCPU whose APIC id is `id`.
+    pub fn create_vcpu(&self, id: u32) -> Result<KvmVcpu, KvmError> {
+        let fd = self
+            .vm
+            .create_vcpu(u64::from(id))
+            .map_err(ioctl("create a vCPU"))?;
+        KvmVcpu::new(fd, self.coalesced.clone())
+    }
+
+    /// Has KVM keep the guest's writes to the PCI address port to itself until the access to the data
+    /// port that follows: one exit an access instead of two (`KVM_CAP_COALESCED_PIO`). Does nothing
+    /// where the host cannot.
+    pub fn coalesce_port(&self, port: u16, len: u32) -> Result<(), KvmError> {
+        if self.coalesced.is_none() {
+            return Ok(());
+        }
+        self.vm
+            .register_coalesced_mmio(IoEventAddress::Pio(u64::from(port)), len)
+            .map_err(ioctl("coalesce a port"))
+    }
+}
+
+fn open() -> Result<Kvm, KvmError> {
+    let kvm = Kvm::new().map_err(|error| {
+        let source = io::Error::from_raw_os_error(error.errno());
+        match source.kind() {
+            io::ErrorKind::NotFound => KvmError::Missing,
+            io::ErrorKind::PermissionDenied => KvmError::Permission,
+            _ => KvmError::Ioctl {
+                action: "be opened",
+                source,
+            },
+        }
+    })?;
+    match kvm.get_api_version() {
+        version if version == KVM_API_VERSION as i32 => Ok(kvm),
+        version => Err(KvmError::Version(version)),
+    }
+}
+
+/// Whether the host's processor runs guests itself. A paravirtual KVM creates machines without it, and
+/// then fails a stock kernel with an emulation error.
+pub fn processor_virtualizes() -> bool {
+    has_virtualization_flag(Path::new("/proc/cpuinfo"))
+}
+
+fn has_virtualization_flag(cpuinfo: &Path) -> bool {
+    std::fs::read_to_string(cpuinfo).is_ok_and(|text| {
+        text.lines()
+            .find(|line| line.starts_with("flags"))
+            .is_some_and(|line| line.split_whitespace().any(|f| f == "vmx" || f == "svm"))
+    })
+}
+
+impl Hypervisor for KvmVm {
+    fn irq_line(&self, gsi: u32) -> io::Result<EventFd> {
+        self.interrupts.line(gsi)
+    }
+
+    fn msi_vector(&self) -> io::Result<Arc<dyn MsiVector>> {
+        Ok(Arc::new(Interrupts::vector(&self.interrupts)?))
+    }
+
+    fn add_doorbell(&self, gpa: u64, event: &EventFd) -> io::Result<()> {
+        self.vm
+            .register_ioevent(event, &IoEventAddress::Mmio(gpa), NoDatamatch)
+            .map_err(io_error)
+    }
+
+    fn remove_doorbell(&self, gpa: u64, event: &EventFd) -> io::Result<()> {
+        self.vm
+            .unregister_ioevent(event, &IoEventAddress::Mmio(gpa), NoDatamatch)
+            .map_err(io_error)
+    }
+
+    fn map_slot(&self, mapping: SlotMapping) -> io::Result<MappedSlot> {
+        Slots::map(&self.slots, mapping)
+    }
+}
+
+fn io_error(error: kvm_ioctls::Error) -> io::Error {
+    io::Error::from_raw_os_error(error.errno())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    #[test]
+    fn the_flag_must_be_a_word_of_the_flags_line() {
+        let cases = [
+            ("model name\t: vmx\nflags\t\t: fpu svm_lock\n", false),
+            ("flags\t\t: fpu svm sse\n", true),
+            ("flags\t\t: fpu vmx\n", true),
+            ("", false),
+        ];
+        for (text, expected) in cases {
+            let mut file = tempfile::NamedTempFile::new().unwrap();
+            file.write_all(text.as_bytes()).unwrap();
+            assert_eq!(has_virtualization_flag(file.path()), expected, "{text}");
+        }
+    }
+}

@@ -1,0 +1,261 @@
+//! One vCPU: its registers, and what becomes of its exits.
+
+use std::{
+    cell::Cell,
+    io,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
+};
+
+use fanlight_arch::regs::InitialState;
+use fanlight_devices::memory::AddressSpace;
+use kvm_bindings::{
+    CpuId, KVM_EXIT_IO_OUT, KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_RESET,
+    KVM_SYSTEM_EVENT_SHUTDOWN, Msrs,
+};
+use kvm_ioctls::{VcpuExit, VcpuFd};
+use thiserror::Error;
+use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+
+use super::{KvmError, ioctl};
+
+/// Why a vCPU cannot go on.
+#[derive(Debug, Error)]
+pub enum VcpuError {
+    /// KVM met an instruction that neither the processor nor its emulator runs.
+    #[error(
+        "KVM cannot run the guest: emulation failed at {rip:#x}{hint}",
+        hint = if super::processor_virtualizes() { "" } else {
+            "; this host's processor does not show vmx or svm, so its /dev/kvm is not a real one: \
+             use a host with hardware virtualization"
+        }
+    )]
+    Emulation {
+        /// Where in the guest.
+        rip: u64,
+    },
+    /// The processor refused the vCPU's state.
+    #[error("the processor refused to enter the guest (hardware reason {0:#x})")]
+    Entry(u64),
+    /// KVM gave up for a reason of its own.
+    #[error("KVM gave up on the guest (internal error {0})")]
+    Internal(u32),
+    /// An exit that no machine of ours causes.
+    #[error("KVM reported an exit that this machine does not cause: {0}")]
+    Unexpected(String),
+    /// The ioctl failed.
+    #[error("KVM cannot run a vCPU")]
+    Run(#[source] io::Error),
+}
+
+/// What ended a run of a vCPU.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Exit {
+    /// A device access was answered, or nothing happened: run again.
+    Handled,
+    /// Somebody wants the thread's attention.
+    Interrupted,
+    /// The guest restarted its processor (a triple fault, for example).
+    Reset,
+    /// The guest shut down through the hypervisor.
+    PowerOff,
+}
+
+/// Exits to user space, by reason.
+#[derive(Debug, Default)]
+pub struct ExitCounts {
+    /// Port input and output.
+    pub io: AtomicU64,
+    /// Memory-mapped input and output.
+    pub mmio: AtomicU64,
+    /// Everything else.
+    pub other: AtomicU64,
+}
+
+impl ExitCounts {
+    /// All exits.
+    pub fn total(&self) -> u64 {
+        [&self.io, &self.mmio, &self.other]
+            .iter()
+            .map(|count| count.load(Ordering::Relaxed))
+            .sum()
+    }
+}
+
+/// A vCPU of KVM.
+#[derive(Debug)]
+pub struct KvmVcpu {
+    fd: VcpuFd,
+    /// Serialises the reading of the machine's one ring of coalesced accesses, if it has one.
+    coalesced: Option<Arc<Mutex<()>>>,
+}
+
+thread_local! {
+    /// `immediate_exit` of the vCPU that this thread runs.
+    static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
+}
+
+/// The signal that gets a vCPU thread out of KVM_RUN.
+pub fn kick_signal() -> i32 {
+    SIGRTMIN()
+}
+
+/// A signal between the check for work and KVM_RUN would be lost, unless it leaves a mark that KVM_RUN
+/// looks at (`Documentation/virt/kvm/api.rst`, immediate_exit).
+extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
+    let flag = IMMEDIATE_EXIT.get();
+    if !flag.is_null() {
+        // SAFETY: the pointer is into the kvm_run mapping of a vCPU that this very thread owns and has
+        // not dropped: `KvmVcpu::bind` sets it and `Drop` clears it.
+        unsafe { flag.write_volatile(1) };
+    }
+}
+
+impl KvmVcpu {
+    pub(super) fn new(
+        mut fd: VcpuFd,
+        coalesced: Option<Arc<Mutex<()>>>,
+    ) -> Result<Self, KvmError> {
+        if coalesced.is_some() {
+            fd.map_coalesced_mmio_ring()
+                .map_err(ioctl("map the ring of coalesced accesses"))?;
+        }
+        Ok(Self { fd, coalesced })
+    }
+
+    /// Sets CPUID and, for the vCPU that starts, registers. The others wait for the guest's start-up
+    /// interrupts.
+    pub fn set_up(&self, cpuid: &CpuId, start: Option<&InitialState>) -> Result<(), KvmError> {
+        self.fd.set_cpuid2(cpuid).map_err(ioctl("set CPUID"))?;
+        let Some(start) = start else { return Ok(()) };
+        let msrs = Msrs::from_entries(&start.msrs)
+            .map_err(|error| KvmError::Ioctl {
+                action: "take a list of MSRs",
+                source: io::Error::other(format!("{error:?}")),
+            })?;
+        self.fd.set_msrs(&msrs).map_err(ioctl("set MSRs"))?;
+        let mut sregs = self
+            .fd
+            .get_sregs()
+            .map_err(ioctl("read system registers"))?;
+        start.apply_sregs(&mut sregs);
+        self.fd
+            .set_sregs(&sregs)
+            .map_err(ioctl("set system registers"))?;
+        self.fd.set_fpu(&start.fpu).map_err(ioctl("set the FPU"))?;
+        self.fd
+            .set_regs(&start.regs)
+            .map_err(ioctl("set registers"))
+    }
+
+    /// Makes this thread the vCPU's: kicks reach it from now on.
+    pub fn bind(&mut self) -> Result<(), KvmError> {
+        register_signal_handler(kick_signal(), on_kick).map_err(|error| KvmError::Ioctl {
+            action: "be interrupted",
+            source: io::Error::from_raw_os_error(error.errno()),
+        })?;
+        IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
+        Ok(())
+    }
+
+    /// Runs the guest until it needs somebody, and answers its device accesses.
+    pub fn run(
+        &mut self,
+        ports: &AddressSpace,
+        memory: &AddressSpace,
+        counts: &ExitCounts,
+    ) -> Result<Exit, VcpuError> {
+        let (exit, access) = match self.fd.run() {
+            Ok(VcpuExit::IoIn(port, data)) => (None, Some((port, data.as_mut_ptr(), data.len()))),
+            Ok(VcpuExit::IoOut(port, data)) => {
+                (None, Some((port, data.as_ptr().cast_mut(), data.len())))
+            }
+            Ok(VcpuExit::MmioRead(gpa, data)) => {
+                counts.mmio.fetch_add(1, Ordering::Relaxed);
+                memory.read(gpa, data);
+                return Ok(Exit::Handled);
+            }
+            Ok(VcpuExit::MmioWrite(gpa, data)) => {
+                counts.mmio.fetch_add(1, Ordering::Relaxed);
+                memory.write(gpa, data);
+                return Ok(Exit::Handled);
+            }
+            Ok(VcpuExit::Shutdown) => (Some(Ok(Exit::Reset)), None),
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_RESET, _)) => (Some(Ok(Exit::Reset)), None),
+            Ok(VcpuExit::SystemEvent(KVM_SYSTEM_EVENT_SHUTDOWN, _)) => {
+                (Some(Ok(Exit::PowerOff)), None)
+            }
+            Ok(VcpuExit::Intr) => (Some(Ok(Exit::Interrupted)), None),
+            Ok(VcpuExit::FailEntry(reason, _)) => (Some(Err(VcpuError::Entry(reason))), None),
+            Ok(VcpuExit::InternalError) => (None, None),
+            Ok(other) => (
+                Some(Err(VcpuError::Unexpected(format!("{other:?}")))),
+                None,
+            ),
+            Err(error) => match io::Error::from_raw_os_error(error.errno()) {
+                source
+                    if matches!(
+                        source.kind(),
+                        io::ErrorKind::Interrupted | io::ErrorKind::WouldBlock
+                    ) =>
+                {
+                    self.fd.set_kvm_immediate_exit(0);
+                    (Some(Ok(Exit::Interrupted)), None)
+                }
+                source => (Some(Err(VcpuError::Run(source))), None),
+            },
+        };
+        if let Some((port, data, len)) = access {
+            counts.io.fetch_add(1, Ordering::Relaxed);
+            self.replay_coalesced(ports);
+            // SAFETY: KVM filled the `io` member for this exit, and `data` with `len` bytes lies in the
+            // vCPU's kvm_run mapping, which lives as long as `self.fd`, apart from the fields read.
+            let (io, data) = unsafe {
+                (
+                    self.fd.get_kvm_run().__bindgen_anon_1.io,
+                    std::slice::from_raw_parts_mut(data, len),
+                )
+            };
+            // A string instruction is one exit with many accesses to one port.
+            for element in data.chunks_mut(usize::from(io.size).max(1)) {
+                if u32::from(io.direction) == KVM_EXIT_IO_OUT {
+                    ports.write(u64::from(port), element);
+                } else {
+                    ports.read(u64::from(port), element);
+                }
+            }
+            return Ok(Exit::Handled);
+        }
+        counts.other.fetch_add(1, Ordering::Relaxed);
+        exit.unwrap_or_else(|| Err(self.internal_error()))
+    }
+
+    /// Hands devices the writes that KVM kept to itself, in their order.
+    fn replay_coalesced(&mut self, ports: &AddressSpace) {
+        let Some(ring) = &self.coalesced else { return };
+        let _ring = ring.lock().unwrap_or_else(PoisonError::into_inner);
+        while let Ok(Some(write)) = self.fd.coalesced_mmio_read() {
+            if let Some(data) = write.data.get(..write.len as usize) {
+                ports.write(write.phys_addr, data);
+            }
+        }
+    }
+
+    fn internal_error(&mut self) -> VcpuError {
+        let rip = self.fd.get_regs().map_or(0, |regs| regs.rip);
+        // SAFETY: KVM filled the `internal` member for this exit.
+        let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
+        match internal.suberror {
+            KVM_INTERNAL_ERROR_EMULATION => VcpuError::Emulation { rip },
+            other => VcpuError::Internal(other),
+        }
+    }
+}
+
+impl Drop for KvmVcpu {
+    fn drop(&mut self) {
+        IMMEDIATE_EXIT.set(std::ptr::null_mut());
+    }
+}

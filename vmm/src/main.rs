@@ -1,0 +1,55 @@
+//! The `fanlight` program.
+
+mod options;
+
+use std::{
+    process::ExitCode,
+    time::Instant,
+};
+
+use clap::Parser;
+use fanlight::{
+    lifecycle::{self, LifeError},
+    resources::Resources,
+    status::Ending,
+    terminal,
+};
+use fanlight_devices::error_line;
+use options::{Command, Options, RunOptions};
+
+fn main() -> ExitCode {
+    let started = Instant::now();
+    let ending = match Options::parse().command {
+        Command::Run(options) => run(*options, started),
+        Command::TerminalGuard => match terminal::guard() {
+            Ok(()) => Ending::PowerOff,
+            Err(_) => Ending::Failed,
+        },
+    };
+    ending.into()
+}
+
+fn run(options: RunOptions, started: Instant) -> Ending {
+    options::start_log(&options.log);
+    let bad_input = |error: &dyn std::error::Error| {
+        eprintln!("fanlight: {}", error_line(error));
+        Ending::BadInput
+    };
+    let config = match options.into_config() {
+        Ok(config) => config,
+        Err(error) => return bad_input(&error),
+    };
+    let resources = match Resources::open(config) {
+        Ok(resources) => resources,
+        Err(error) => return bad_input(&error),
+    };
+    match lifecycle::run(resources, started) {
+        Ok(ending) => ending,
+        // By now the terminal is itself again: the machine and its consoles are gone.
+        Err(LifeError::Machine(error)) if error.is_bad_input() => bad_input(&error),
+        Err(error) => {
+            eprintln!("fanlight: {}", error_line(&error));
+            Ending::Failed
+        }
+    }
+}

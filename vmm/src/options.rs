@@ -1,0 +1,221 @@
+//! The command line. What describes a machine is parsed into the same types that `--config` reads.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use fanlight_api::{
+    CharBackend, ConsoleConfig, DiskConfig, KernelUnpack, MemoryConfig, NetConfig, OnPanic,
+    OnReset, RngConfig, VmConfig, VsockConfig,
+};
+use serde::de::DeserializeOwned;
+use thiserror::Error;
+use tracing_subscriber::EnvFilter;
+
+/// A small KVM virtual machine monitor.
+#[derive(Debug, Parser)]
+#[command(version, about, max_term_width = 100)]
+pub struct Options {
+    /// What to do.
+    #[command(subcommand)]
+    pub command: Command,
+}
+
+/// What the program can do.
+#[derive(Debug, Subcommand)]
+pub enum Command {
+    /// Runs a virtual machine until it ends
+    #[command(after_help = STATUSES)]
+    Run(Box<RunOptions>),
+    /// Restores the terminal when the process on standard input ends
+    #[command(name = fanlight::terminal::GUARD_COMMAND, hide = true)]
+    TerminalGuard,
+}
+
+const STATUSES: &str = "\
+Exit status:
+  0   the guest powered itself off
+  1   Fanlight failed
+  2   bad input: nothing was started
+  32  the guest asked for a reset, with --on-reset exit
+  33  the guest's kernel panicked, with --on-panic exit
+  34  stopped without the guest's consent (Ctrl-A x, a second SIGTERM, or no shutdown within 30 s)
+
+Signals: SIGTERM, SIGINT and SIGHUP press the guest's power button; a second one stops it at once.
+Lists in an option are written key=value,key=value; a comma within a value is written twice.";
+
+/// Options of `fanlight run`.
+#[derive(Args, Debug)]
+pub struct RunOptions {
+    /// Machine as JSON, with the options' names as fields; options given beside it win, and disks and
+    /// network interfaces add to it
+    #[arg(long, value_name = "FILE")]
+    config: Option<PathBuf>,
+    /// Kernel: a bzImage, or an ELF vmlinux with a PVH entry
+    #[arg(long, value_name = "FILE")]
+    kernel: Option<PathBuf>,
+    /// Initial RAM disk [default: none]
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line [default: "console=ttyS0 panic=-1"]
+    #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
+    cmdline: Option<String>,
+    /// Who decompresses a bzImage: host or guest [default: host]
+    #[arg(long, value_name = "WHO", value_parser = word::<KernelUnpack>)]
+    unpack: Option<KernelUnpack>,
+    /// Number of virtual CPUs [default: 1]
+    #[arg(long, value_name = "N")]
+    cpus: Option<u32>,
+    /// Guest RAM, with K, M or G; hugepages is 2M or 1G [default: 512M]
+    #[arg(long, value_name = "SIZE[,hugepages=SIZE]")]
+    memory: Option<MemoryConfig>,
+    /// Disk; may be given several times. Without a format the image is raw. serial is its identity in the
+    /// guest, port a PCIe root port to put it behind
+    #[arg(
+        long,
+        value_name = "path=FILE[,readonly=on][,format=raw|qcow2][,serial=TEXT][,port=N]"
+    )]
+    disk: Vec<DiskConfig>,
+    /// Network interface on a tap of the host; may be given several times. The address is made from the
+    /// tap's name [default: vhost-net where the host has it]
+    #[arg(long, value_name = "tap=NAME[,mac=ADDRESS][,vhost=on|off][,port=N]")]
+    net: Vec<NetConfig>,
+    /// Sockets between host and guest, with the guest's context id, from 3 on [default: none]
+    #[arg(long, value_name = "cid=N")]
+    vsock: Option<VsockConfig>,
+    /// First serial port: stdio, null, file=PATH or socket=PATH. Ctrl-A x leaves stdio [default: stdio]
+    #[arg(long, value_name = "WHERE")]
+    serial: Option<CharBackend>,
+    /// Virtio console (hvc0 in the guest): stdio, null, file=PATH or socket=PATH [default: none]
+    #[arg(long, value_name = "WHERE")]
+    console: Option<ConsoleConfig>,
+    /// Virtio entropy device: on or off [default: on]
+    #[arg(long, value_name = "on|off")]
+    rng: Option<RngConfig>,
+    /// When the guest asks for a reset: restart or exit [default: restart]
+    #[arg(long, value_name = "WHAT", value_parser = word::<OnReset>)]
+    on_reset: Option<OnReset>,
+    /// When the guest's kernel panics: exit, restart or continue [default: exit]
+    #[arg(long, value_name = "WHAT", value_parser = word::<OnPanic>)]
+    on_panic: Option<OnPanic>,
+    /// What to log to standard error: error, warn, info, debug, or module=level pairs
+    #[arg(long, value_name = "LEVEL", env = "FANLIGHT_LOG", default_value = "warn")]
+    pub log: String,
+}
+
+/// Reads one of an enumeration's words by its serde names.
+fn word<T: DeserializeOwned>(text: &str) -> Result<T, String> {
+    serde_json::from_value(serde_json::Value::String(text.into())).map_err(|e| e.to_string())
+}
+
+/// Why the options describe no machine.
+#[derive(Debug, Error)]
+pub enum OptionsError {
+    /// The file cannot be read.
+    #[error("--config {}: cannot read it", path.display())]
+    Read {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: std::io::Error,
+    },
+    /// The file is not a machine.
+    #[error("--config {}", path.display())]
+    Parse {
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: serde_json::Error,
+    },
+}
+
+impl RunOptions {
+    /// The machine: the configuration file's, changed by the options.
+    pub fn into_config(self) -> Result<VmConfig, OptionsError> {
+        let mut config = match self.config {
+            None => VmConfig::default(),
+            Some(path) => {
+                let text = std::fs::read_to_string(&path).map_err(|source| OptionsError::Read {
+                    path: path.clone(),
+                    source,
+                })?;
+                serde_json::from_str(&text)
+                    .map_err(|source| OptionsError::Parse { path, source })?
+            }
+        };
+        fn set<T>(field: &mut T, option: Option<T>) {
+            if let Some(value) = option {
+                *field = value;
+            }
+        }
+        set(&mut config.kernel, self.kernel.map(Some));
+        set(&mut config.initrd, self.initrd.map(Some));
+        set(&mut config.cmdline, self.cmdline);
+        set(&mut config.unpack, self.unpack);
+        set(&mut config.cpus, self.cpus);
+        set(&mut config.memory, self.memory);
+        config.disk.extend(self.disk);
+        config.net.extend(self.net);
+        set(&mut config.vsock, self.vsock.map(Some));
+        set(&mut config.serial, self.serial);
+        set(&mut config.console, self.console.map(Some));
+        set(&mut config.rng, self.rng);
+        set(&mut config.on_reset, self.on_reset);
+        set(&mut config.on_panic, self.on_panic);
+        Ok(config)
+    }
+}
+
+/// Logs to standard error what `filter` lets through.
+pub fn start_log(filter: &str) {
+    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("warn"));
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_target(false)
+        .init();
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+
+    fn parse(arguments: &[&str]) -> Result<VmConfig, String> {
+        let command = ["fanlight", "run"].iter().chain(arguments);
+        let options = Options::try_parse_from(command).map_err(|e| e.to_string())?;
+        let Command::Run(options) = options.command else {
+            return Err("not run".into());
+        };
+        options
+            .into_config()
+            .map_err(|error| fanlight_devices::error_line(&error))
+    }
+
+    #[test]
+    fn options_win_over_the_file_and_lists_add() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        write!(
+            file,
+            r#"{{"kernel": "a", "cpus": 4, "disk": [{{"path": "d1"}}]}}"#
+        )
+        .unwrap();
+        let path = file.path().to_str().unwrap();
+        let config = parse(&["--config", path, "--cpus", "2", "--disk", "path=d2"]).unwrap();
+        assert_eq!(config.kernel, Some("a".into()));
+        assert_eq!(config.cpus, 2);
+        assert_eq!(config.disk.len(), 2);
+    }
+
+    #[test]
+    fn mistakes_are_named() {
+        assert!(parse(&["--memory", "lots"]).unwrap_err().contains("size"));
+        assert!(parse(&["--disk", "pth=x"]).unwrap_err().contains("pth"));
+        assert!(parse(&["--on-reset", "shrug"]).unwrap_err().contains("shrug"));
+        assert!(parse(&["--rng", "maybe"]).unwrap_err().contains("on nor off"));
+        let error = parse(&["--config", "/nowhere"]).unwrap_err();
+        assert!(error.starts_with("--config /nowhere: cannot read it"));
+    }
+}
