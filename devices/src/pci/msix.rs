@@ -159,13 +159,11 @@ impl Msix {
 
     /// The guest reads the pending bits.
     pub fn read_pba(&self, offset: u64, data: &mut [u8]) {
-        for (at, byte) in (offset..).zip(data) {
-            let first = (at as usize).saturating_mul(8);
-            *byte = (0..8).fold(0, |bits, bit| {
-                let pending = self
-                    .entries
-                    .get(first.saturating_add(bit))
-                    .is_some_and(|entry| self.is_masked(entry) && entry.vector.is_pending());
+        let first = usize::try_from(offset.saturating_mul(8)).unwrap_or(usize::MAX);
+        let entries = self.entries.get(first..).unwrap_or_default();
+        for (byte, entries) in data.iter_mut().zip(entries.chunks(8)) {
+            *byte = (0..).zip(entries).fold(0, |bits, (bit, entry)| {
+                let pending = self.is_masked(entry) && entry.vector.is_pending();
                 bits | u8::from(pending) << bit
             });
         }

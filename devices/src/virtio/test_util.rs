@@ -6,9 +6,8 @@ use std::{
 };
 
 use virtio_queue::{
-    QueueT,
+    Queue, QueueT,
     desc::{RawDescriptor, split::Descriptor},
-    mock::MockSplitQueue,
 };
 use vm_memory::{Bytes, GuestAddress};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -51,9 +50,10 @@ impl Driver {
         }
     }
 
-    fn queue(&self, index: usize) -> MockSplitQueue<'_, GuestMemory> {
-        let start = GuestAddress(0x1000 + index as u64 * QUEUE_SPACE);
-        MockSplitQueue::create(&self.mem, start, QUEUE_SIZE)
+    /// Descriptor table, available ring and used ring of a queue.
+    fn rings(index: usize) -> [u64; 3] {
+        let table = 0x1000 + index as u64 * QUEUE_SPACE;
+        [table, table + 0x1000, table + 0x2000]
     }
 
     pub fn activation(&self) -> Activation {
@@ -62,7 +62,11 @@ impl Driver {
 
     pub fn activation_with(&self, features: u64) -> Activation {
         let queues = self.kicks.iter().enumerate().map(|(index, kick)| {
-            let mut queue: virtio_queue::Queue = self.queue(index).create_queue().unwrap();
+            let mut queue = Queue::new(QUEUE_SIZE).unwrap();
+            let [table, available, used] = Self::rings(index).map(|at| Some(at as u32));
+            queue.set_desc_table_address(table, Some(0));
+            queue.set_avail_ring_address(available, Some(0));
+            queue.set_used_ring_address(used, Some(0));
             queue.set_ready(true);
             Some(ActiveQueue {
                 index: index as u16,
@@ -81,29 +85,36 @@ impl Driver {
 
     /// Writes descriptors from index 0 on, as they are.
     pub fn set_descriptors(&self, queue: usize, descriptors: &[Descriptor]) {
-        let table = self.queue(queue);
-        for (index, descriptor) in (0..).zip(descriptors) {
-            table
-                .desc_table()
-                .store(index, RawDescriptor::from(*descriptor))
-                .unwrap();
+        let [table, ..] = Self::rings(queue);
+        for (at, descriptor) in (table..).step_by(16).zip(descriptors) {
+            let descriptor = RawDescriptor::from(*descriptor);
+            self.mem.write_obj(descriptor, GuestAddress(at)).unwrap();
         }
     }
 
     /// Makes descriptor `head` available and kicks.
     pub fn kick(&self, queue: usize, head: u16) {
-        let rings = self.queue(queue);
-        let idx = u16::from_le(rings.avail().idx().load());
-        let ring = rings.avail().ring();
-        ring.ref_at(usize::from(idx % QUEUE_SIZE))
-            .unwrap()
-            .store(head.to_le());
-        rings.avail().idx().store((idx.wrapping_add(1)).to_le());
+        let [_, available, _] = Self::rings(queue);
+        let index = self.u16(available + 2);
+        let entry = available + 4 + u64::from(index % QUEUE_SIZE) * 2;
+        self.write(entry, &head.to_le_bytes());
+        self.set_available_index(queue, index.wrapping_add(1));
         self.kicks[queue].write(1).unwrap();
     }
 
+    /// Sets the index of the available ring, whatever the ring holds.
+    pub fn set_available_index(&self, queue: usize, index: u16) {
+        let [_, available, _] = Self::rings(queue);
+        self.write(available + 2, &index.to_le_bytes());
+    }
+
+    fn u16(&self, address: u64) -> u16 {
+        self.mem.read_obj(GuestAddress(address)).unwrap()
+    }
+
     pub fn used_index(&self, queue: usize) -> u16 {
-        u16::from_le(self.queue(queue).used().idx().load())
+        let [.., used] = Self::rings(queue);
+        self.u16(used + 2)
     }
 
     /// Submits a chain of (address, length, flags) and waits for it; the used length.
@@ -111,12 +122,9 @@ impl Driver {
         let before = self.used_index(queue);
         self.submit(queue, chain);
         self.wait(|driver| driver.used_index(queue) != before);
-        let rings = self.queue(queue);
-        let used = rings.used().ring();
-        used.ref_at(usize::from(before % QUEUE_SIZE))
-            .unwrap()
-            .load()
-            .len()
+        let [.., used] = Self::rings(queue);
+        let entry = used + 4 + u64::from(before % QUEUE_SIZE) * 8;
+        self.mem.read_obj(GuestAddress(entry + 4)).unwrap()
     }
 
     /// Submits a chain and does not wait.

@@ -55,7 +55,10 @@ impl FromStr for Mac {
     fn from_str(text: &str) -> Result<Self, MacError> {
         let bytes: Vec<u8> = text
             .split(':')
-            .map(|part| (part.len() == 2).then(|| u8::from_str_radix(part, 16).ok())?)
+            .map(|part| {
+                let digits = part.len() == 2 && part.bytes().all(|b| b.is_ascii_hexdigit());
+                digits.then(|| u8::from_str_radix(part, 16).ok())?
+            })
             .collect::<Option<_>>()
             .ok_or_else(|| MacError(text.into()))?;
         match <[u8; 6]>::try_from(bytes) {
