@@ -1,1 +1,35 @@
-//! Placeholder.
+//! What end-to-end tests, benchmarks and the demo are built of: the bed (a KVM host that Fanlight brings
+//! along), guests, and the host they run on.
+
+pub mod bed;
+pub mod echo;
+pub mod guest;
+pub mod host;
+pub mod progress;
+
+/// Any failure of this package, as one line for a person.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Failure(pub String);
+
+/// Result with a [`Failure`].
+pub type Result<T, E = Failure> = std::result::Result<T, E>;
+
+impl Failure {
+    /// `what` could not be done because of `cause`.
+    pub fn new(what: impl std::fmt::Display, cause: impl std::fmt::Display) -> Self {
+        Self(format!("{what}: {cause}"))
+    }
+}
+
+/// Adds what was being done to an error.
+pub trait Context<T> {
+    /// The failure says that `what` could not be done.
+    fn context(self, what: impl std::fmt::Display) -> Result<T>;
+}
+
+impl<T, E: std::fmt::Display> Context<T> for Result<T, E> {
+    fn context(self, what: impl std::fmt::Display) -> Result<T> {
+        self.map_err(|error| Failure::new(what, error))
+    }
+}

@@ -1,0 +1,94 @@
+//! Where downloads and builds are kept: under `target/bed`, or where `FANLIGHT_BED_CACHE` says.
+
+use std::{
+    fs::{self, File},
+    path::{Path, PathBuf},
+};
+
+use rustix::fs::{FlockOperation, flock};
+
+use crate::{Context, Result, progress};
+
+/// A directory with one entry for each thing that was downloaded or built.
+#[derive(Clone, Debug)]
+pub struct Cache {
+    root: PathBuf,
+}
+
+impl Cache {
+    /// The cache of this checkout.
+    pub fn open() -> Result<Self> {
+        let root = match std::env::var_os("FANLIGHT_BED_CACHE") {
+            Some(path) => PathBuf::from(path),
+            None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/bed"),
+        };
+        fs::create_dir_all(&root).context(format!("cannot make {}", root.display()))?;
+        let root = root
+            .canonicalize()
+            .context(format!("cannot find {}", root.display()))?;
+        Ok(Self { root })
+    }
+
+    /// A cache that somebody else filled.
+    pub fn at(root: impl Into<PathBuf>) -> Self {
+        Self { root: root.into() }
+    }
+
+    /// The directory itself.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// The entry `key`; `make` fills a fresh directory if it is not there. An entry is whole or not
+    /// there at all, and two processes do not make the same one twice.
+    pub fn entry(
+        &self,
+        key: &str,
+        what: &str,
+        make: impl FnOnce(&Path) -> Result<()>,
+    ) -> Result<PathBuf> {
+        let path = self.root.join(key);
+        if path.exists() {
+            return Ok(path);
+        }
+        let lock_path = self.root.join(format!("{key}.lock"));
+        let lock = File::create(&lock_path).context("cannot make a lock file")?;
+        flock(&lock, FlockOperation::LockExclusive).context("cannot lock the cache")?;
+        if path.exists() {
+            return Ok(path);
+        }
+        let partial = self.root.join(format!("{key}.partial"));
+        if partial.exists() {
+            fs::remove_dir_all(&partial).context("cannot clean the cache")?;
+        }
+        fs::create_dir_all(&partial).context("cannot make a cache entry")?;
+        progress::step(what, || make(&partial))?;
+        fs::rename(&partial, &path).context("cannot finish a cache entry")?;
+        Ok(path)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::Failure;
+
+    #[test]
+    fn an_entry_is_made_once_and_a_failed_one_is_not_there() {
+        let dir = tempfile::tempdir().unwrap();
+        let cache = Cache::at(dir.path());
+        let failed = cache.entry("a", "a", |_| Err(Failure("no".into())));
+        assert!(failed.is_err() && !dir.path().join("a").exists());
+        for _ in 0..2 {
+            let mut made = 0;
+            let path = cache
+                .entry("a", "a", |at| {
+                    made += 1;
+                    fs::write(at.join("x"), "1").context("write")
+                })
+                .unwrap();
+            assert!(path.join("x").exists());
+            assert!(made <= 1);
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! The bed's own kernel: everything built in, so that L1 starts in two seconds and has what Debian's
+//! kernel leaves out (iommufd, VFIO's device interface).
+
+use std::{
+    fs,
+    hash::{DefaultHasher, Hash, Hasher},
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use super::{
+    Cache,
+    packages::{kernel_source, run},
+};
+use crate::{Context, Failure, Result, progress};
+
+const CONFIG: &str = include_str!("../../../resources/bed/kernel.config");
+/// Programs and headers that the build needs, and the packages that have them.
+const NEEDED: &[(&str, &str)] = &[
+    ("/usr/bin/make", "make"),
+    ("/usr/bin/gcc", "gcc"),
+    ("/usr/bin/flex", "flex"),
+    ("/usr/bin/bison", "bison"),
+    ("/usr/bin/bc", "bc"),
+    ("/usr/bin/xz", "xz-utils"),
+    ("/usr/include/libelf.h", "libelf-dev"),
+    ("/usr/include/openssl/ssl.h", "libssl-dev"),
+];
+
+/// The built kernel.
+#[derive(Clone, Debug)]
+pub struct BedKernel {
+    /// What L1 boots.
+    pub bzimage: PathBuf,
+    /// The same as an ELF file with a PVH entry.
+    pub vmlinux: PathBuf,
+}
+
+impl BedKernel {
+    /// The kernel in the cache entry `dir`.
+    fn at(dir: &Path) -> Self {
+        Self {
+            bzimage: dir.join("bzImage"),
+            vmlinux: dir.join("vmlinux"),
+        }
+    }
+}
+
+/// The kernel from the cache, or built: about five minutes on two cores.
+pub fn bed_kernel(cache: &Cache) -> Result<BedKernel> {
+    let mut hasher = DefaultHasher::new();
+    CONFIG.hash(&mut hasher);
+    let key = format!("bed-kernel-{:016x}", hasher.finish());
+    if let dir = cache.root().join(&key)
+        && dir.exists()
+    {
+        return Ok(BedKernel::at(&dir));
+    }
+    let missing: Vec<_> = NEEDED
+        .iter()
+        .filter(|(path, _)| !Path::new(path).exists())
+        .map(|(_, package)| *package)
+        .collect();
+    if !missing.is_empty() {
+        return Err(Failure(format!(
+            "building the bed's kernel needs packages that are missing: run `apt-get install {}`",
+            missing.join(" ")
+        )));
+    }
+    let source = kernel_source(cache)?;
+    let dir = cache.entry(&key, "building the bed's kernel (about five minutes)", |at| {
+        let tree = at.join("source");
+        fs::create_dir(&tree).context("cannot make a directory")?;
+        run(Command::new("tar")
+            .args(["--strip-components=1", "-xf"])
+            .arg(&source)
+            .arg("-C")
+            .arg(&tree))?;
+        let config = at.join("config");
+        fs::write(&config, CONFIG).context("cannot write the kernel's configuration")?;
+        let jobs = std::thread::available_parallelism().map_or(2, usize::from);
+        let make = |arguments: &[&str]| {
+            run(Command::new("make")
+                .arg("-C")
+                .arg(&tree)
+                .arg(format!("-j{jobs}"))
+                .args(arguments))
+        };
+        make(&[&format!("KCONFIG_ALLCONFIG={}", config.display()), "allnoconfig"])?;
+        progress::step("compiling", || make(&["bzImage"]))?;
+        let kernel = BedKernel::at(at);
+        for (from, to) in [
+            ("arch/x86/boot/bzImage", &kernel.bzimage),
+            ("vmlinux", &kernel.vmlinux),
+        ] {
+            fs::copy(tree.join(from), to).context("cannot keep the kernel")?;
+        }
+        fs::remove_dir_all(&tree).context("cannot remove the kernel's source")
+    })?;
+    Ok(BedKernel::at(&dir))
+}

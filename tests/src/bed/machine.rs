@@ -1,0 +1,224 @@
+//! L1 itself: QEMU with a processor that virtualizes, running one job.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Read, Write},
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use super::{Archive, Busybox, Emulator, Modules, StockKernel, packages::run};
+use crate::{Context, Failure, Result};
+
+/// What L1's last line starts with.
+const STATUS: &str = "fanlight-bed: status ";
+/// Modules that make Debian's kernel a KVM host.
+const KVM_MODULES: &[&str] = &["kvm", "kvm_amd", "tun", "vhost_net", "vhost_vsock"];
+/// No run takes this long: one that does hangs.
+const WATCHDOG: Duration = Duration::from_secs(45 * 60);
+
+/// Which kernel L1 boots.
+#[derive(Debug)]
+pub enum L1Kernel {
+    /// The bed's own, with everything built in.
+    Bed(PathBuf),
+    /// Debian's, with what it needs as modules.
+    Stock(StockKernel),
+}
+
+/// A directory of the host's that L1 sees.
+#[derive(Clone, Debug)]
+pub struct Share {
+    /// `/share` or `/cache` in L1.
+    pub tag: &'static str,
+    /// The directory.
+    pub path: PathBuf,
+    /// Whether L1 may only read.
+    pub readonly: bool,
+}
+
+/// A bed that is ready to run jobs.
+#[derive(Debug)]
+pub struct Bed {
+    emulator: Emulator,
+    busybox: Busybox,
+    kernel: L1Kernel,
+    /// L1's memory in MiB.
+    pub memory: u32,
+}
+
+impl Bed {
+    /// A bed of these parts.
+    pub fn new(emulator: Emulator, busybox: Busybox, kernel: L1Kernel) -> Self {
+        Self {
+            emulator,
+            busybox,
+            kernel,
+            memory: 8192,
+        }
+    }
+
+    /// Boots L1, runs the shell script `job` in it and gives its exit status. The job's output goes to
+    /// ours. `fill` adds files to L1's root; `programs` are programs of the host's that the job runs,
+    /// whose libraries L1 gets.
+    pub fn run(
+        &self,
+        job: &str,
+        programs: &[&Path],
+        shares: &[Share],
+        fill: impl FnOnce(&mut Archive) -> Result<()>,
+    ) -> Result<i32> {
+        let dir = tempfile::tempdir().context("cannot make a directory")?;
+        let mut root = Archive::l1(&self.busybox)?;
+        root.file("job", format!("#!/bin/sh\n{job}\n").as_bytes());
+        for program in programs {
+            root.libraries_of(program)?;
+        }
+        let image = match &self.kernel {
+            L1Kernel::Bed(image) => image,
+            L1Kernel::Stock(kernel) => {
+                root.modules(&Modules::find(&kernel.modules)?, KVM_MODULES)?;
+                &kernel.image
+            }
+        };
+        fill(&mut root)?;
+        let initrd = dir.path().join("l1.cpio");
+        fs::write(&initrd, root.finish()).context("cannot write L1's root")?;
+        let mut command = self.command(image, &initrd, shares);
+        let child = command.spawn().context("cannot start QEMU")?;
+        watch(child)
+    }
+
+    fn command(&self, image: &Path, initrd: &Path, shares: &[Share]) -> Command {
+        let mut command = self.emulator.command("qemu-system-x86_64");
+        command
+            .args(["-machine", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi"])
+            .args(["-device", "intel-iommu,intremap=on"])
+            .args(["-cpu", "EPYC-v4,+svm,+npt", "-smp", "2"])
+            .args(["-m", &format!("{}M", self.memory)])
+            .args(["-nodefaults", "-vga", "none", "-display", "none"])
+            .args(["-serial", "stdio", "-monitor", "none", "-no-reboot"])
+            .arg("-kernel")
+            .arg(image)
+            .arg("-initrd")
+            .arg(initrd)
+            .args(["-append", "console=ttyS0 panic=-1 loglevel=1 intel_iommu=on"]);
+        for share in shares {
+            command.arg("-virtfs").arg(format!(
+                "local,path={},mount_tag={},security_model=none{}",
+                share.path.display(),
+                share.tag,
+                if share.readonly { ",readonly=on" } else { "" }
+            ));
+        }
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped());
+        // SAFETY: prctl is async-signal-safe, as what runs between fork and exec must be.
+        unsafe {
+            command.pre_exec(|| {
+                // A test that is interrupted leaves no emulator behind.
+                libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+                Ok(())
+            });
+        }
+        command
+    }
+}
+
+/// Passes L1's output on until it ends; the status that its last line tells.
+fn watch(mut child: Child) -> Result<i32> {
+    let (Some(output), Some(errors)) = (child.stdout.take(), child.stderr.take()) else {
+        return Err(Failure("QEMU has no output".into()));
+    };
+    let errors = thread::spawn(move || emulator_errors(errors));
+    let ended = Arc::new(AtomicBool::new(false));
+    let watchdog = thread::spawn({
+        let ended = ended.clone();
+        let pid = rustix::process::Pid::from_child(&child);
+        move || {
+            let start = Instant::now();
+            while !ended.load(Ordering::Acquire) {
+                if start.elapsed() > WATCHDOG {
+                    let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
+                    return true;
+                }
+                thread::park_timeout(Duration::from_millis(500));
+            }
+            false
+        }
+    });
+    let status = pass_on(output);
+    let exit = child.wait().context("cannot wait for QEMU")?;
+    ended.store(true, Ordering::Release);
+    watchdog.thread().unpark();
+    let killed = watchdog.join().unwrap_or(false);
+    let errors = errors.join().unwrap_or_default();
+    match status {
+        Some(status) => Ok(status),
+        None if killed => Err(Failure(format!(
+            "the bed was stopped after {WATCHDOG:?}: it hangs"
+        ))),
+        None => Err(Failure::new(
+            format!("the bed ended without a result (QEMU: {exit})"),
+            errors.trim(),
+        )),
+    }
+}
+
+/// Copies whole and partial lines as they come, but for the one with the status.
+fn pass_on(output: impl Read) -> Option<i32> {
+    let mut reader = BufReader::new(output);
+    let mut stdout = std::io::stdout();
+    let mut status = None;
+    let mut line = Vec::new();
+    while reader.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
+        let text = String::from_utf8_lossy(&line);
+        match text.trim().strip_prefix(STATUS) {
+            Some(number) => status = number.parse().ok(),
+            None => {
+                let text = text.replace("\r\n", "\n");
+                let _ = stdout.write_all(text.as_bytes());
+                let _ = stdout.flush();
+            }
+        }
+        line.clear();
+    }
+    status
+}
+
+/// QEMU's complaints, without those about processor features that it does not emulate.
+fn emulator_errors(errors: impl Read) -> String {
+    BufReader::new(errors)
+        .lines()
+        .map_while(std::result::Result::ok)
+        .filter(|line| !line.contains("TCG doesn't support requested feature"))
+        .collect::<Vec<_>>()
+        .join(" / ")
+}
+
+/// Builds a program of this workspace in release mode and gives its path.
+pub fn build_program(package: &str, program: &str) -> Result<PathBuf> {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
+    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let messages = run(Command::new(cargo)
+        .args(["build", "--release", "--message-format=json-render-diagnostics"])
+        .args(["--package", package, "--bin", program, "--manifest-path"])
+        .arg(&manifest))?;
+    // Of cargo's messages only the one about the program has an executable.
+    messages
+        .lines()
+        .filter_map(|line| line.split_once("\"executable\":\""))
+        .filter_map(|(_, rest)| rest.split_once('"'))
+        .map(|(path, _)| PathBuf::from(path))
+        .find(|path| path.file_name().is_some_and(|name| name == program))
+        .ok_or_else(|| Failure(format!("cargo built no program {program}")))
+}

@@ -1,0 +1,16 @@
+//! The bed: a KVM host for machines that have none. QEMU emulates an AMD processor with SVM; Linux in it
+//! (L1) has a real KVM, and runs the tests, whose guests are L2.
+
+mod cache;
+mod initramfs;
+mod kernel;
+mod machine;
+mod modules;
+mod packages;
+
+pub use cache::Cache;
+pub use initramfs::{Archive, guest_archive};
+pub use kernel::{BedKernel, bed_kernel};
+pub use machine::{Bed, L1Kernel, Share, build_program};
+pub use modules::Modules;
+pub use packages::{Busybox, Emulator, StockKernel};

@@ -1,0 +1,121 @@
+//! Kernel modules with what they depend on, in the order in which they load.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::Read,
+    path::{Path, PathBuf},
+};
+
+use crate::{Context, Failure, Result};
+
+/// The modules of one kernel.
+#[derive(Debug)]
+pub struct Modules {
+    files: BTreeMap<String, PathBuf>,
+}
+
+impl Modules {
+    /// Finds the modules below `lib/modules/VERSION`.
+    pub fn find(root: &Path) -> Result<Self> {
+        let mut files = BTreeMap::new();
+        let mut left = vec![root.join("kernel")];
+        while let Some(dir) = left.pop() {
+            for entry in fs::read_dir(&dir).context(format!("cannot list {}", dir.display()))? {
+                let path = entry.context("cannot list modules")?.path();
+                if path.is_dir() {
+                    left.push(path);
+                } else if let Some(name) = module_name(&path) {
+                    files.insert(name, path);
+                }
+            }
+        }
+        Ok(Self { files })
+    }
+
+    /// The content of the named modules and of all that they need, each after what it needs. A module
+    /// that this kernel has built in is left out.
+    pub fn load_order(&self, names: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
+        let mut order = Vec::new();
+        for name in names {
+            self.add(name, &mut order, 0)?;
+        }
+        Ok(order)
+    }
+
+    fn add(&self, name: &str, order: &mut Vec<(String, Vec<u8>)>, depth: u32) -> Result<()> {
+        const MAX_DEPTH: u32 = 32;
+        let name = name.replace('-', "_");
+        if order.iter().any(|(other, _)| *other == name) {
+            return Ok(());
+        }
+        if depth > MAX_DEPTH {
+            return Err(Failure(format!("module {name} depends on itself")));
+        }
+        let Some(path) = self.files.get(&name) else {
+            return Ok(());
+        };
+        let content = read(path)?;
+        for needed in dependencies(&content) {
+            self.add(&needed, order, depth + 1)?;
+        }
+        order.push((name, content));
+        Ok(())
+    }
+}
+
+/// `dir/kvm-amd.ko.xz` is module `kvm_amd`.
+fn module_name(path: &Path) -> Option<String> {
+    let file = path.file_name()?.to_str()?;
+    let stem = file.strip_suffix(".ko").or(file.strip_suffix(".ko.xz"))?;
+    Some(stem.replace('-', "_"))
+}
+
+fn read(path: &Path) -> Result<Vec<u8>> {
+    let what = format!("cannot read {}", path.display());
+    let bytes = fs::read(path).context(&what)?;
+    if path.extension().is_none_or(|extension| extension != "xz") {
+        return Ok(bytes);
+    }
+    let mut content = Vec::new();
+    liblzma::read::XzDecoder::new(&bytes[..])
+        .read_to_end(&mut content)
+        .context(&what)?;
+    Ok(content)
+}
+
+/// The `depends=` line of the module's `.modinfo`.
+fn dependencies(module: &[u8]) -> Vec<String> {
+    module
+        .split(|&byte| byte == 0)
+        .find_map(|line| line.strip_prefix(b"depends="))
+        .map(|list| String::from_utf8_lossy(list).into_owned())
+        .unwrap_or_default()
+        .split(',')
+        .filter(|name| !name.is_empty())
+        .map(str::to_owned)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn dependencies_come_first_and_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let kernel = dir.path().join("kernel");
+        fs::create_dir(&kernel).unwrap();
+        for (name, info) in [
+            ("a.ko", "x\0depends=b-c,d\0"),
+            ("b-c.ko", "depends=d\0"),
+            ("d.ko", "depends=\0"),
+        ] {
+            fs::write(kernel.join(name), info).unwrap();
+        }
+        let modules = Modules::find(dir.path()).unwrap();
+        let order = modules.load_order(&["a", "d", "built_in"]).unwrap();
+        let names: Vec<_> = order.iter().map(|(name, _)| name.as_str()).collect();
+        assert_eq!(names, ["d", "b_c", "a"]);
+    }
+}

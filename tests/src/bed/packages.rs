@@ -1,0 +1,338 @@
+//! Debian packages without installing any: a private apt configuration downloads and verifies, and
+//! `dpkg-deb` unpacks. Needs no root, and changes nothing of the machine's.
+
+use std::{
+    fs,
+    os::unix::fs::symlink,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use super::Cache;
+use crate::{Context, Failure, Result};
+
+/// What the emulator, its tools and busybox come from. The suffix holds all of QEMU to one suite.
+const EMULATOR: &[&str] = &[
+    "qemu-system-x86/trixie-backports",
+    "qemu-system-common/trixie-backports",
+    "qemu-system-data/trixie-backports",
+    "seabios/trixie-backports",
+    "qemu-utils/trixie-backports",
+    "iproute2",
+];
+/// Kernel series that the bed is tested with; a newer one is taken when it is gone.
+const SERIES: &str = "7.2.";
+/// Names a mirror where the machine's apt knows none.
+const MIRROR: &str = "FANLIGHT_DEBIAN_MIRROR";
+const KEYRING: &str = "usr/share/keyrings/debian-archive-keyring.gpg";
+const LIBRARIES: &str = "usr/lib/x86_64-linux-gnu";
+
+/// Runs a command to its end; its standard output, or its last lines of error.
+pub fn run(command: &mut Command) -> Result<String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let output = command
+        .stdin(Stdio::null())
+        .output()
+        .context(format!("cannot run {name}"))?;
+    if output.status.success() {
+        return Ok(String::from_utf8_lossy(&output.stdout).into_owned());
+    }
+    let error = String::from_utf8_lossy(&output.stderr);
+    let lines: Vec<_> = error.lines().rev().take(4).collect();
+    let lines: Vec<_> = lines.into_iter().rev().collect();
+    Err(Failure::new(
+        format!("{name} failed ({})", output.status),
+        lines.join(" / "),
+    ))
+}
+
+/// A private apt.
+struct Apt {
+    config: PathBuf,
+}
+
+impl Apt {
+    /// Reads the lists of trixie and its backports.
+    fn new(dir: &Path) -> Result<Self> {
+        for sub in ["state/lists/partial", "cache/archives/partial"] {
+            fs::create_dir_all(dir.join(sub)).context("cannot make apt's directories")?;
+        }
+        fs::write(dir.join("status"), "").context("cannot write apt's status")?;
+        let (mirror, keyring) = (mirror(dir)?, keyring(dir)?);
+        let line = |suite| {
+            format!(
+                "deb [arch=amd64 signed-by={}] {mirror} {suite} main\n",
+                keyring.display()
+            )
+        };
+        let sources = line("trixie") + &line("trixie-backports");
+        fs::write(dir.join("sources.list"), sources).context("cannot write apt's sources")?;
+        let at = dir.display();
+        let text = format!(
+            r#"Dir::Etc::sourcelist "{at}/sources.list"; Dir::Etc::sourceparts "/dev/null";
+Dir::Etc::preferences "/dev/null"; Dir::Etc::preferencesparts "/dev/null";
+Dir::State "{at}/state"; Dir::State::status "{at}/status"; Dir::Cache "{at}/cache";
+APT::Architecture "amd64"; APT::Architectures "amd64"; APT::Install-Recommends "false";
+APT::Sandbox::User "root"; Acquire::Languages "none"; Acquire::Retries "3";
+"#
+        );
+        let config = dir.join("apt.conf");
+        fs::write(&config, text).context("cannot write apt's configuration")?;
+        let apt = Self { config };
+        run(apt.command("apt-get").arg("update"))?;
+        Ok(apt)
+    }
+
+    fn command(&self, program: &str) -> Command {
+        let mut command = Command::new(program);
+        command.env("APT_CONFIG", &self.config);
+        command
+    }
+
+    /// Downloads packages with all that they need, and unpacks them into `root`.
+    fn unpack_closure(&self, packages: &[&str], root: &Path) -> Result<()> {
+        run(self
+            .command("apt-get")
+            .args(["--yes", "--download-only", "install"])
+            .args(packages))?;
+        let archives = self.config.with_file_name("cache/archives");
+        unpack_all(&archives, root)
+    }
+
+    /// Downloads packages alone, and unpacks them into `root`.
+    fn unpack(&self, packages: &[&str], root: &Path) -> Result<()> {
+        let dir = tempfile::tempdir_in(self.config.parent().unwrap_or(Path::new(".")))
+            .context("cannot make a directory")?;
+        run(self
+            .command("apt-get")
+            .arg("download")
+            .args(packages)
+            .current_dir(dir.path()))?;
+        unpack_all(dir.path(), root)
+    }
+
+    /// Names of packages that start with `prefix`.
+    fn names(&self, prefix: &str) -> Result<Vec<String>> {
+        let names = run(self.command("apt-cache").args(["pkgnames", prefix]))?;
+        Ok(names.lines().map(str::to_owned).collect())
+    }
+}
+
+fn unpack_all(archives: &Path, root: &Path) -> Result<()> {
+    for entry in fs::read_dir(archives).context("cannot list packages")? {
+        let path = entry.context("cannot list packages")?.path();
+        if path.extension().is_some_and(|extension| extension == "deb") {
+            run(Command::new("dpkg-deb").arg("-x").arg(&path).arg(root))?;
+        }
+    }
+    Ok(())
+}
+
+/// The Debian mirror that this machine uses. Where its apt is another distribution's, the one that
+/// debootstrap has by default.
+fn mirror(dir: &Path) -> Result<String> {
+    if let Ok(mirror) = std::env::var(MIRROR) {
+        return Ok(mirror);
+    }
+    let targets = run(Command::new("apt-get").args([
+        "indextargets",
+        "--format",
+        "$(ORIGIN) $(REPO_URI)",
+        "Created-By: Packages",
+    ]))?;
+    let own = targets
+        .lines()
+        .filter_map(|line| line.strip_prefix("Debian "))
+        .find(|uri| !uri.contains("security"));
+    if let Some(uri) = own {
+        return Ok(uri.to_owned());
+    }
+    let root = foreign(dir, "debootstrap")?;
+    let script = fs::read_to_string(root.join("usr/sbin/debootstrap"))
+        .context("cannot read debootstrap")?
+        + &fs::read_to_string(root.join("usr/share/debootstrap/scripts/sid")).unwrap_or_default()
+        + &fs::read_to_string(root.join("usr/share/debootstrap/scripts/debian-common"))
+            .unwrap_or_default();
+    script
+        .split(|c: char| c.is_whitespace() || c == '"' || c == '\'')
+        .map(|word| word.trim_start_matches("DEF_MIRROR="))
+        .find(|word| word.starts_with("http") && word.trim_end_matches('/').ends_with("/debian"))
+        .map(str::to_owned)
+        .ok_or_else(|| Failure(format!("no Debian mirror is known: set {MIRROR} to one")))
+}
+
+/// The keys that Debian's archive is signed with.
+fn keyring(dir: &Path) -> Result<PathBuf> {
+    let own = Path::new("/").join(KEYRING);
+    if own.exists() {
+        return Ok(own);
+    }
+    Ok(foreign(dir, "debian-archive-keyring")?.join(KEYRING))
+}
+
+/// Unpacks a package of the machine's own distribution, through its own apt.
+fn foreign(dir: &Path, package: &str) -> Result<PathBuf> {
+    let (download, root) = (dir.join("foreign-debs"), dir.join("foreign"));
+    for path in [&download, &root] {
+        fs::create_dir_all(path).context("cannot make a directory")?;
+    }
+    run(Command::new("apt-get")
+        .args(["download", package])
+        .current_dir(&download))
+    .context(format!("cannot get {package}; run `apt-get update` first"))?;
+    unpack_all(&download, &root)?;
+    Ok(root)
+}
+
+/// busybox, linked statically: the guest's and L1's shell.
+#[derive(Clone, Debug)]
+pub struct Busybox(pub PathBuf);
+
+impl Busybox {
+    /// From the cache or the archive.
+    pub fn get(cache: &Cache) -> Result<Self> {
+        let root = cache.entry("busybox-1", "downloading busybox", |at| {
+            with_apt(at, |apt| apt.unpack(&["busybox-static"], at))
+        })?;
+        Ok(Self(root.join("usr/bin/busybox")))
+    }
+}
+
+/// Runs `work` with an apt whose directories are gone after.
+fn with_apt(at: &Path, work: impl FnOnce(&Apt) -> Result<()>) -> Result<()> {
+    let dir = at.join("apt");
+    work(&Apt::new(&dir)?)?;
+    fs::remove_dir_all(&dir).context("cannot remove apt's directories")
+}
+
+/// A distribution's kernel with its modules.
+#[derive(Clone, Debug)]
+pub struct StockKernel {
+    /// The bzImage.
+    pub image: PathBuf,
+    /// `lib/modules/VERSION`.
+    pub modules: PathBuf,
+}
+
+impl StockKernel {
+    /// From the cache or the archive.
+    pub fn get(cache: &Cache) -> Result<Self> {
+        let root = cache.entry("stock-kernel-1", "downloading Debian's kernel", |at| {
+            with_apt(at, |apt| {
+                let binary = newest(apt.names("linux-binary-")?, SERIES)
+                    .ok_or_else(|| Failure("the archive has no linux-binary-*-amd64".into()))?;
+                let modules = binary.replace("linux-binary-", "linux-modules-");
+                apt.unpack(&[&binary, &modules], at)
+            })
+        })?;
+        let versions = root.join("usr/lib/modules");
+        let modules = fs::read_dir(&versions)
+            .context("cannot look at the kernel's modules")?
+            .filter_map(|entry| Some(entry.ok()?.path()))
+            .find(|path| path.join("vmlinuz").exists())
+            .ok_or_else(|| Failure(format!("no vmlinuz below {}", versions.display())))?;
+        Ok(Self {
+            image: modules.join("vmlinuz"),
+            modules,
+        })
+    }
+}
+
+/// The newest plain amd64 kernel, of `series` if there is one.
+fn newest(names: Vec<String>, series: &str) -> Option<String> {
+    let version = |name: &str| -> Vec<u32> {
+        name.trim_start_matches("linux-binary-")
+            .split(|c: char| !c.is_ascii_digit())
+            .map_while(|part| part.parse().ok())
+            .collect()
+    };
+    let plain = |name: &String| {
+        name.ends_with("-amd64") && !name.contains("-cloud") && !name.contains("-rt-")
+    };
+    names
+        .into_iter()
+        .filter(plain)
+        .max_by_key(|name| (name.starts_with(&format!("linux-binary-{series}")), version(name)))
+}
+
+/// The kernel's source, as the archive has it.
+pub fn kernel_source(cache: &Cache) -> Result<PathBuf> {
+    let root = cache.entry("kernel-source-1", "downloading the bed kernel's source", |at| {
+        with_apt(at, |apt| {
+            let wanted = format!("linux-source-{}", SERIES.trim_end_matches('.'));
+            let names = apt.names("linux-source-")?;
+            let newest = names.iter().max().cloned();
+            let name = if names.contains(&wanted) {
+                Some(wanted)
+            } else {
+                newest
+            };
+            let name = name.ok_or_else(|| Failure("the archive has no linux-source".into()))?;
+            apt.unpack(&[&name], at)
+        })
+    })?;
+    fs::read_dir(root.join("usr/src"))
+        .context("cannot look for the kernel's source")?
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| path.extension().is_some_and(|extension| extension == "xz"))
+        .ok_or_else(|| Failure("the kernel's source has no archive".into()))
+}
+
+/// QEMU and its tools, run through their own libraries whatever the machine has.
+#[derive(Clone, Debug)]
+pub struct Emulator {
+    root: PathBuf,
+}
+
+impl Emulator {
+    /// From the cache or the archive.
+    pub fn get(cache: &Cache) -> Result<Self> {
+        let root = cache.entry("emulator-1", "downloading QEMU", |at| {
+            with_apt(at, |apt| apt.unpack_closure(EMULATOR, at))?;
+            // Programs look for themselves where base-files would have put links.
+            for (link, target) in [("lib64", "usr/lib64"), ("lib", "usr/lib"), ("bin", "usr/bin")] {
+                if !at.join(link).exists() {
+                    symlink(target, at.join(link)).context("cannot make a link")?;
+                }
+            }
+            Ok(())
+        })?;
+        Ok(Self { root })
+    }
+
+    /// The directory with its programs and libraries.
+    pub fn root(&self) -> &Path {
+        &self.root
+    }
+
+    /// A program of `usr/bin`.
+    pub fn command(&self, program: &str) -> Command {
+        let libraries = self.root.join(LIBRARIES);
+        let mut command = Command::new(libraries.join("ld-linux-x86-64.so.2"));
+        command
+            .env("QEMU_MODULE_DIR", libraries.join("qemu"))
+            .arg("--library-path")
+            .arg(&libraries)
+            .arg(self.root.join("usr/bin").join(program));
+        if program.starts_with("qemu-system") {
+            for data in ["usr/share/qemu", "usr/share/seabios"] {
+                command.arg("-L").arg(self.root.join(data));
+            }
+        }
+        command
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_newest_plain_kernel_of_the_series_is_chosen() {
+        let names = |list: &[&str]| list.iter().map(|name| format!("linux-binary-{name}")).collect();
+        let list = ["7.2.9+deb13-amd64", "7.2.12+deb13-amd64", "7.2.12+deb13-cloud-amd64", "7.2.13+deb13-rt-amd64", "7.3.4+deb13-amd64"];
+        assert_eq!(newest(names(&list), "7.2.").unwrap(), "linux-binary-7.2.12+deb13-amd64");
+        assert_eq!(newest(names(&list), "9.9.").unwrap(), "linux-binary-7.3.4+deb13-amd64");
+        assert_eq!(newest(names(&["7.2.1-rt-amd64"]), "7.2."), None);
+    }
+}

@@ -1,0 +1,331 @@
+//! A guest in a test: given its parts, started, talked to, and asked how it ended.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    io::{Read, Write},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::{Arc, Condvar, Mutex, PoisonError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use crate::{
+    Context, Failure, Result,
+    bed::{Archive, BedKernel, Emulator, StockKernel},
+};
+
+/// A guest that says nothing for so long hangs. Not a measure of speed.
+const PATIENCE: Duration = Duration::from_secs(180);
+
+/// What guests are made of.
+#[derive(Clone, Debug)]
+pub struct Assets {
+    /// The program under test.
+    pub fanlight: PathBuf,
+    /// Debian's kernel.
+    pub stock: StockKernel,
+    /// The bed's kernel.
+    pub bed: BedKernel,
+    /// QEMU and its tools.
+    pub emulator: Emulator,
+    /// The guest's root without its test.
+    pub guest_archive: PathBuf,
+}
+
+/// Which kernel a guest boots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestKernel {
+    /// Debian's bzImage.
+    Stock,
+    /// The bed's vmlinux, through PVH.
+    Vmlinux,
+}
+
+/// A guest to be started.
+#[derive(Debug)]
+pub struct GuestBuilder {
+    assets: Assets,
+    dir: TempDir,
+    kernel: GuestKernel,
+    cmdline: String,
+    script: String,
+    arguments: Vec<String>,
+}
+
+impl Assets {
+    /// A guest with one vCPU, 256 MiB and Debian's kernel that runs the shell script `script`.
+    pub fn guest(&self, script: &str) -> GuestBuilder {
+        GuestBuilder {
+            assets: self.clone(),
+            dir: tempfile::tempdir().expect("a directory for the guest"),
+            kernel: GuestKernel::Stock,
+            cmdline: "console=ttyS0 panic=-1 loglevel=4".into(),
+            script: script.into(),
+            arguments: ["--memory", "256M"].map(str::to_owned).into(),
+        }
+    }
+}
+
+impl GuestBuilder {
+    /// Boots another kernel.
+    pub fn kernel(mut self, kernel: GuestKernel) -> Self {
+        self.kernel = kernel;
+        self
+    }
+
+    /// Adds to the kernel's command line.
+    pub fn cmdline(mut self, more: &str) -> Self {
+        self.cmdline += " ";
+        self.cmdline += more;
+        self
+    }
+
+    /// Adds an option of `fanlight run`; one that is there already is replaced, but for disks and
+    /// interfaces.
+    pub fn option(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        let value = value.as_ref().to_string_lossy().into_owned();
+        let old = self.arguments.iter().position(|argument| argument == name);
+        match old {
+            Some(at) if !matches!(name, "--disk" | "--net") => self.arguments[at + 1] = value,
+            _ => self.arguments.extend([name.to_owned(), value]),
+        }
+        self
+    }
+
+    /// A path in the guest's own directory, which goes with the guest.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Starts the guest.
+    pub fn start(self) -> Result<Guest> {
+        let mut more = Archive::default();
+        more.file("test", format!("#!/bin/sh\n{}\n", self.script).as_bytes());
+        let mut initrd = fs::read(&self.assets.guest_archive).context("cannot read the guest's root")?;
+        initrd.extend(more.finish());
+        let initrd_path = self.path("initrd");
+        fs::write(&initrd_path, initrd).context("cannot write the guest's root")?;
+        let kernel = match self.kernel {
+            GuestKernel::Stock => &self.assets.stock.image,
+            GuestKernel::Vmlinux => &self.assets.bed.vmlinux,
+        };
+        let mut command = Command::new(&self.assets.fanlight);
+        command
+            .arg("run")
+            .arg("--kernel")
+            .arg(kernel)
+            .arg("--initrd")
+            .arg(&initrd_path)
+            .args(["--cmdline", &self.cmdline])
+            .args(&self.arguments);
+        Guest::spawn(command, self.dir)
+    }
+
+    /// Starts the guest and expects it to power itself off; everything that it and Fanlight said.
+    pub fn run(self) -> Result<String> {
+        let mut guest = self.start()?;
+        guest.expect_exit(0)?;
+        Ok(guest.transcript())
+    }
+}
+
+/// A guest that runs, or did. Dropping kills it.
+pub struct Guest {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    heard: Arc<Heard>,
+    dir: TempDir,
+}
+
+#[derive(Default)]
+struct Heard {
+    text: Mutex<String>,
+    changed: Condvar,
+}
+
+impl Guest {
+    /// Starts any command as a guest.
+    pub fn spawn(mut command: Command, dir: TempDir) -> Result<Self> {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context(format!("cannot start {}", command.get_program().display()))?;
+        let heard = Arc::new(Heard::default());
+        let outputs: [Option<Box<dyn Read + Send>>; 2] = [
+            child.stdout.take().map(|o| Box::new(o) as Box<_>),
+            child.stderr.take().map(|o| Box::new(o) as Box<_>),
+        ];
+        for mut output in outputs.into_iter().flatten() {
+            let heard = heard.clone();
+            thread::spawn(move || {
+                let mut bytes = [0; 4096];
+                while let Ok(read @ 1..) = output.read(&mut bytes) {
+                    heard.add(&bytes[..read]);
+                }
+            });
+        }
+        Ok(Self {
+            stdin: child.stdin.take(),
+            child,
+            heard,
+            dir,
+        })
+    }
+
+    /// Everything said so far.
+    pub fn transcript(&self) -> String {
+        self.heard.lock().clone()
+    }
+
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A path in the guest's own directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn failure(&self, what: impl std::fmt::Display) -> Failure {
+        Failure(format!("{what}; the guest said:\n{}", self.transcript()))
+    }
+
+    /// Waits until `text` has been said `count` times.
+    pub fn wait_for_times(&mut self, text: &str, count: usize) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let ended = self.child.try_wait().ok().flatten();
+            let heard = self.heard.lock();
+            if heard.matches(text).count() >= count {
+                return Ok(());
+            }
+            let heard = self
+                .heard
+                .changed
+                .wait_timeout(heard, Duration::from_millis(200))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+            let found = heard.matches(text).count() >= count;
+            drop(heard);
+            if let (false, Some(status)) = (found, ended) {
+                return Err(self.failure(format!("ended ({status}) before it said {text:?}")));
+            }
+            if start.elapsed() > PATIENCE {
+                return Err(self.failure(format!("never said {text:?}")));
+            }
+        }
+    }
+
+    /// Waits until `text` has been said.
+    pub fn wait_for(&mut self, text: &str) -> Result<()> {
+        self.wait_for_times(text, 1)
+    }
+
+    /// Types.
+    pub fn send(&mut self, text: &str) -> Result<()> {
+        let stdin = self.stdin.as_mut().ok_or(Failure("no input".into()))?;
+        stdin
+            .write_all(text.as_bytes())
+            .and_then(|()| stdin.flush())
+            .context("cannot type")
+    }
+
+    /// Sends the process a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        kill_process(Pid::from_child(&self.child), signal).context("cannot send a signal")
+    }
+
+    /// Waits for the end; the exit status.
+    pub fn exit_status(&mut self) -> Result<i32> {
+        let start = Instant::now();
+        while start.elapsed() < PATIENCE {
+            if let Some(status) = self.child.try_wait().context("cannot wait")? {
+                // Whatever is still in the pipes.
+                thread::sleep(Duration::from_millis(100));
+                return status
+                    .code()
+                    .ok_or_else(|| self.failure(format!("ended by {status}")));
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        Err(self.failure("never ended"))
+    }
+
+    /// Waits for the end, which must have the given exit status.
+    pub fn expect_exit(&mut self, expected: i32) -> Result<()> {
+        match self.exit_status()? {
+            status if status == expected => Ok(()),
+            status => Err(self.failure(format!("exit status {status}, not {expected}"))),
+        }
+    }
+}
+
+impl Heard {
+    fn lock(&self) -> std::sync::MutexGuard<'_, String> {
+        self.text.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, bytes: &[u8]) {
+        let text = String::from_utf8_lossy(bytes).replace('\r', "");
+        self.lock().push_str(&text);
+        self.changed.notify_all();
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// The line of `text` that starts with `prefix`, without it.
+pub fn value<'a>(text: &'a str, prefix: &str) -> Result<&'a str> {
+    text.lines()
+        .find_map(|line| line.trim().strip_prefix(prefix))
+        .map(str::trim)
+        .ok_or_else(|| Failure(format!("no line starts with {prefix:?} in:\n{text}")))
+}
+
+/// Fails with the given text unless `condition` holds.
+pub fn ensure(condition: bool, otherwise: impl std::fmt::Display) -> Result<()> {
+    if condition {
+        Ok(())
+    } else {
+        Err(Failure(otherwise.to_string()))
+    }
+}
+
+/// An image file of `size` bytes for a disk, made by qemu-img.
+pub fn make_image(assets: &Assets, path: &Path, format: &str, size: &str) -> Result<()> {
+    qemu_img(assets, &["create", "-q", "-f", format], path, &[size])
+}
+
+/// Runs qemu-img on an image.
+pub fn qemu_img(assets: &Assets, verb: &[&str], path: &Path, more: &[&str]) -> Result<()> {
+    let output = assets
+        .emulator
+        .command("qemu-img")
+        .args(verb)
+        .arg(path)
+        .args(more)
+        .output()
+        .context("cannot run qemu-img")?;
+    ensure(
+        output.status.success(),
+        format!(
+            "qemu-img {verb:?} ({}): {}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        ),
+    )
+}

@@ -1,0 +1,103 @@
+//! Disks keep what the guest was told is written, whatever happens to the process.
+
+use fanlight_tests::{
+    Result,
+    guest::{Assets, ensure, make_image, qemu_img, value},
+};
+use rustix::process::Signal;
+
+use crate::Test;
+
+pub const TESTS: &[(&str, Test)] = &[
+    ("disk::raw_survives_sigkill", |assets| survives(assets, "raw")),
+    ("disk::qcow2_survives_sigkill", |assets| survives(assets, "qcow2")),
+    ("disk::qcow2_discards_and_zeroes", discards),
+    ("disk::read_only_and_serial", read_only),
+    ("disk::queues_and_a_file_system", file_system),
+];
+
+/// Writes 24 MiB of its own random bytes at 8 MiB and says their sum.
+const WRITE: &str = "dd if=/dev/urandom of=/tmp/x bs=1M count=24 2>/dev/null
+    dd if=/tmp/x of=/dev/vda bs=1M seek=8 conv=fsync 2>/dev/null && sync
+    echo sum: $(md5sum < /tmp/x)
+    echo written; sleep 1000";
+const READ: &str = "echo sum: $(dd if=/dev/vda bs=1M skip=8 count=24 2>/dev/null | md5sum)";
+
+fn survives(assets: &Assets, format: &str) -> Result<()> {
+    let guest = assets.guest(WRITE);
+    let dir = tempfile::tempdir().map_err(|e| fanlight_tests::Failure(e.to_string()))?;
+    let image = dir.path().join("disk");
+    make_image(assets, &image, format, "64M")?;
+    let disk = format!("path={},format={format}", image.display());
+    let mut guest = guest.option("--disk", &disk).start()?;
+    guest.wait_for("written")?;
+    let written = guest.transcript();
+    guest.signal(Signal::KILL)?;
+    drop(guest);
+    if format == "qcow2" {
+        qemu_img(assets, &["check", "-q", "-f", format], &image, &[])?;
+    }
+    let read = assets.guest(READ).option("--disk", &disk).run()?;
+    ensure(
+        value(&read, "sum:")? == value(&written, "sum:")?,
+        format!("{written}\n{read}"),
+    )
+}
+
+fn discards(assets: &Assets) -> Result<()> {
+    let guest = assets.guest(
+        "dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync 2>/dev/null
+         blkdiscard -o 4194304 -l 4194304 /dev/vda && echo discarded
+         blkdiscard -z -o 8388608 -l 4194304 /dev/vda && echo zeroed; sync
+         echo zeroes: $(dd if=/dev/vda bs=1M skip=8 count=4 2>/dev/null | tr -d '\\0' | wc -c)",
+    );
+    let image = guest.path("disk");
+    make_image(assets, &image, "qcow2", "64M")?;
+    let keep = image.clone();
+    let mut guest = guest
+        .option("--disk", format!("path={},format=qcow2", image.display()))
+        .start()?;
+    guest.expect_exit(0)?;
+    let said = guest.transcript();
+    ensure(said.contains("discarded") && said.contains("zeroed"), &said)?;
+    ensure(value(&said, "zeroes:")? == "0", &said)?;
+    qemu_img(assets, &["check", "-q", "-f", "qcow2"], &keep, &[])
+}
+
+fn read_only(assets: &Assets) -> Result<()> {
+    let guest = assets.guest(
+        "echo ro: $(cat /sys/block/vda/ro); echo serial: $(cat /sys/block/vda/serial)
+         dd if=/tmp/x of=/dev/vda 2>&1 | grep -q . && echo refused",
+    );
+    let image = guest.path("disk");
+    make_image(assets, &image, "raw", "16M")?;
+    let said = guest
+        .option(
+            "--disk",
+            format!("path={},readonly=on,serial=a-serial", image.display()),
+        )
+        .run()?;
+    ensure(value(&said, "ro:")? == "1", &said)?;
+    ensure(value(&said, "serial:")? == "a-serial", &said)?;
+    ensure(said.contains("refused"), &said)
+}
+
+fn file_system(assets: &Assets) -> Result<()> {
+    let guest = assets.guest(
+        "echo queues: $(ls -d /sys/block/vda/mq/* | wc -l)
+         mke2fs -q /dev/vda && mount -t ext4 /dev/vda /mnt && cp -r /bin /mnt/ && sync
+         for i in 1 2 3 4; do dd if=/dev/urandom of=/mnt/$i bs=1M count=4 2>/dev/null & done; wait
+         before=$(cat /mnt/1 /mnt/2 /mnt/3 /mnt/4 | md5sum); umount /mnt
+         mount -t ext4 /dev/vda /mnt; after=$(cat /mnt/1 /mnt/2 /mnt/3 /mnt/4 | md5sum)
+         [ \"$before\" = \"$after\" ] && echo same
+         dmesg | grep -iE 'EXT4-fs error|I/O error'",
+    );
+    let image = guest.path("disk");
+    make_image(assets, &image, "raw", "128M")?;
+    let said = guest
+        .option("--cpus", "2")
+        .option("--disk", format!("path={}", image.display()))
+        .run()?;
+    ensure(value(&said, "queues:")? == "2", &said)?;
+    ensure(said.contains("same") && !said.contains("error"), &said)
+}

@@ -1,0 +1,130 @@
+//! Bad input: one line that says what is wrong, status 2, nothing started.
+
+use std::{fs, path::Path, process::Command};
+
+use fanlight_tests::{
+    Context, Result,
+    guest::{Assets, ensure, make_image},
+};
+
+use crate::Test;
+
+pub const TESTS: &[(&str, Test)] = &[
+    ("input::files_and_numbers", files_and_numbers),
+    ("input::disks", disks),
+    ("input::kvm", kvm),
+];
+
+/// Runs `fanlight run` with `arguments`, which must be refused in one line that contains `expected`.
+fn refused(assets: &Assets, arguments: &[&str], expected: &str) -> Result<()> {
+    let output = Command::new(&assets.fanlight)
+        .arg("run")
+        .args(arguments)
+        .output()
+        .context("cannot run fanlight")?;
+    let said = String::from_utf8_lossy(&output.stderr);
+    ensure(
+        output.status.code() == Some(2) && said.contains(expected) && output.stdout.is_empty(),
+        format!("{arguments:?}: {}, expected {expected:?}, said {said:?}", output.status),
+    )?;
+    let lines = said.lines().filter(|line| !line.trim().is_empty()).count();
+    ensure(
+        lines == 1 || said.starts_with("error:"),
+        format!("{arguments:?}: more than one line: {said}"),
+    )
+}
+
+fn text(path: &Path) -> &str {
+    path.to_str().unwrap_or_default()
+}
+
+fn files_and_numbers(assets: &Assets) -> Result<()> {
+    let dir = tempfile::tempdir().context("cannot make a directory")?;
+    let kernel = text(&assets.stock.image);
+    let write = |name: &str, bytes: &[u8]| -> Result<String> {
+        let path = dir.path().join(name);
+        fs::write(&path, bytes).context("cannot write")?;
+        Ok(text(&path).to_owned())
+    };
+    let image = fs::read(&assets.stock.image).context("cannot read the kernel")?;
+    let truncated = write("truncated", &image[..image.len() / 2])?;
+    let mut corrupt = image.clone();
+    let middle = corrupt.len() / 2;
+    corrupt[middle..middle + 64].fill(0x55);
+    let corrupt = write("corrupt", &corrupt)?;
+    let junk = write("junk", &[0x42; 8192])?;
+    let big = write("big", &vec![0; 200 << 20])?;
+    let long = "x".repeat(3000);
+    let with = |more: &[&'static str]| [&["--kernel", kernel], more].concat();
+    refused(assets, &[], "no kernel: give one with --kernel")?;
+    refused(assets, &["--kernel", "/nowhere"], "--kernel /nowhere: cannot open it")?;
+    refused(assets, &["--kernel", &junk], "not a kernel")?;
+    refused(assets, &["--kernel", &truncated], "truncated")?;
+    refused(assets, &["--kernel", &corrupt], "payload is corrupt")?;
+    refused(assets, &with(&["--initrd", "/nowhere"]), "--initrd /nowhere")?;
+    let initrd = ["--kernel", kernel, "--memory", "128M", "--initrd", &big];
+    refused(assets, &initrd, "does not fit")?;
+    refused(assets, &["--kernel", kernel, "--cmdline", &long], "command line has 3000 bytes")?;
+    refused(assets, &with(&["--cpus", "0"]), "0 vCPUs")?;
+    refused(assets, &with(&["--cpus", "100000"]), "100000 vCPUs")?;
+    refused(assets, &with(&["--memory", "900G"]), "the host has")?;
+    refused(assets, &with(&["--memory", "1"]), "give a multiple of")?;
+    refused(assets, &with(&["--memory", "2M,hugepages=2M"]), "at least")?;
+    refused(assets, &with(&["--memory", "512M,hugepages=1G"]), "multiple of 0x40000000")?;
+    refused(assets, &with(&["--memory", "512M,hugepages=2M"]), "too few free")?;
+    refused(assets, &with(&["--net", "tap=a/b"]), "an interface's name")?;
+    refused(assets, &with(&["--net", "tap=lo"]), "not a tap")?;
+    refused(assets, &with(&["--net", "tap=t,mac=1"]), "not a hardware address")?;
+    refused(assets, &with(&["--vsock", "cid=2"]), "must be from 3")?;
+    refused(assets, &with(&["--serial", "file=/nowhere/x"]), "cannot write console output")
+}
+
+fn disks(assets: &Assets) -> Result<()> {
+    let dir = tempfile::tempdir().context("cannot make a directory")?;
+    let (raw, qcow2) = (dir.path().join("raw"), dir.path().join("qcow2"));
+    make_image(assets, &raw, "raw", "16M")?;
+    make_image(assets, &qcow2, "qcow2", "16M")?;
+    let refuse = |disk: String, expected: &str| {
+        let arguments = ["--kernel", text(&assets.stock.image), "--disk", &disk];
+        refused(assets, &arguments, expected)
+    };
+    refuse("path=/nowhere".into(), "disk /nowhere: cannot open it")?;
+    refuse(format!("path={}", qcow2.display()), "say format=qcow2")?;
+    refuse(format!("path={},format=qcow2", raw.display()), "not a qcow2 image")?;
+    let mut guest = assets
+        .guest("echo ready; sleep 1000")
+        .option("--disk", format!("path={}", raw.display()))
+        .start()?;
+    guest.wait_for("ready")?;
+    refuse(format!("path={}", raw.display()), "in use by another process")
+}
+
+fn kvm(assets: &Assets) -> Result<()> {
+    // A mount namespace in which /dev/kvm is something else, and one in which it may not be opened.
+    let kernel = text(&assets.stock.image);
+    let fanlight = text(&assets.fanlight);
+    for (prepare, expected) in [
+        ("mount -t tmpfs none /dev", "no /dev/kvm"),
+        (
+            "mount -t tmpfs none /dev && touch /dev/kvm && chmod 0 /dev/kvm && exec setpriv --bounding-set=-all --inh-caps=-all",
+            "no permission on /dev/kvm",
+        ),
+    ] {
+        let run = format!("{fanlight} run --serial null --kernel {kernel}");
+        let script = if prepare.contains("exec") {
+            format!("{prepare} {run}")
+        } else {
+            format!("{prepare} && {run}")
+        };
+        let output = Command::new("unshare")
+            .args(["-m", "sh", "-c", &script])
+            .output()
+            .context("cannot run unshare")?;
+        let said = String::from_utf8_lossy(&output.stderr);
+        ensure(
+            output.status.code() == Some(2) && said.contains(expected),
+            format!("{}: expected {expected:?}, said {said:?}", output.status),
+        )?;
+    }
+    Ok(())
+}

@@ -1,0 +1,94 @@
+//! How machines end and restart, with the documented exit statuses.
+
+use std::time::Duration;
+
+use fanlight_tests::{
+    Result,
+    guest::{Assets, ensure, make_image},
+};
+use rustix::process::Signal;
+
+use crate::Test;
+
+pub const TESTS: &[(&str, Test)] = &[
+    ("life::power_off_is_status_0", power_off),
+    ("life::a_reset_restarts_in_place", reset_in_place),
+    ("life::a_reset_can_end", reset_exits),
+    ("life::a_triple_fault_is_a_reset", triple_fault),
+    ("life::a_panic_has_its_status", panic),
+    ("life::sigterm_presses_the_power_button", sigterm),
+    ("life::a_second_sigterm_stops", second_sigterm),
+];
+
+fn power_off(assets: &Assets) -> Result<()> {
+    assets.guest("").run().map(drop)
+}
+
+/// Restarts on the first life, which a mark on the disk tells from the second.
+const TWO_LIVES: &str = "echo life; mark=$(dd if=/dev/vda bs=4 count=1 2>/dev/null)
+    if [ \"$mark\" != seen ]; then
+        printf seen | dd of=/dev/vda conv=fsync,notrunc 2>/dev/null; reboot -f; sleep 100
+    fi
+    echo second; echo rng: $(dd if=/dev/hwrng bs=16 count=1 2>/dev/null | wc -c)";
+
+fn reset_in_place(assets: &Assets) -> Result<()> {
+    let guest = assets.guest(TWO_LIVES);
+    let image = guest.path("disk");
+    make_image(assets, &image, "raw", "1M")?;
+    let mut guest = guest
+        .option("--disk", format!("path={}", image.display()))
+        .option("--cpus", "2")
+        .start()?;
+    let pid = guest.pid();
+    guest.wait_for_times("fanlight-init: up", 2)?;
+    guest.expect_exit(0)?;
+    let said = guest.transcript();
+    ensure(said.contains("second") && said.contains("rng: 16"), &said)?;
+    ensure(guest.pid() == pid, "another process")
+}
+
+fn reset_exits(assets: &Assets) -> Result<()> {
+    let mut guest = assets
+        .guest("reboot -f; sleep 100")
+        .option("--on-reset", "exit")
+        .start()?;
+    guest.expect_exit(32)
+}
+
+fn triple_fault(assets: &Assets) -> Result<()> {
+    let mut guest = assets
+        .guest("reboot -f; sleep 100")
+        .cmdline("reboot=t")
+        .option("--on-reset", "exit")
+        .start()?;
+    guest.expect_exit(32)
+}
+
+fn panic(assets: &Assets) -> Result<()> {
+    let mut guest = assets.guest("echo c > /proc/sysrq-trigger").start()?;
+    guest.expect_exit(33)
+}
+
+/// Waits for a press of the power button, as a service of a distribution does.
+const LISTEN: &str = "echo ready; for event in /dev/input/event*; do
+        dd if=$event bs=24 count=1 of=/dev/null 2>/dev/null && touch /tmp/pressed &
+    done
+    while [ ! -e /tmp/pressed ]; do sleep 0.1; done; echo pressed";
+
+fn sigterm(assets: &Assets) -> Result<()> {
+    let mut guest = assets.guest(LISTEN).start()?;
+    guest.wait_for("ready")?;
+    std::thread::sleep(Duration::from_secs(1));
+    guest.signal(Signal::TERM)?;
+    guest.wait_for("pressed")?;
+    guest.expect_exit(0)
+}
+
+fn second_sigterm(assets: &Assets) -> Result<()> {
+    let mut guest = assets.guest("echo ready; sleep 1000").start()?;
+    guest.wait_for("ready")?;
+    guest.signal(Signal::TERM)?;
+    std::thread::sleep(Duration::from_millis(500));
+    guest.signal(Signal::TERM)?;
+    guest.expect_exit(34)
+}

@@ -1,0 +1,75 @@
+//! Bytes cross a tap and vsock in both directions, each of them checked.
+
+use std::{process::Command, thread};
+
+use fanlight_tests::{
+    Context, Failure, Result,
+    echo::{self, Address},
+    guest::{Assets, ensure},
+};
+
+use crate::Test;
+
+pub const TESTS: &[(&str, Test)] = &[
+    ("network::tcp_through_vhost", |assets| tcp(assets, "tapv", 71, "on")),
+    ("network::tcp_through_our_threads", |assets| tcp(assets, "tapu", 72, "off")),
+    ("network::vsock_both_ways", vsock),
+];
+
+const BYTES: u64 = 8 << 20;
+
+fn ip(arguments: &str) -> Result<()> {
+    let status = Command::new("ip")
+        .args(arguments.split_whitespace())
+        .status()
+        .context("cannot run ip")?;
+    ensure(status.success(), format!("ip {arguments}: {status}"))
+}
+
+fn tcp(assets: &Assets, tap: &str, net: u8, vhost: &str) -> Result<()> {
+    let mut guest = assets
+        .guest(&format!(
+            "ip addr add 10.0.{net}.2/24 dev eth0; ip link set eth0 up; ip link set lo up
+             echo mac: $(cat /sys/class/net/eth0/address); echo ready
+             guest-agent call tcp:10.0.{net}.1:5000 {BYTES}
+             guest-agent serve tcp:0.0.0.0:5001"
+        ))
+        .option(
+            "--net",
+            format!("tap={tap},vhost={vhost},mac=52:54:00:00:00:{net}"),
+        )
+        .start()?;
+    // Fanlight made the interface: it was not there, and the test may.
+    guest.wait_for("ready")?;
+    ip(&format!("addr add 10.0.{net}.1/24 dev {tap}"))?;
+    ip(&format!("link set {tap} up"))?;
+    let served = echo::serve(&Address::Tcp(format!("10.0.{net}.1:5000")))?;
+    ensure(served == BYTES, format!("{served} bytes came"))?;
+    echo::call(&Address::Tcp(format!("10.0.{net}.2:5001")), BYTES)?;
+    guest.expect_exit(0)?;
+    let said = guest.transcript();
+    ensure(said.contains(&format!("mac: 52:54:00:00:00:{net}")), &said)?;
+    ensure(said.contains(&format!("agent: called with {BYTES} bytes")), &said)?;
+    ensure(said.contains(&format!("agent: served {BYTES} bytes")), &said)
+}
+
+fn vsock(assets: &Assets) -> Result<()> {
+    const CID: u32 = 42;
+    let server = thread::spawn(|| echo::serve(&Address::Vsock(u32::MAX, 6000)));
+    let mut guest = assets
+        .guest(&format!(
+            "guest-agent call vsock:2:6000 {BYTES}; guest-agent serve vsock:{}:6001",
+            u32::MAX
+        ))
+        .option("--vsock", format!("cid={CID}"))
+        .start()?;
+    let served = server
+        .join()
+        .map_err(|_| Failure("the server panicked".into()))??;
+    ensure(served == BYTES, format!("{served} bytes came"))?;
+    echo::call(&Address::Vsock(CID, 6001), BYTES)?;
+    guest.expect_exit(0)?;
+    let said = guest.transcript();
+    ensure(said.contains(&format!("agent: called with {BYTES} bytes")), &said)?;
+    ensure(said.contains(&format!("agent: served {BYTES} bytes")), &said)
+}

@@ -1,0 +1,85 @@
+//! Devices where they are put, and drivers that come and go.
+
+use fanlight_tests::{
+    Result,
+    guest::{Assets, ensure, make_image, value},
+};
+
+use crate::Test;
+
+pub const TESTS: &[(&str, Test)] = &[
+    ("topology::drivers_unbind_and_bind", rebind),
+    ("topology::a_disk_behind_a_root_port", behind_port),
+    ("topology::a_bar_that_moves", moved_bar),
+];
+
+/// Every virtio device loses its driver and gets it back, twice; then all of them work.
+const REBIND: &str = "for round in 1 2; do for path in /sys/bus/pci/drivers/virtio-pci/0000:*; do
+        device=${path##*/}
+        echo $device > /sys/bus/pci/drivers/virtio-pci/unbind
+        echo $device > /sys/bus/pci/drivers/virtio-pci/bind
+    done; done
+    echo drivers: $(ls -d /sys/bus/virtio/devices/*/driver | wc -l)
+    echo disk: $(dd if=/dev/urandom of=/dev/vda bs=1M count=4 conv=fsync 2>/dev/null && echo ok)
+    echo entropy: $(dd if=/dev/hwrng bs=64 count=1 2>/dev/null | wc -c)
+    echo net: $(ls -d /sys/class/net/eth* | wc -l)
+    echo console: $(ls /dev/hvc0)
+    guest-agent call vsock:1:7000 1000 & guest-agent serve vsock:1:7000";
+
+fn rebind(assets: &Assets) -> Result<()> {
+    let guest = assets.guest(REBIND);
+    let image = guest.path("disk");
+    make_image(assets, &image, "raw", "16M")?;
+    let said = guest
+        .option("--disk", format!("path={}", image.display()))
+        .option("--net", "tap=tapb")
+        .option("--vsock", "cid=51")
+        .option("--console", "null")
+        .option("--cpus", "2")
+        .run()?;
+    ensure(value(&said, "drivers:")? == "5", &said)?;
+    ensure(value(&said, "disk:")? == "ok", &said)?;
+    ensure(value(&said, "entropy:")? == "64", &said)?;
+    ensure(value(&said, "net:")? == "1", &said)?;
+    ensure(value(&said, "console:")? == "/dev/hvc0", &said)
+}
+
+fn behind_port(assets: &Assets) -> Result<()> {
+    let guest = assets.guest(
+        "echo path: $(readlink -f /sys/block/vda/device)
+         echo port: $(cat /sys/bus/pci/devices/0000:00:0*/class | grep -c 0x060400)
+         dd if=/dev/urandom of=/dev/vda bs=1M count=2 conv=fsync 2>/dev/null && echo written",
+    );
+    let image = guest.path("disk");
+    make_image(assets, &image, "raw", "16M")?;
+    let said = guest
+        .option("--disk", format!("path={},port=1", image.display()))
+        .run()?;
+    ensure(value(&said, "port:")? == "1", &said)?;
+    ensure(value(&said, "path:")?.contains("/0000:01:00.0/"), &said)?;
+    ensure(said.contains("written"), &said)
+}
+
+fn moved_bar(assets: &Assets) -> Result<()> {
+    // Removing and rescanning has the guest place the BAR anew; a window in the middle of nowhere is taken
+    // by hand first, so that it cannot be the same place.
+    let guest = assets.guest(
+        "device=$(basename $(dirname $(readlink -f /sys/block/vda/device)))
+         config=/sys/bus/pci/devices/$device/config
+         echo before: $(head -n 1 /sys/bus/pci/devices/$device/resource)
+         echo $device > /sys/bus/pci/drivers/virtio-pci/unbind
+         printf '\\0' | dd of=$config bs=1 seek=4 conv=notrunc 2>/dev/null
+         printf '\\0\\0\\0\\320' | dd of=$config bs=1 seek=16 conv=notrunc 2>/dev/null
+         printf '\\0\\0\\0\\0' | dd of=$config bs=1 seek=20 conv=notrunc 2>/dev/null
+         echo 1 > /sys/bus/pci/devices/$device/remove; echo 1 > /sys/bus/pci/rescan
+         sleep 1; echo after: $(head -n 1 /sys/bus/pci/devices/$device/resource)
+         dd if=/dev/urandom of=/dev/vda bs=1M count=2 conv=fsync 2>/dev/null && echo written",
+    );
+    let image = guest.path("disk");
+    make_image(assets, &image, "raw", "16M")?;
+    let said = guest
+        .option("--disk", format!("path={}", image.display()))
+        .run()?;
+    ensure(value(&said, "before:")? != value(&said, "after:")?, &said)?;
+    ensure(said.contains("written"), &said)
+}
