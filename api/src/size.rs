@@ -32,10 +32,7 @@ impl FromStr for ByteSize {
             return Err(error());
         }
         let number: u64 = digits.parse().map_err(|_| error())?;
-        number
-            .checked_mul(1 << shift)
-            .map(Self)
-            .ok_or_else(error)
+        number.checked_mul(1 << shift).map(Self).ok_or_else(error)
     }
 }
 

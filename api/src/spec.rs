@@ -152,7 +152,9 @@ mod tests {
     }
 
     fn error(text: &str) -> String {
-        parse::<Example>(text, Some("path")).unwrap_err().to_string()
+        parse::<Example>(text, Some("path"))
+            .unwrap_err()
+            .to_string()
     }
 
     #[test]

@@ -6,10 +6,10 @@ use std::ops::Range;
 use acpi_tables::{
     Aml,
     aml::{
-        AddressSpace, AddressSpaceCacheable, And, Device, EISAName, Equal, Field,
+        AddressSpace, AddressSpaceCacheable, And, Arg, Device, EISAName, Equal, Field,
         FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local,
         Memory32Fixed, Method, Name, Notify, ONE, OpRegion, OpRegionSpace, Package, Path,
-        ResourceTemplate, Return, Scope, Store, ZERO, Arg,
+        ResourceTemplate, Return, Scope, Store, ZERO,
     },
     fadt::{FADTBuilder, Flags, PmProfile},
     gas::{AccessSize, AddressSpace as GasSpace, GAS},
@@ -95,7 +95,13 @@ fn bytes(table: &dyn Aml) -> Vec<u8> {
 }
 
 fn port_register(port: u16) -> GAS {
-    GAS::new(GasSpace::SystemIo, 8, 0, AccessSize::ByteAccess, u64::from(port))
+    GAS::new(
+        GasSpace::SystemIo,
+        8,
+        0,
+        AccessSize::ByteAccess,
+        u64::from(port),
+    )
 }
 
 fn fadt(dsdt_at: u64) -> impl Aml {
@@ -135,7 +141,14 @@ fn mcfg() -> MCFG {
 }
 
 fn dsdt(config: &AcpiConfig) -> Sdt {
-    let mut dsdt = Sdt::new(*b"DSDT", 36, DSDT_REVISION, OEM_ID, OEM_TABLE_ID, OEM_REVISION);
+    let mut dsdt = Sdt::new(
+        *b"DSDT",
+        36,
+        DSDT_REVISION,
+        OEM_ID,
+        OEM_TABLE_ID,
+        OEM_REVISION,
+    );
     pci_host_bridge(&mut dsdt, config);
     power(&mut dsdt);
     legacy(&mut dsdt, config);
@@ -367,7 +380,10 @@ mod tests {
         let signatures: Vec<_> = tables.iter().map(|t| &t[..4]).collect();
         assert_eq!(signatures, [b"FACP", b"APIC", b"MCFG"]);
         assert!(tables.iter().all(|table| sums_to_zero(table)));
-        let dsdt = table(&mem, u64::from_le_bytes(tables[0][140..148].try_into().unwrap()));
+        let dsdt = table(
+            &mem,
+            u64::from_le_bytes(tables[0][140..148].try_into().unwrap()),
+        );
         assert_eq!(&dsdt[..4], b"DSDT");
         assert!(sums_to_zero(&dsdt));
     }

@@ -85,7 +85,11 @@ fn patch(entry: &mut kvm_cpuid_entry2, cpu: u32, cpus: u32, tsc_deadline: bool) 
         // Deterministic cache parameters (Intel, AMD): cores in the package, sharers of a cache.
         0x4 | 0x8000_001d if entry.eax & 0x1f != 0 => {
             let shared = (entry.eax >> 5) & 7 >= 3;
-            let sharers = if shared { (1 << core_bits(cpus)) - 1 } else { 0 };
+            let sharers = if shared {
+                (1 << core_bits(cpus)) - 1
+            } else {
+                0
+            };
             entry.eax = entry.eax & !(0xfff << 14) | sharers << 14;
             if entry.function == 0x4 {
                 let cores = ((1u32 << core_bits(cpus)) - 1).min(0x3f);

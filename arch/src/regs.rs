@@ -117,7 +117,14 @@ impl InitialState {
     /// Computes the state for `entry` and writes the tables that it points to into guest memory.
     pub fn prepare(mem: &GuestMemory, entry: Entry) -> Result<Self, GuestMemoryError> {
         let [code, data, task] = entry.protocol.segments();
-        let gdt = [0, 0, descriptor(&code), descriptor(&data), descriptor(&task), 0];
+        let gdt = [
+            0,
+            0,
+            descriptor(&code),
+            descriptor(&data),
+            descriptor(&task),
+            0,
+        ];
         for (index, descriptor) in gdt.iter().enumerate() {
             mem.write_obj(*descriptor, GuestAddress(layout::GDT + index as u64 * 8))?;
         }

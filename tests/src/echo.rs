@@ -30,7 +30,11 @@ impl std::str::FromStr for Address {
     type Err = Failure;
 
     fn from_str(text: &str) -> Result<Self> {
-        let bad = || Failure(format!("{text:?} is not tcp:ADDRESS:PORT or vsock:CID:PORT"));
+        let bad = || {
+            Failure(format!(
+                "{text:?} is not tcp:ADDRESS:PORT or vsock:CID:PORT"
+            ))
+        };
         match text.split_once(':').ok_or_else(bad)? {
             ("tcp", address) => Ok(Self::Tcp(address.to_owned())),
             ("vsock", rest) => {
@@ -141,10 +145,9 @@ pub fn call(address: &Address, total: u64) -> Result<()> {
 
 fn connect(address: &Address) -> Result<File> {
     match address {
-        Address::Tcp(address) => Ok(OwnedFd::from(
-            TcpStream::connect(address).context("cannot connect")?,
-        )
-        .into()),
+        Address::Tcp(address) => {
+            Ok(OwnedFd::from(TcpStream::connect(address).context("cannot connect")?).into())
+        }
         Address::Vsock(cid, port) => {
             let socket = vsock_socket()?;
             let name = vsock_name(*cid, *port);

@@ -106,7 +106,8 @@ impl GuestBuilder {
     pub fn start(self) -> Result<Guest> {
         let mut more = Archive::default();
         more.file("test", format!("#!/bin/sh\n{}\n", self.script).as_bytes());
-        let mut initrd = fs::read(&self.assets.guest_archive).context("cannot read the guest's root")?;
+        let mut initrd =
+            fs::read(&self.assets.guest_archive).context("cannot read the guest's root")?;
         initrd.extend(more.finish());
         let initrd_path = self.path("initrd");
         fs::write(&initrd_path, initrd).context("cannot write the guest's root")?;

@@ -14,9 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use event_manager::{
-    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps,
-};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use fanlight_api::{OnPanic, OnReset};
 use fanlight_devices::legacy::GuestRequest;
 use thiserror::Error;
@@ -124,8 +122,8 @@ fn live(
     tracing::info!(after = ?started.elapsed(), "the first vCPU is about to run");
     machine.start()?;
 
-    let mut manager = EventManager::new()
-        .map_err(|error| host("wait for events")(io::Error::other(error)))?;
+    let mut manager =
+        EventManager::new().map_err(|error| host("wait for events")(io::Error::other(error)))?;
     let main = manager.add_subscriber(MainLoop {
         on_reset: resources.config.on_reset,
         on_panic: resources.config.on_panic,
@@ -149,7 +147,11 @@ fn live(
         };
         main.check_patience();
         if let Some(outcome) = main.outcome.take() {
-            tracing::info!(exits = main.machine.exits.total(), ?outcome, "the guest stops");
+            tracing::info!(
+                exits = main.machine.exits.total(),
+                ?outcome,
+                "the guest stops"
+            );
             return Ok(outcome);
         }
     }
@@ -171,10 +173,13 @@ fn callbacks(sender: Sender<Event>, wake: EventFd) -> Callbacks {
     }
 }
 
+/// Gives bytes to a console; how many found room.
+type Give = Box<dyn Fn(&[u8]) -> usize>;
+
 /// A console of the machine with the host's side of its input.
 struct ConsoleInput<'a> {
     source: &'a mut Input,
-    give: Box<dyn Fn(&[u8]) -> usize>,
+    give: Give,
     room: EventFd,
     pending: VecDeque<u8>,
     /// Whether the source is being waited on.
@@ -183,7 +188,7 @@ struct ConsoleInput<'a> {
 
 fn inputs<'a>(resources: &'a mut Resources, machine: &Machine) -> Vec<ConsoleInput<'a>> {
     let serial = machine.serial.clone();
-    let mut inputs: Vec<(_, Box<dyn Fn(&[u8]) -> usize>, _)> = vec![(
+    let mut inputs: Vec<(_, Give, _)> = vec![(
         &mut resources.serial.input,
         Box::new(move |bytes: &[u8]| serial.input(bytes)),
         &machine.serial_room,

@@ -14,7 +14,10 @@ use fanlight_arch::{
 };
 use fanlight_devices::{
     hypervisor::{Hypervisor, MappedSlot},
-    legacy::{RequestSink, i8042, i8042::I8042, power, power::PowerDevice, pvpanic::PvPanic, rtc, rtc::Rtc, serial, serial::SerialPort},
+    legacy::{
+        RequestSink, i8042, i8042::I8042, power, power::PowerDevice, pvpanic::PvPanic, rtc,
+        rtc::Rtc, serial, serial::SerialPort,
+    },
     memory::{AddressSpace, AddressSpaceError, IoHandler, RamError},
     pci::{
         ConfigMechanism1, Ecam, HostBridge, MECHANISM_1_PORTS, MsixError, PciBus, PciError,
@@ -348,12 +351,7 @@ fn add_devices(
         topology.add(Box::new(block), CLASS_MASS_STORAGE_OTHER, disk.port)?;
     }
     for interface in &resources.interfaces {
-        let net = Net::new(
-            interface.tap.clone(),
-            interface.mac,
-            interface.vhost,
-            mem,
-        )?;
+        let net = Net::new(interface.tap.clone(), interface.mac, interface.vhost, mem)?;
         topology.add(Box::new(net), CLASS_NETWORK_ETHERNET, interface.port)?;
     }
     if let Some(vsock) = &config.vsock {

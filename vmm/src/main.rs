@@ -2,10 +2,7 @@
 
 mod options;
 
-use std::{
-    process::ExitCode,
-    time::Instant,
-};
+use std::{process::ExitCode, time::Instant};
 
 use clap::Parser;
 use fanlight::{

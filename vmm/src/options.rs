@@ -98,7 +98,12 @@ pub struct RunOptions {
     #[arg(long, value_name = "WHAT", value_parser = word::<OnPanic>)]
     on_panic: Option<OnPanic>,
     /// What to log to standard error: error, warn, info, debug, or module=level pairs
-    #[arg(long, value_name = "LEVEL", env = "FANLIGHT_LOG", default_value = "warn")]
+    #[arg(
+        long,
+        value_name = "LEVEL",
+        env = "FANLIGHT_LOG",
+        default_value = "warn"
+    )]
     pub log: String,
 }
 
@@ -213,8 +218,16 @@ mod tests {
     fn mistakes_are_named() {
         assert!(parse(&["--memory", "lots"]).unwrap_err().contains("size"));
         assert!(parse(&["--disk", "pth=x"]).unwrap_err().contains("pth"));
-        assert!(parse(&["--on-reset", "shrug"]).unwrap_err().contains("shrug"));
-        assert!(parse(&["--rng", "maybe"]).unwrap_err().contains("on nor off"));
+        assert!(
+            parse(&["--on-reset", "shrug"])
+                .unwrap_err()
+                .contains("shrug")
+        );
+        assert!(
+            parse(&["--rng", "maybe"])
+                .unwrap_err()
+                .contains("on nor off")
+        );
         let error = parse(&["--config", "/nowhere"]).unwrap_err();
         assert!(error.starts_with("--config /nowhere: cannot read it"));
     }

@@ -63,7 +63,9 @@ pub enum ConfigError {
     #[error("--net mac")]
     Mac(#[from] MacError),
     /// Both consoles want the terminal.
-    #[error("--serial and --console both use stdio: give one of them another place, such as --serial null")]
+    #[error(
+        "--serial and --console both use stdio: give one of them another place, such as --serial null"
+    )]
     TwoConsoles,
     /// A console.
     #[error("console")]
@@ -229,13 +231,21 @@ mod tests {
         assert!(missing.starts_with("--kernel /nowhere: cannot open it: No such file"));
         assert!(error(r#"{"kernel": "/"}"#).contains("not a regular file"));
         let exe = "/proc/self/exe";
-        assert!(error(&format!(r#"{{"kernel": "{exe}", "memory": {{"size": "4K"}}}}"#))
-            .contains("--memory"));
-        assert!(error(&format!(
-            r#"{{"kernel": "{exe}", "memory": {{"size": "1G", "hugepages": "4M"}}}}"#
-        ))
-        .contains("2M or 1G"));
-        assert!(error(&format!(r#"{{"kernel": "{exe}", "console": "stdio"}}"#))
-            .contains("--serial null"));
+        assert!(
+            error(&format!(
+                r#"{{"kernel": "{exe}", "memory": {{"size": "4K"}}}}"#
+            ))
+            .contains("--memory")
+        );
+        assert!(
+            error(&format!(
+                r#"{{"kernel": "{exe}", "memory": {{"size": "1G", "hugepages": "4M"}}}}"#
+            ))
+            .contains("2M or 1G")
+        );
+        assert!(
+            error(&format!(r#"{{"kernel": "{exe}", "console": "stdio"}}"#))
+                .contains("--serial null")
+        );
     }
 }

@@ -81,7 +81,8 @@ fn restore() {
 /// The guard process: standard input is the socket, standard output the terminal.
 pub fn guard() -> io::Result<()> {
     // Out of the terminal's foreground, changing its mode raises SIGTTOU, unless that is blocked.
-    vmm_sys_util::signal::block_signal(libc::SIGTTOU).map_err(|e| io::Error::other(e.to_string()))?;
+    vmm_sys_util::signal::block_signal(libc::SIGTTOU)
+        .map_err(|e| io::Error::other(e.to_string()))?;
     let (socket, terminal) = (rustix::stdio::stdin(), rustix::stdio::stdout());
     let mut socket = UnixStream::from(socket.try_clone_to_owned()?);
     let before = tcgetattr(terminal.as_fd())?;

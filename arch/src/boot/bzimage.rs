@@ -111,7 +111,9 @@ impl<'a> BzImage<'a> {
         }
         let (alignment, init_size) = (header.kernel_alignment, header.init_size);
         if !alignment.is_power_of_two() || u64::from(alignment) < crate::layout::PAGE_SIZE {
-            return bad(format!("its header asks for an alignment of {alignment:#x}"));
+            return bad(format!(
+                "its header asks for an alignment of {alignment:#x}"
+            ));
         }
         if init_size == 0 {
             return bad("its header asks for no memory".into());

@@ -82,7 +82,9 @@ pub enum LoadError {
         max: usize,
     },
     /// A NUL or a character outside of ASCII.
-    #[error("the kernel command line has a character that is not printable ASCII: change --cmdline")]
+    #[error(
+        "the kernel command line has a character that is not printable ASCII: change --cmdline"
+    )]
     CmdlineNotAscii,
     /// A file could not be read.
     #[error("{}: cannot read it", path.display())]

@@ -301,7 +301,10 @@ impl Elf {
         // goes up from the last on, and those that go down from the first on, overwrites none that is
         // still to be moved.
         moves.sort_by_key(|(from, ..)| *from);
-        if moves.windows(2).any(|pair| pair[0].1 + pair[0].2 > pair[1].1) {
+        if moves
+            .windows(2)
+            .any(|pair| pair[0].1 + pair[0].2 > pair[1].1)
+        {
             return Err("its segments overlap");
         }
         for &(from, to, len) in moves.iter().filter(|(from, to, _)| to < from) {
@@ -359,13 +362,15 @@ impl Relocations {
     fn apply(&self, image: &mut [u8], preferred: u64, offset: u64) -> Result<(), &'static str> {
         const OUTSIDE: &str = "a relocation lies outside of it";
         let start = START_KERNEL_MAP.wrapping_add(preferred);
-        let place = |address: i32| (address as i64 as u64).wrapping_sub(start) as usize;
+        let place = |address: i32| (i64::from(address) as u64).wrapping_sub(start) as usize;
         for &address in &self.add64 {
             let value: &mut [u8; 8] = image
                 .get_mut(place(address)..)
                 .and_then(<[u8]>::first_chunk_mut)
                 .ok_or(OUTSIDE)?;
-            *value = u64::from_le_bytes(*value).wrapping_add(offset).to_le_bytes();
+            *value = u64::from_le_bytes(*value)
+                .wrapping_add(offset)
+                .to_le_bytes();
         }
         for (list, delta) in [
             (&self.add32, offset as u32),
@@ -382,3 +387,7 @@ impl Relocations {
         Ok(())
     }
 }
+
+#[cfg(test)]
+#[path = "unpack_tests.rs"]
+mod tests;

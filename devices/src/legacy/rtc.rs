@@ -151,7 +151,7 @@ impl IoHandler for Rtc {
 }
 
 fn bcd(value: u8) -> u8 {
-    (value / 10) << 4 | value % 10
+    ((value / 10) << 4) | (value % 10)
 }
 
 fn from_bcd(value: u8) -> u8 {

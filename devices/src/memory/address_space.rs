@@ -215,8 +215,9 @@ impl AddressSpace {
         let mut segments: Vec<Segment> = Vec::new();
         let mut at = gpa;
         while at < end {
-            let (start, region_len, region) =
-                self.lookup(at).ok_or(AddressSpaceError::Unmapped { gpa: at })?;
+            let (start, region_len, region) = self
+                .lookup(at)
+                .ok_or(AddressSpaceError::Unmapped { gpa: at })?;
             let Region::Backed(mut backing) = region else {
                 return Err(AddressSpaceError::NotMemory { gpa: at });
             };
@@ -313,8 +314,10 @@ mod tests {
     fn resolve_names_file_and_offset_and_merges_what_continues() {
         let (map, file) = (AddressSpace::new(), file());
         map.insert_backed(0, 0x1000, ram(&file, 0)).unwrap();
-        map.insert_backed(0x1000, 0x1000, ram(&file, 0x1000)).unwrap();
-        map.insert_backed(0x2000, 0x1000, ram(&file, 0x8000)).unwrap();
+        map.insert_backed(0x1000, 0x1000, ram(&file, 0x1000))
+            .unwrap();
+        map.insert_backed(0x2000, 0x1000, ram(&file, 0x8000))
+            .unwrap();
         let got: Vec<_> = map
             .resolve(0x800, 0x2000)
             .unwrap()

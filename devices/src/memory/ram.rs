@@ -39,7 +39,9 @@ impl HugePageSize {
 #[derive(Debug, Error)]
 pub enum RamError {
     /// Not a size that RAM can have.
-    #[error("{size:#x} bytes of memory: give a multiple of {unit:#x} bytes, at least {MIN_SIZE:#x}")]
+    #[error(
+        "{size:#x} bytes of memory: give a multiple of {unit:#x} bytes, at least {MIN_SIZE:#x}"
+    )]
     BadSize {
         /// What was asked for, in bytes.
         size: u64,
@@ -190,7 +192,9 @@ impl GuestRam {
     /// The mappings to show to the guest.
     pub fn slots(&self) -> impl Iterator<Item = SlotMapping> + '_ {
         self.mem.iter().filter_map(|region| {
-            let host = region.get_host_address(vm_memory::MemoryRegionAddress(0)).ok()?;
+            let host = region
+                .get_host_address(vm_memory::MemoryRegionAddress(0))
+                .ok()?;
             Some(SlotMapping {
                 gpa: region.start_addr().0,
                 len: region.len(),
@@ -273,12 +277,18 @@ mod tests {
         let ram = GuestRam::new(MIN_SIZE, None).unwrap();
         ram.memory().write_obj(7u64, GuestAddress(0x1000)).unwrap();
         ram.clear().unwrap();
-        assert_eq!(ram.memory().read_obj::<u64>(GuestAddress(0x1000)).unwrap(), 0);
+        assert_eq!(
+            ram.memory().read_obj::<u64>(GuestAddress(0x1000)).unwrap(),
+            0
+        );
     }
 
     #[test]
     fn absurd_sizes_are_refused() {
-        assert!(matches!(GuestRam::new(0, None), Err(RamError::BadSize { .. })));
+        assert!(matches!(
+            GuestRam::new(0, None),
+            Err(RamError::BadSize { .. })
+        ));
         assert!(matches!(
             GuestRam::new(MIN_SIZE + 1, None),
             Err(RamError::BadSize { .. })

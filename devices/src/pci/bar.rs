@@ -25,7 +25,9 @@ impl BarKind {
         match self {
             BarKind::Io => 0b01,
             BarKind::Memory32 => 0b0000,
-            BarKind::Memory64 { prefetchable: false } => 0b0100,
+            BarKind::Memory64 {
+                prefetchable: false,
+            } => 0b0100,
             BarKind::Memory64 { prefetchable: true } => 0b1100,
         }
     }
@@ -83,7 +85,10 @@ impl Bars {
         size: u64,
         content: BarContent,
     ) {
-        assert!(size.is_power_of_two() && size >= 16, "BAR {index} of {size:#x} bytes");
+        assert!(
+            size.is_power_of_two() && size >= 16,
+            "BAR {index} of {size:#x} bytes"
+        );
         let register = reg::BASE_ADDRESS_0 + index * 4;
         let mask = !(size - 1);
         config.set(register, &kind.flags().to_le_bytes());
@@ -165,7 +170,11 @@ impl Bar {
 
     fn map(&mut self, address: u64, memory: &AddressSpace, ports: &AddressSpace) {
         let BarContent::Registers(handler) = &self.content;
-        let space = if self.kind == BarKind::Io { ports } else { memory };
+        let space = if self.kind == BarKind::Io {
+            ports
+        } else {
+            memory
+        };
         match space.insert_io(address, self.size, handler.clone()) {
             Ok(()) => {
                 self.at = Some(address);
@@ -177,10 +186,16 @@ impl Bar {
     }
 
     fn unmap(&mut self, memory: &AddressSpace, ports: &AddressSpace) {
-        let Some(address) = self.at.take() else { return };
+        let Some(address) = self.at.take() else {
+            return;
+        };
         let BarContent::Registers(handler) = &self.content;
         handler.mapped(None);
-        let space = if self.kind == BarKind::Io { ports } else { memory };
+        let space = if self.kind == BarKind::Io {
+            ports
+        } else {
+            memory
+        };
         if let Err(error) = space.remove(address, self.size) {
             tracing::error!(%error, index = self.index, "a BAR was not where it should be");
         }

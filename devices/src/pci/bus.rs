@@ -141,7 +141,7 @@ impl PciBus {
         let mut next_bus = 1;
         for node in self.lock().values() {
             match node {
-                Node::Endpoint(function) => free.place(&[function.clone()])?,
+                Node::Endpoint(function) => free.place(std::slice::from_ref(function))?,
                 Node::Port(port) => {
                     let functions: Vec<_> = port
                         .bus

@@ -132,7 +132,11 @@ impl ConfigSpace {
     pub fn add_capability(&mut self, capability: &Capability) -> usize {
         let offset = self.free;
         let end = offset + 2 + capability.body.len();
-        assert!(end <= LEGACY_END, "no room for capability {:#x}", capability.id);
+        assert!(
+            end <= LEGACY_END,
+            "no room for capability {:#x}",
+            capability.id
+        );
         self.set(offset, &[capability.id, 0]);
         self.set(offset + 2, &capability.body);
         for &(at, mask) in &capability.writable {

@@ -141,7 +141,7 @@ impl Msix {
         let (words, []) = data.as_chunks::<4>() else {
             return;
         };
-        if offset % 4 != 0 {
+        if !offset.is_multiple_of(4) {
             return;
         }
         for (field, word) in (offset % TABLE_ENTRY / 4..4).zip(words) {

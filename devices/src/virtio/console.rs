@@ -11,8 +11,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use zerocopy::{Immutable, IntoBytes, little_endian};
 
 use super::{
-    ActivateError, Activation, DeviceStatus, VirtioDevice, read_bytes,
+    ActivateError, Activation, DeviceStatus, VirtioDevice,
     queue::{DeviceQueue, QueueError, QueueHandler, Worker},
+    read_bytes,
 };
 
 const VIRTIO_CONSOLE_F_SIZE: u64 = 1 << 0;
@@ -258,8 +259,7 @@ mod tests {
     fn bytes_pass_both_ways_and_room_is_told() {
         let (mut driver, out) = (Driver::new(2), Collect::default());
         let room = EventFd::new(0).unwrap();
-        let (mut console, handle) =
-            Console::new(out.clone(), room.try_clone().unwrap()).unwrap();
+        let (mut console, handle) = Console::new(out.clone(), room.try_clone().unwrap()).unwrap();
         assert_eq!(handle.input(b"early"), 5);
         console.activate(driver.activation()).unwrap();
         let used = driver.request(0, &[(0x10_0000, 64, WRITE)]);

@@ -119,7 +119,9 @@ pub struct ActiveQueue {
 /// Reads `data.len()` bytes at `offset` of a device's configuration structure; what lies beyond it stays
 /// as it is.
 fn read_bytes(structure: &[u8], offset: u64, data: &mut [u8]) {
-    let from = usize::try_from(offset).ok().and_then(|at| structure.get(at..));
+    let from = usize::try_from(offset)
+        .ok()
+        .and_then(|at| structure.get(at..));
     for (to, from) in data.iter_mut().zip(from.unwrap_or_default()) {
         *to = *from;
     }

@@ -328,12 +328,12 @@ impl VirtioPciFunction {
                 state.with_queue(|queue| queue.vector = index);
             }
             (0x1c, &[1, 0]) => state.with_queue(|queue| queue.enabled = true),
-            (0x20..0x38, &[a, b, c, d]) if offset % 4 == 0 => {
+            (0x20..0x38, &[a, b, c, d]) if offset.is_multiple_of(4) => {
                 let value = u64::from(u32::from_le_bytes([a, b, c, d]));
                 let shift = (offset % 8) * 8;
                 state.set_address(offset, !(0xffff_ffff << shift), value << shift);
             }
-            (0x20..0x38, &[a, b, c, d, e, f, g, h]) if offset % 8 == 0 => {
+            (0x20..0x38, &[a, b, c, d, e, f, g, h]) if offset.is_multiple_of(8) => {
                 state.set_address(offset, 0, u64::from_le_bytes([a, b, c, d, e, f, g, h]));
             }
             _ => {}
@@ -360,11 +360,16 @@ impl VirtioPciFunction {
                 state.status &= !STATUS_FEATURES_OK;
             }
         }
-        if added & STATUS_DRIVER_OK != 0 && !state.active {
-            if let Err(error) = self.activate(state) {
-                tracing::warn!(device = self.name, error = %crate::error_line(&error), "the device does not start");
-                self.device_status.set_needs_reset();
-            }
+        if added & STATUS_DRIVER_OK != 0
+            && !state.active
+            && let Err(error) = self.activate(state)
+        {
+            tracing::warn!(
+                device = self.name,
+                error = %crate::error_line(&error),
+                "the device does not start"
+            );
+            self.device_status.set_needs_reset();
         }
     }
 

@@ -14,9 +14,7 @@ use std::{
     thread::JoinHandle,
 };
 
-use event_manager::{
-    EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps,
-};
+use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
 use thiserror::Error;
 use virtio_queue::{QueueOwnedT, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryError, VolatileSlice};
@@ -112,13 +110,7 @@ impl DeviceQueue {
     pub fn pop(&mut self) -> Result<Option<Request>, QueueError> {
         let ring = self.ring();
         let size = usize::from(self.active.queue.size());
-        let Some(mut chain) = self
-            .active
-            .queue
-            .iter(&self.mem)
-            .map_err(ring)?
-            .next()
-        else {
+        let Some(mut chain) = self.active.queue.iter(&self.mem).map_err(ring)?.next() else {
             return Ok(None);
         };
         let mut request = Request {
@@ -178,13 +170,10 @@ impl DeviceQueue {
             .map_err(ring)?
             && let Some(vector) = &self.active.vector
         {
-            vector
-                .event()
-                .write(1)
-                .map_err(|source| QueueError::Host {
-                    action: "raise a queue's interrupt",
-                    source,
-                })?;
+            vector.event().write(1).map_err(|source| QueueError::Host {
+                action: "raise a queue's interrupt",
+                source,
+            })?;
         }
         Ok(())
     }
@@ -405,7 +394,11 @@ impl<H: QueueHandler> MutEventSubscriber for Subscriber<H> {
         let sources = self.handler.sources();
         let sources = (0..).zip(sources).map(|(index, fd)| (fd, index));
         for (fd, data) in sources.chain([(self.stop.as_raw_fd(), STOP)]) {
-            if let Err(error) = ops.add(Events::with_data_raw(fd, data, EventSet::IN | EventSet::EDGE_TRIGGERED)) {
+            if let Err(error) = ops.add(Events::with_data_raw(
+                fd,
+                data,
+                EventSet::IN | EventSet::EDGE_TRIGGERED,
+            )) {
                 tracing::error!(%error, device = self.name, "cannot wait on a device's descriptor");
                 self.status.set_needs_reset();
             }

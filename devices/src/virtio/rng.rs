@@ -72,13 +72,12 @@ fn fill(mem: &GuestMemory, request: Request) -> Result<u32, QueueError> {
     let mut bytes = vec![0; request.writable.len().min(MAX_REQUEST) as usize];
     let mut filled = 0;
     while filled < bytes.len() {
-        filled +=
-            getrandom(&mut bytes[filled..], GetRandomFlags::empty()).map_err(|error| {
-                QueueError::Host {
-                    action: "get random bytes",
-                    source: error.into(),
-                }
-            })?;
+        filled += getrandom(&mut bytes[filled..], GetRandomFlags::empty()).map_err(|error| {
+            QueueError::Host {
+                action: "get random bytes",
+                source: error.into(),
+            }
+        })?;
     }
     let written = request.writable.write(mem, &bytes).unwrap_or(0);
     Ok(written as u32)

@@ -3,11 +3,7 @@
 use std::{io, sync::Arc};
 
 use thiserror::Error;
-use vhost::{
-    VhostBackend,
-    vhost_kern::vsock::Vsock as VhostVsock,
-    vsock::VhostVsock as _,
-};
+use vhost::{VhostBackend, vhost_kern::vsock::Vsock as VhostVsock, vsock::VhostVsock as _};
 
 use super::{
     ActivateError, Activation, ActiveQueue, VirtioDevice, read_bytes,
@@ -29,7 +25,9 @@ pub enum VsockError {
     #[error("--vsock cid={0}: the id must be from {MIN_CID} to 4294967294")]
     Cid(u32),
     /// The host's device is missing or closed to us.
-    #[error("--vsock: cannot open /dev/vhost-vsock; load it with `modprobe vhost_vsock`, and see that you may write it")]
+    #[error(
+        "--vsock: cannot open /dev/vhost-vsock; load it with `modprobe vhost_vsock`, and see that you may write it"
+    )]
     Open(#[source] io::Error),
     /// Another guest has the id.
     #[error("--vsock cid={0}: another guest has this id; give another")]
@@ -65,8 +63,8 @@ impl Vsock {
         if !(MIN_CID..u32::MAX).contains(&cid) {
             return Err(VsockError::Cid(cid));
         }
-        let backend =
-            VhostVsock::new(Arc::new(mem.clone())).map_err(|e| VsockError::Open(io::Error::other(e)))?;
+        let backend = VhostVsock::new(Arc::new(mem.clone()))
+            .map_err(|e| VsockError::Open(io::Error::other(e)))?;
         let fail = |action| {
             move |error| VsockError::Host {
                 action,
@@ -74,9 +72,7 @@ impl Vsock {
             }
         };
         backend.set_owner().map_err(fail("be owned"))?;
-        let backend_features = backend
-            .get_features()
-            .map_err(fail("tell its features"))?;
+        let backend_features = backend.get_features().map_err(fail("tell its features"))?;
         backend
             .set_guest_cid(cid.into())
             .map_err(|error| match error {

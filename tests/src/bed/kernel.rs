@@ -68,34 +68,41 @@ pub fn bed_kernel(cache: &Cache) -> Result<BedKernel> {
         )));
     }
     let source = kernel_source(cache)?;
-    let dir = cache.entry(&key, "building the bed's kernel (about five minutes)", |at| {
-        let tree = at.join("source");
-        fs::create_dir(&tree).context("cannot make a directory")?;
-        run(Command::new("tar")
-            .args(["--strip-components=1", "-xf"])
-            .arg(&source)
-            .arg("-C")
-            .arg(&tree))?;
-        let config = at.join("config");
-        fs::write(&config, CONFIG).context("cannot write the kernel's configuration")?;
-        let jobs = std::thread::available_parallelism().map_or(2, usize::from);
-        let make = |arguments: &[&str]| {
-            run(Command::new("make")
+    let dir = cache.entry(
+        &key,
+        "building the bed's kernel (about five minutes)",
+        |at| {
+            let tree = at.join("source");
+            fs::create_dir(&tree).context("cannot make a directory")?;
+            run(Command::new("tar")
+                .args(["--strip-components=1", "-xf"])
+                .arg(&source)
                 .arg("-C")
-                .arg(&tree)
-                .arg(format!("-j{jobs}"))
-                .args(arguments))
-        };
-        make(&[&format!("KCONFIG_ALLCONFIG={}", config.display()), "allnoconfig"])?;
-        progress::step("compiling", || make(&["bzImage"]))?;
-        let kernel = BedKernel::at(at);
-        for (from, to) in [
-            ("arch/x86/boot/bzImage", &kernel.bzimage),
-            ("vmlinux", &kernel.vmlinux),
-        ] {
-            fs::copy(tree.join(from), to).context("cannot keep the kernel")?;
-        }
-        fs::remove_dir_all(&tree).context("cannot remove the kernel's source")
-    })?;
+                .arg(&tree))?;
+            let config = at.join("config");
+            fs::write(&config, CONFIG).context("cannot write the kernel's configuration")?;
+            let jobs = std::thread::available_parallelism().map_or(2, usize::from);
+            let make = |arguments: &[&str]| {
+                run(Command::new("make")
+                    .arg("-C")
+                    .arg(&tree)
+                    .arg(format!("-j{jobs}"))
+                    .args(arguments))
+            };
+            make(&[
+                &format!("KCONFIG_ALLCONFIG={}", config.display()),
+                "allnoconfig",
+            ])?;
+            progress::step("compiling", || make(&["bzImage"]))?;
+            let kernel = BedKernel::at(at);
+            for (from, to) in [
+                ("arch/x86/boot/bzImage", &kernel.bzimage),
+                ("vmlinux", &kernel.vmlinux),
+            ] {
+                fs::copy(tree.join(from), to).context("cannot keep the kernel")?;
+            }
+            fs::remove_dir_all(&tree).context("cannot remove the kernel's source")
+        },
+    )?;
     Ok(BedKernel::at(&dir))
 }

@@ -99,7 +99,12 @@ impl Bed {
     fn command(&self, image: &Path, initrd: &Path, shares: &[Share]) -> Command {
         let mut command = self.emulator.command("qemu-system-x86_64");
         command
-            .args(["-machine", "q35,kernel-irqchip=split", "-accel", "tcg,thread=multi"])
+            .args([
+                "-machine",
+                "q35,kernel-irqchip=split",
+                "-accel",
+                "tcg,thread=multi",
+            ])
             .args(["-device", "intel-iommu,intremap=on"])
             .args(["-cpu", "EPYC-v4,+svm,+npt", "-smp", "2"])
             .args(["-m", &format!("{}M", self.memory)])
@@ -109,7 +114,10 @@ impl Bed {
             .arg(image)
             .arg("-initrd")
             .arg(initrd)
-            .args(["-append", "console=ttyS0 panic=-1 loglevel=1 intel_iommu=on"]);
+            .args([
+                "-append",
+                "console=ttyS0 panic=-1 loglevel=1 intel_iommu=on",
+            ]);
         for share in shares {
             command.arg("-virtfs").arg(format!(
                 "local,path={},mount_tag={},security_model=none{}",
@@ -180,7 +188,10 @@ fn pass_on(output: impl Read) -> Option<i32> {
     let mut stdout = std::io::stdout();
     let mut status = None;
     let mut line = Vec::new();
-    while reader.read_until(b'\n', &mut line).is_ok_and(|read| read > 0) {
+    while reader
+        .read_until(b'\n', &mut line)
+        .is_ok_and(|read| read > 0)
+    {
         let text = String::from_utf8_lossy(&line);
         match text.trim().strip_prefix(STATUS) {
             Some(number) => status = number.parse().ok(),
@@ -210,7 +221,11 @@ pub fn build_program(package: &str, program: &str) -> Result<PathBuf> {
     let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
     let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let messages = run(Command::new(cargo)
-        .args(["build", "--release", "--message-format=json-render-diagnostics"])
+        .args([
+            "build",
+            "--release",
+            "--message-format=json-render-diagnostics",
+        ])
         .args(["--package", package, "--bin", program, "--manifest-path"])
         .arg(&manifest))?;
     // Of cargo's messages only the one about the program has an executable.

@@ -249,28 +249,34 @@ fn newest(names: Vec<String>, series: &str) -> Option<String> {
     let plain = |name: &String| {
         name.ends_with("-amd64") && !name.contains("-cloud") && !name.contains("-rt-")
     };
-    names
-        .into_iter()
-        .filter(plain)
-        .max_by_key(|name| (name.starts_with(&format!("linux-binary-{series}")), version(name)))
+    names.into_iter().filter(plain).max_by_key(|name| {
+        (
+            name.starts_with(&format!("linux-binary-{series}")),
+            version(name),
+        )
+    })
 }
 
 /// The kernel's source, as the archive has it.
 pub fn kernel_source(cache: &Cache) -> Result<PathBuf> {
-    let root = cache.entry("kernel-source-1", "downloading the bed kernel's source", |at| {
-        with_apt(at, |apt| {
-            let wanted = format!("linux-source-{}", SERIES.trim_end_matches('.'));
-            let names = apt.names("linux-source-")?;
-            let newest = names.iter().max().cloned();
-            let name = if names.contains(&wanted) {
-                Some(wanted)
-            } else {
-                newest
-            };
-            let name = name.ok_or_else(|| Failure("the archive has no linux-source".into()))?;
-            apt.unpack(&[&name], at)
-        })
-    })?;
+    let root = cache.entry(
+        "kernel-source-1",
+        "downloading the bed kernel's source",
+        |at| {
+            with_apt(at, |apt| {
+                let wanted = format!("linux-source-{}", SERIES.trim_end_matches('.'));
+                let names = apt.names("linux-source-")?;
+                let newest = names.iter().max().cloned();
+                let name = if names.contains(&wanted) {
+                    Some(wanted)
+                } else {
+                    newest
+                };
+                let name = name.ok_or_else(|| Failure("the archive has no linux-source".into()))?;
+                apt.unpack(&[&name], at)
+            })
+        },
+    )?;
     fs::read_dir(root.join("usr/src"))
         .context("cannot look for the kernel's source")?
         .filter_map(|entry| Some(entry.ok()?.path()))
@@ -290,7 +296,11 @@ impl Emulator {
         let root = cache.entry("emulator-1", "downloading QEMU", |at| {
             with_apt(at, |apt| apt.unpack_closure(EMULATOR, at))?;
             // Programs look for themselves where base-files would have put links.
-            for (link, target) in [("lib64", "usr/lib64"), ("lib", "usr/lib"), ("bin", "usr/bin")] {
+            for (link, target) in [
+                ("lib64", "usr/lib64"),
+                ("lib", "usr/lib"),
+                ("bin", "usr/bin"),
+            ] {
                 if !at.join(link).exists() {
                     symlink(target, at.join(link)).context("cannot make a link")?;
                 }
@@ -303,6 +313,24 @@ impl Emulator {
     /// The directory with its programs and libraries.
     pub fn root(&self) -> &Path {
         &self.root
+    }
+
+    /// The parts that run the emulator, copied: what is measured reads nothing over the share.
+    pub fn copied_to(&self, to: &Path) -> Result<Self> {
+        for part in [
+            "usr/bin",
+            "usr/lib/x86_64-linux-gnu",
+            "usr/share/qemu",
+            "usr/share/seabios",
+        ] {
+            let dir = to.join(part);
+            fs::create_dir_all(&dir).context("cannot make a directory")?;
+            run(Command::new("cp")
+                .arg("-a")
+                .arg(self.root.join(part).join("."))
+                .arg(&dir))?;
+        }
+        Ok(Self { root: to.into() })
     }
 
     /// A program of `usr/bin`.
@@ -329,10 +357,26 @@ mod tests {
 
     #[test]
     fn the_newest_plain_kernel_of_the_series_is_chosen() {
-        let names = |list: &[&str]| list.iter().map(|name| format!("linux-binary-{name}")).collect();
-        let list = ["7.2.9+deb13-amd64", "7.2.12+deb13-amd64", "7.2.12+deb13-cloud-amd64", "7.2.13+deb13-rt-amd64", "7.3.4+deb13-amd64"];
-        assert_eq!(newest(names(&list), "7.2.").unwrap(), "linux-binary-7.2.12+deb13-amd64");
-        assert_eq!(newest(names(&list), "9.9.").unwrap(), "linux-binary-7.3.4+deb13-amd64");
+        let names = |list: &[&str]| {
+            list.iter()
+                .map(|name| format!("linux-binary-{name}"))
+                .collect()
+        };
+        let list = [
+            "7.2.9+deb13-amd64",
+            "7.2.12+deb13-amd64",
+            "7.2.12+deb13-cloud-amd64",
+            "7.2.13+deb13-rt-amd64",
+            "7.3.4+deb13-amd64",
+        ];
+        assert_eq!(
+            newest(names(&list), "7.2.").unwrap(),
+            "linux-binary-7.2.12+deb13-amd64"
+        );
+        assert_eq!(
+            newest(names(&list), "9.9.").unwrap(),
+            "linux-binary-7.3.4+deb13-amd64"
+        );
         assert_eq!(newest(names(&["7.2.1-rt-amd64"]), "7.2."), None);
     }
 }

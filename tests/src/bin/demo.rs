@@ -9,8 +9,7 @@ use std::{
 use fanlight_tests::{
     Context, Result,
     bed::{
-        Archive, Bed, Busybox, Cache, Emulator, L1Kernel, StockKernel, build_program,
-        guest_archive,
+        Archive, Bed, Busybox, Cache, Emulator, L1Kernel, StockKernel, build_program, guest_archive,
     },
     host::{self, Kvm},
     progress,
@@ -38,7 +37,9 @@ fn main() -> ExitCode {
 }
 
 fn demo() -> Result<i32> {
-    let fanlight = progress::step("building fanlight", || build_program("fanlight", "fanlight"))?;
+    let fanlight = progress::step("building fanlight", || {
+        build_program("fanlight", "fanlight")
+    })?;
     let cache = Cache::open()?;
     let busybox = Busybox::get(&cache)?;
     let kernel = StockKernel::get(&cache)?;
@@ -55,7 +56,8 @@ fn demo() -> Result<i32> {
             eprintln!("fanlight: the guest runs in the bed, an emulated KVM host: {reason}");
             let emulator = Emulator::get(&cache)?;
             let bed = Bed::new(emulator, busybox, L1Kernel::Stock(kernel.clone()));
-            let job = format!("/fanlight run --kernel /vmlinuz --initrd /initrd {OPTIONS} < /dev/null");
+            let job =
+                format!("/fanlight run --kernel /vmlinuz --initrd /initrd {OPTIONS} < /dev/null");
             bed.run(&job, &[&fanlight], &[], |root| {
                 root.host_file("fanlight", &fanlight)?;
                 root.host_file("vmlinuz", &kernel.image)?;

@@ -31,6 +31,8 @@ fn act(arguments: &[String]) -> Result<String> {
             echo::call(&address.parse()?, bytes)?;
             Ok(format!("called with {bytes} bytes"))
         }
-        _ => Err(Failure("usage: guest-agent serve ADDRESS | call ADDRESS BYTES".into())),
+        _ => Err(Failure(
+            "usage: guest-agent serve ADDRESS | call ADDRESS BYTES".into(),
+        )),
     }
 }

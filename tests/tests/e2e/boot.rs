@@ -13,7 +13,9 @@ pub const TESTS: &[(&str, Test)] = &[
     ("boot::eight_cpus", |assets| cpus(assets, 8)),
     ("boot::memory_128m", |assets| memory(assets, "128M", 128)),
     ("boot::memory_512m", |assets| memory(assets, "512M", 512)),
-    ("boot::memory_6g_around_the_hole", |assets| memory(assets, "6G", 6144)),
+    ("boot::memory_6g_around_the_hole", |assets| {
+        memory(assets, "6G", 6144)
+    }),
     ("boot::vmlinux_by_pvh", vmlinux_by_pvh),
     ("boot::a_kernel_that_unpacks_itself", unpacks_itself),
     ("boot::kernel_addresses_are_random", addresses_are_random),
@@ -43,7 +45,10 @@ fn cpus(assets: &Assets, count: u32) -> Result<()> {
         .split_whitespace()
         .filter_map(|word| word.parse::<u64>().ok())
         .sum();
-    ensure(count == 1 || sent > 0, format!("no processor called another:\n{said}"))
+    ensure(
+        count == 1 || sent > 0,
+        format!("no processor called another:\n{said}"),
+    )
 }
 
 fn memory(assets: &Assets, size: &str, mib: u64) -> Result<()> {
@@ -58,7 +63,10 @@ fn memory(assets: &Assets, size: &str, mib: u64) -> Result<()> {
         .run()?;
     let total: u64 = value(&said, "total:")?.parse().unwrap_or(0) / 1024;
     // The kernel takes its own share first.
-    ensure(total <= mib && total + total / 16 + 80 >= mib, format!("{total} MiB of {mib}\n{said}"))?;
+    ensure(
+        total <= mib && total + total / 16 + 80 >= mib,
+        format!("{total} MiB of {mib}\n{said}"),
+    )?;
     ensure(value(&said, "filled:")? == "36", &said)
 }
 
@@ -117,5 +125,8 @@ fn acpi_and_clock(assets: &Assets) -> Result<()> {
     ensure(value(&said, "host:")? == "1", &said)?;
     ensure(value(&said, "errors:")? == "0", &said)?;
     let clock: u64 = value(&said, "rtc:")?.parse().unwrap_or(0);
-    ensure(clock.abs_diff(now) < 300, format!("{clock} is not near {now}"))
+    ensure(
+        clock.abs_diff(now) < 300,
+        format!("{clock} is not near {now}"),
+    )
 }

@@ -75,7 +75,9 @@ fn socket_and_file(assets: &Assets) -> Result<()> {
 
 fn much_input(assets: &Assets) -> Result<()> {
     // More than the port's buffer and than ours, so that flow control is needed all the way.
-    let text: String = (0..400).map(|n| format!("line {n} of the input\n")).collect();
+    let text: String = (0..400)
+        .map(|n| format!("line {n} of the input\n"))
+        .collect();
     let mut guest = assets
         .guest("stty -echo; echo ready; head -n 400 > /tmp/x; echo sum: $(md5sum < /tmp/x)")
         .start()?;

@@ -9,8 +9,12 @@ use rustix::process::Signal;
 use crate::Test;
 
 pub const TESTS: &[(&str, Test)] = &[
-    ("disk::raw_survives_sigkill", |assets| survives(assets, "raw")),
-    ("disk::qcow2_survives_sigkill", |assets| survives(assets, "qcow2")),
+    ("disk::raw_survives_sigkill", |assets| {
+        survives(assets, "raw")
+    }),
+    ("disk::qcow2_survives_sigkill", |assets| {
+        survives(assets, "qcow2")
+    }),
     ("disk::qcow2_discards_and_zeroes", discards),
     ("disk::read_only_and_serial", read_only),
     ("disk::queues_and_a_file_system", file_system),

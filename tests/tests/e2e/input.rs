@@ -25,7 +25,10 @@ fn refused(assets: &Assets, arguments: &[&str], expected: &str) -> Result<()> {
     let said = String::from_utf8_lossy(&output.stderr);
     ensure(
         output.status.code() == Some(2) && said.contains(expected) && output.stdout.is_empty(),
-        format!("{arguments:?}: {}, expected {expected:?}, said {said:?}", output.status),
+        format!(
+            "{arguments:?}: {}, expected {expected:?}, said {said:?}",
+            output.status
+        ),
     )?;
     let lines = said.lines().filter(|line| !line.trim().is_empty()).count();
     ensure(
@@ -57,26 +60,54 @@ fn files_and_numbers(assets: &Assets) -> Result<()> {
     let long = "x".repeat(3000);
     let with = |more: &[&'static str]| [&["--kernel", kernel], more].concat();
     refused(assets, &[], "no kernel: give one with --kernel")?;
-    refused(assets, &["--kernel", "/nowhere"], "--kernel /nowhere: cannot open it")?;
+    refused(
+        assets,
+        &["--kernel", "/nowhere"],
+        "--kernel /nowhere: cannot open it",
+    )?;
     refused(assets, &["--kernel", &junk], "not a kernel")?;
     refused(assets, &["--kernel", &truncated], "truncated")?;
     refused(assets, &["--kernel", &corrupt], "payload is corrupt")?;
-    refused(assets, &with(&["--initrd", "/nowhere"]), "--initrd /nowhere")?;
+    refused(
+        assets,
+        &with(&["--initrd", "/nowhere"]),
+        "--initrd /nowhere",
+    )?;
     let initrd = ["--kernel", kernel, "--memory", "128M", "--initrd", &big];
     refused(assets, &initrd, "does not fit")?;
-    refused(assets, &["--kernel", kernel, "--cmdline", &long], "command line has 3000 bytes")?;
+    refused(
+        assets,
+        &["--kernel", kernel, "--cmdline", &long],
+        "command line has 3000 bytes",
+    )?;
     refused(assets, &with(&["--cpus", "0"]), "0 vCPUs")?;
     refused(assets, &with(&["--cpus", "100000"]), "100000 vCPUs")?;
     refused(assets, &with(&["--memory", "900G"]), "the host has")?;
     refused(assets, &with(&["--memory", "1"]), "give a multiple of")?;
     refused(assets, &with(&["--memory", "2M,hugepages=2M"]), "at least")?;
-    refused(assets, &with(&["--memory", "512M,hugepages=1G"]), "multiple of 0x40000000")?;
-    refused(assets, &with(&["--memory", "512M,hugepages=2M"]), "too few free")?;
+    refused(
+        assets,
+        &with(&["--memory", "512M,hugepages=1G"]),
+        "multiple of 0x40000000",
+    )?;
+    refused(
+        assets,
+        &with(&["--memory", "512M,hugepages=2M"]),
+        "too few free",
+    )?;
     refused(assets, &with(&["--net", "tap=a/b"]), "an interface's name")?;
     refused(assets, &with(&["--net", "tap=lo"]), "not a tap")?;
-    refused(assets, &with(&["--net", "tap=t,mac=1"]), "not a hardware address")?;
+    refused(
+        assets,
+        &with(&["--net", "tap=t,mac=1"]),
+        "not a hardware address",
+    )?;
     refused(assets, &with(&["--vsock", "cid=2"]), "must be from 3")?;
-    refused(assets, &with(&["--serial", "file=/nowhere/x"]), "cannot write console output")
+    refused(
+        assets,
+        &with(&["--serial", "file=/nowhere/x"]),
+        "cannot write console output",
+    )
 }
 
 fn disks(assets: &Assets) -> Result<()> {
@@ -90,13 +121,19 @@ fn disks(assets: &Assets) -> Result<()> {
     };
     refuse("path=/nowhere".into(), "disk /nowhere: cannot open it")?;
     refuse(format!("path={}", qcow2.display()), "say format=qcow2")?;
-    refuse(format!("path={},format=qcow2", raw.display()), "not a qcow2 image")?;
+    refuse(
+        format!("path={},format=qcow2", raw.display()),
+        "not a qcow2 image",
+    )?;
     let mut guest = assets
         .guest("echo ready; sleep 1000")
         .option("--disk", format!("path={}", raw.display()))
         .start()?;
     guest.wait_for("ready")?;
-    refuse(format!("path={}", raw.display()), "in use by another process")
+    refuse(
+        format!("path={}", raw.display()),
+        "in use by another process",
+    )
 }
 
 fn kvm(assets: &Assets) -> Result<()> {

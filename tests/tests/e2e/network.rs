@@ -11,8 +11,12 @@ use fanlight_tests::{
 use crate::Test;
 
 pub const TESTS: &[(&str, Test)] = &[
-    ("network::tcp_through_vhost", |assets| tcp(assets, "tapv", 71, "on")),
-    ("network::tcp_through_our_threads", |assets| tcp(assets, "tapu", 72, "off")),
+    ("network::tcp_through_vhost", |assets| {
+        tcp(assets, "tapv", 71, "on")
+    }),
+    ("network::tcp_through_our_threads", |assets| {
+        tcp(assets, "tapu", 72, "off")
+    }),
     ("network::vsock_both_ways", vsock),
 ];
 
@@ -49,8 +53,14 @@ fn tcp(assets: &Assets, tap: &str, net: u8, vhost: &str) -> Result<()> {
     guest.expect_exit(0)?;
     let said = guest.transcript();
     ensure(said.contains(&format!("mac: 52:54:00:00:00:{net}")), &said)?;
-    ensure(said.contains(&format!("agent: called with {BYTES} bytes")), &said)?;
-    ensure(said.contains(&format!("agent: served {BYTES} bytes")), &said)
+    ensure(
+        said.contains(&format!("agent: called with {BYTES} bytes")),
+        &said,
+    )?;
+    ensure(
+        said.contains(&format!("agent: served {BYTES} bytes")),
+        &said,
+    )
 }
 
 fn vsock(assets: &Assets) -> Result<()> {
@@ -70,6 +80,12 @@ fn vsock(assets: &Assets) -> Result<()> {
     echo::call(&Address::Vsock(CID, 6001), BYTES)?;
     guest.expect_exit(0)?;
     let said = guest.transcript();
-    ensure(said.contains(&format!("agent: called with {BYTES} bytes")), &said)?;
-    ensure(said.contains(&format!("agent: served {BYTES} bytes")), &said)
+    ensure(
+        said.contains(&format!("agent: called with {BYTES} bytes")),
+        &said,
+    )?;
+    ensure(
+        said.contains(&format!("agent: served {BYTES} bytes")),
+        &said,
+    )
 }

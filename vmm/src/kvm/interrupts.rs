@@ -30,8 +30,7 @@ pub fn enable_x2apic_ids(vm: &VmFd) -> Result<(), KvmError> {
         cap: KVM_CAP_X2APIC_API,
         ..Default::default()
     };
-    cap.args[0] =
-        u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK);
+    cap.args[0] = u64::from(KVM_X2APIC_API_USE_32BIT_IDS | KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK);
     vm.enable_cap(&cap).map_err(ioctl("use x2APIC ids"))
 }
 
@@ -156,10 +155,7 @@ pub struct Vector {
 
 impl MsiVector for Vector {
     fn unmask(&self, message: MsiMessage) -> io::Result<()> {
-        let mut attached = self
-            .attached
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
         let mut routes = self.interrupts.lock();
         if routes.messages.get(&self.gsi) != Some(&message) {
             let old = routes.messages.insert(self.gsi, message);
@@ -185,10 +181,7 @@ impl MsiVector for Vector {
     }
 
     fn mask(&self) -> io::Result<()> {
-        let mut attached = self
-            .attached
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
         if *attached {
             self.interrupts
                 .vm

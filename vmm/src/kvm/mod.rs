@@ -39,7 +39,9 @@ pub enum KvmError {
     #[error("no permission on /dev/kvm: join its group, `usermod -aG kvm $USER`, and log in again")]
     Permission,
     /// KVM answers, but not the interface that Linux has had since 2.6.22.
-    #[error("/dev/kvm speaks version {0} of its interface, not {KVM_API_VERSION}: update the host's kernel")]
+    #[error(
+        "/dev/kvm speaks version {0} of its interface, not {KVM_API_VERSION}: update the host's kernel"
+    )]
     Version(i32),
     /// Something that Fanlight is built on is missing.
     #[error("this host's KVM lacks {0}: update the host's kernel")]
@@ -103,10 +105,7 @@ impl KvmVm {
         if cpus == 0 || cpus > max {
             return Err(KvmError::Cpus { asked: cpus, max });
         }
-        if let Some((_, name)) = REQUIRED
-            .iter()
-            .find(|(cap, _)| !kvm.check_extension(*cap))
-        {
+        if let Some((_, name)) = REQUIRED.iter().find(|(cap, _)| !kvm.check_extension(*cap)) {
             return Err(KvmError::Capability(name));
         }
         let slots = kvm.get_nr_memslots();
@@ -122,9 +121,7 @@ impl KvmVm {
         Ok(Self {
             interrupts,
             slots: Arc::new(Slots::new(vm.clone(), slots)),
-            coalesced: kvm
-                .check_extension(Cap::CoalescedPio)
-                .then(Arc::default),
+            coalesced: kvm.check_extension(Cap::CoalescedPio).then(Arc::default),
             vm,
             kvm,
         })

@@ -68,7 +68,11 @@ impl Slots {
             region.guest_phys_addr = mapping.gpa;
             region.memory_size = mapping.len;
             region.userspace_addr = mapping.host;
-            region.flags = if mapping.readonly { KVM_MEM_READONLY } else { 0 };
+            region.flags = if mapping.readonly {
+                KVM_MEM_READONLY
+            } else {
+                0
+            };
         }
         // SAFETY: a `SlotMapping` is a live host mapping while its slot exists (its contract), and
         // removing a slot touches no memory.

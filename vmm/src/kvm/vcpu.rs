@@ -114,10 +114,7 @@ extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_v
 }
 
 impl KvmVcpu {
-    pub(super) fn new(
-        mut fd: VcpuFd,
-        coalesced: Option<Arc<Mutex<()>>>,
-    ) -> Result<Self, KvmError> {
+    pub(super) fn new(mut fd: VcpuFd, coalesced: Option<Arc<Mutex<()>>>) -> Result<Self, KvmError> {
         if coalesced.is_some() {
             fd.map_coalesced_mmio_ring()
                 .map_err(ioctl("map the ring of coalesced accesses"))?;
@@ -130,11 +127,10 @@ impl KvmVcpu {
     pub fn set_up(&self, cpuid: &CpuId, start: Option<&InitialState>) -> Result<(), KvmError> {
         self.fd.set_cpuid2(cpuid).map_err(ioctl("set CPUID"))?;
         let Some(start) = start else { return Ok(()) };
-        let msrs = Msrs::from_entries(&start.msrs)
-            .map_err(|error| KvmError::Ioctl {
-                action: "take a list of MSRs",
-                source: io::Error::other(format!("{error:?}")),
-            })?;
+        let msrs = Msrs::from_entries(&start.msrs).map_err(|error| KvmError::Ioctl {
+            action: "take a list of MSRs",
+            source: io::Error::other(format!("{error:?}")),
+        })?;
         self.fd.set_msrs(&msrs).map_err(ioctl("set MSRs"))?;
         let mut sregs = self
             .fd
@@ -190,10 +186,7 @@ impl KvmVcpu {
             Ok(VcpuExit::Intr) => (Some(Ok(Exit::Interrupted)), None),
             Ok(VcpuExit::FailEntry(reason, _)) => (Some(Err(VcpuError::Entry(reason))), None),
             Ok(VcpuExit::InternalError) => (None, None),
-            Ok(other) => (
-                Some(Err(VcpuError::Unexpected(format!("{other:?}")))),
-                None,
-            ),
+            Ok(other) => (Some(Err(VcpuError::Unexpected(format!("{other:?}")))), None),
             Err(error) => match io::Error::from_raw_os_error(error.errno()) {
                 source
                     if matches!(

@@ -216,7 +216,11 @@ impl DiskImage {
 /// Takes an open-file-description lock on the whole file: shared for a reader, else exclusive. It
 /// conflicts with Fanlight's and with QEMU's, which locks single bytes.
 fn lock(file: &File, readonly: bool) -> io::Result<()> {
-    let kind = if readonly { libc::F_RDLCK } else { libc::F_WRLCK };
+    let kind = if readonly {
+        libc::F_RDLCK
+    } else {
+        libc::F_WRLCK
+    };
     let range = libc::flock {
         l_type: kind as libc::c_short,
         l_whence: libc::SEEK_SET as libc::c_short,
@@ -290,6 +294,10 @@ mod tests {
             ));
         }
         let error = DiskImage::open(Path::new("/nowhere"), false, None).unwrap_err();
-        assert!(error.to_string().starts_with("disk /nowhere: cannot open it"));
+        assert!(
+            error
+                .to_string()
+                .starts_with("disk /nowhere: cannot open it")
+        );
     }
 }

@@ -125,11 +125,7 @@ impl VirtioDevice for Block {
         } else {
             VIRTIO_BLK_F_DISCARD | VIRTIO_BLK_F_WRITE_ZEROES
         };
-        access
-            | VIRTIO_BLK_F_SEG_MAX
-            | VIRTIO_BLK_F_BLK_SIZE
-            | VIRTIO_BLK_F_FLUSH
-            | VIRTIO_BLK_F_MQ
+        access | VIRTIO_BLK_F_SEG_MAX | VIRTIO_BLK_F_BLK_SIZE | VIRTIO_BLK_F_FLUSH | VIRTIO_BLK_F_MQ
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {

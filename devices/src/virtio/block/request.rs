@@ -155,7 +155,7 @@ fn transfer(
     go: impl FnOnce(&[vm_memory::VolatileSlice<'_>], u64) -> std::io::Result<()>,
 ) -> Result<(), Status> {
     let len = buffers.len();
-    if len % SECTOR_SIZE != 0 {
+    if !len.is_multiple_of(SECTOR_SIZE) {
         return Err(Status::IoError);
     }
     let offset = byte_range(sector, len, image)?;
@@ -175,7 +175,7 @@ fn change_ranges(
 ) -> Result<(), Status> {
     const RANGE: u64 = size_of::<Range>() as u64;
     let count = output.len() / RANGE;
-    if output.len() % RANGE != 0 || count == 0 || count > u64::from(MAX_RANGES) {
+    if !output.len().is_multiple_of(RANGE) || count == 0 || count > u64::from(MAX_RANGES) {
         return Err(Status::IoError);
     }
     let mut bytes = vec![0; output.len() as usize];

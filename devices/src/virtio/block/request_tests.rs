@@ -112,7 +112,12 @@ fn bad_ranges_change_nothing() {
     let mut s = setup(false);
     let before = std::fs::read(s.file.path()).unwrap();
     let sectors = DISK as u64 / 512;
-    for (sector, count) in [(sectors, 1), (u64::MAX, 1), (0, u32::MAX), (1, sectors as u32)] {
+    for (sector, count) in [
+        (sectors, 1),
+        (u64::MAX, 1),
+        (0, u32::MAX),
+        (1, sectors as u32),
+    ] {
         for kind in [VIRTIO_BLK_T_DISCARD, VIRTIO_BLK_T_WRITE_ZEROES] {
             let range = s.range(sector, count, 0);
             assert_eq!(s.request(kind, 0, &range), 1);

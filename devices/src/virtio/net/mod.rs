@@ -11,8 +11,9 @@ use vhost::{VhostBackend, net::VhostNet, vhost_kern::net::Net as KernelNet};
 use zerocopy::{Immutable, IntoBytes, little_endian};
 
 use super::{
-    ActivateError, Activation, ActiveQueue, VirtioDevice, read_bytes,
+    ActivateError, Activation, ActiveQueue, VirtioDevice,
     queue::Worker,
+    read_bytes,
     vhost::{host_error, set_up},
 };
 use crate::GuestMemory;
@@ -46,7 +47,9 @@ pub struct Mac(pub [u8; 6]);
 
 /// Not a hardware address of one interface.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("{0:?} is not a hardware address for a guest: write six bytes such as 52:54:00:12:34:56, the first even")]
+#[error(
+    "{0:?} is not a hardware address for a guest: write six bytes such as 52:54:00:12:34:56, the first even"
+)]
 pub struct MacError(String);
 
 impl FromStr for Mac {
@@ -115,7 +118,9 @@ impl fmt::Debug for Net {
 
 /// Why there is no vhost-net though it was asked for.
 #[derive(Debug, Error)]
-#[error("vhost=on: cannot use /dev/vhost-net; load it with `modprobe vhost_net`, and see that you may write it")]
+#[error(
+    "vhost=on: cannot use /dev/vhost-net; load it with `modprobe vhost_net`, and see that you may write it"
+)]
 pub struct VhostNetError(#[source] io::Error);
 
 impl Net {
@@ -210,9 +215,7 @@ impl VirtioDevice for Net {
                     .queues
                     .iter()
                     .zip(0..)
-                    .map(|(queue, index)| {
-                        queue.as_ref().ok_or(ActivateError::QueueNotReady(index))
-                    })
+                    .map(|(queue, index)| queue.as_ref().ok_or(ActivateError::QueueNotReady(index)))
                     .collect::<Result<_, _>>()?;
                 let features = features & VHOST_FEATURES;
                 set_up("net", kernel, &activation.mem, features, &queues)?;

@@ -3,10 +3,7 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, ErrorKind},
-    os::{
-        fd::AsRawFd,
-        unix::fs::OpenOptionsExt,
-    },
+    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
 };
 
 use thiserror::Error;
@@ -86,7 +83,9 @@ impl Tap {
     /// lives as long as the result.
     pub fn open(name: &str) -> Result<Self, TapError> {
         let valid = (1..libc::IFNAMSIZ).contains(&name.len())
-            && name.bytes().all(|b| b.is_ascii_graphic() && b != b'/' && b != b'%');
+            && name
+                .bytes()
+                .all(|b| b.is_ascii_graphic() && b != b'/' && b != b'%');
         if !valid {
             return Err(TapError::Name(name.into()));
         }

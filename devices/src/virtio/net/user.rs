@@ -55,10 +55,9 @@ impl Receive {
     }
 
     fn deliver(&mut self, len: usize, taken: Vec<Request>) -> Result<(), QueueError> {
-        if let (Some(count), Ok(taken)) = (
-            self.frame.get_mut(NUM_BUFFERS),
-            u16::try_from(taken.len()),
-        ) {
+        if let (Some(count), Ok(taken)) =
+            (self.frame.get_mut(NUM_BUFFERS), u16::try_from(taken.len()))
+        {
             count.copy_from_slice(&taken.to_le_bytes());
         }
         let mut rest = &self.frame[..len];
