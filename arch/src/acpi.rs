@@ -6,10 +6,10 @@ use std::ops::Range;
 use acpi_tables::{
     Aml,
     aml::{
-        AddressSpace, AddressSpaceCacheable, And, Arg, Device, EISAName, Equal, Field,
-        FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If, Interrupt, Local,
-        Memory32Fixed, Method, Name, Notify, ONE, OpRegion, OpRegionSpace, Package, Path,
-        ResourceTemplate, Return, Scope, Store, ZERO,
+        AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else,
+        Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If,
+        Interrupt, Local, Memory32Fixed, Method, Name, Notify, ONE, OpRegion, OpRegionSpace, Or,
+        Package, Path, ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
     },
     fadt::{FADTBuilder, Flags, PmProfile},
     gas::{AccessSize, AddressSpace as GasSpace, GAS},
@@ -30,12 +30,17 @@ const OEM_REVISION: u32 = 1;
 
 /// DSDT revision from which AML integers have 64 bits.
 const DSDT_REVISION: u8 = 6;
-/// FADT IAPC_BOOT_ARCH: no VGA to probe, no CMOS RTC at a fixed place (the DSDT has it). The bit for
-/// an 8042 stays clear: there is no keyboard to wait for.
+/// FADT IAPC_BOOT_ARCH: no VGA to probe. The bit for an 8042 stays clear: there is no keyboard to wait
+/// for.
 const BOOT_ARCH_NO_VGA: u16 = 1 << 2;
 /// PCI Express control that the guest may take (PCI Firmware 3.3, 4.5.1): native hot-plug, PME, and the
 /// capability structure. Not SHPC hot-plug, and not AER: nothing reports errors.
 const OSC_GRANTED: u32 = 1 << 0 | 1 << 2 | 1 << 4;
+
+/// `_OSC` of a PCI host bridge (PCI Firmware 3.3, 4.5.1).
+const OSC_UUID: &str = "33DB4D5B-1FF7-401C-9657-7441C03DD766";
+/// Status that `_OSC` returns for another interface (ACPI 6.5, 6.2.11).
+const OSC_UNKNOWN_UUID: u8 = 1 << 2;
 
 /// What the tables describe.
 #[derive(Clone, Debug)]
@@ -108,6 +113,7 @@ fn fadt(dsdt_at: u64) -> impl Aml {
     let mut fadt = FADTBuilder::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION)
         .dsdt_64(dsdt_at)
         .preferred_pm_profile(PmProfile::EnterpriseServer)
+        .flag(Flags::Wbinvd)
         .flag(Flags::HwReducedAcpi)
         .flag(Flags::ResetRegSup)
         .flag(Flags::PwrButton)
@@ -201,14 +207,19 @@ fn pci_host_bridge(dsdt: &mut Sdt, config: &AcpiConfig) {
                     &Method::new(
                         "_OSC".into(),
                         4,
-                        false,
+                        true,
                         vec![
-                            &acpi_tables::aml::CreateDWordField::new(
-                                &Path::new("CTRL"),
-                                &Arg(3),
-                                &8u8,
+                            &If::new(
+                                &Equal::new(&Arg(0), &Uuid::new(OSC_UUID)),
+                                vec![
+                                    &CreateDWordField::new(&Path::new("CTRL"), &Arg(3), &8u8),
+                                    &And::new(&Path::new("CTRL"), &Path::new("CTRL"), &OSC_GRANTED),
+                                ],
                             ),
-                            &And::new(&Path::new("CTRL"), &Path::new("CTRL"), &OSC_GRANTED),
+                            &Else::new(vec![
+                                &CreateDWordField::new(&Path::new("STAT"), &Arg(3), &ZERO),
+                                &Or::new(&Path::new("STAT"), &Path::new("STAT"), &OSC_UNKNOWN_UUID),
+                            ]),
                             &Return::new(&Arg(3)),
                         ],
                     ),

@@ -110,8 +110,8 @@ fn patch(entry: &mut kvm_cpuid_entry2, cpu: u32, cpus: u32, tsc_deadline: bool) 
     }
 }
 
-/// Width of guest-physical addresses: what the host's processor has, or less where nested paging
-/// reaches less far (AMD APM 3, CPUID 8000_0008 EAX[23:16]).
+/// Width of guest-physical addresses in bits: what the host's processor has, or less where nested paging
+/// reaches less far (AMD APM 3, CPUID Fn8000_0008_EAX\[23:16\]).
 pub fn physical_address_bits(supported: &CpuId) -> u8 {
     /// What a processor without the leaf has.
     const DEFAULT: u8 = 36;
@@ -121,7 +121,7 @@ pub fn physical_address_bits(supported: &CpuId) -> u8 {
         .find(|entry| entry.function == 0x8000_0008)
         .map_or(DEFAULT, |entry| {
             let [host, _, guest, _] = entry.eax.to_le_bytes();
-            if guest == 0 { host } else { guest }
+            if guest == 0 { host } else { guest.min(host) }
         })
 }
 

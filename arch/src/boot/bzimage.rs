@@ -10,6 +10,7 @@ use std::{
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::LoadError;
+use crate::layout;
 
 /// Where the header starts, in the file and in the boot parameters.
 pub const HEADER_OFFSET: u64 = 0x1f1;
@@ -20,6 +21,8 @@ const MIN_VERSION: u16 = 0x020c;
 const SECTOR: u64 = 512;
 /// What `setup_sects` means when it is 0.
 const DEFAULT_SETUP_SECTS: u8 = 4;
+/// More than any kernel's payload: a corrupt length must not be believed.
+const MAX_PAYLOAD: u64 = 1 << 30;
 
 /// `loadflags`: the kernel proper shall randomize its memory regions.
 pub const KASLR_FLAG: u8 = 1 << 1;
@@ -110,13 +113,17 @@ impl<'a> BzImage<'a> {
             ));
         }
         let (alignment, init_size) = (header.kernel_alignment, header.init_size);
-        if !alignment.is_power_of_two() || u64::from(alignment) < crate::layout::PAGE_SIZE {
+        if !alignment.is_power_of_two() || u64::from(alignment) < layout::PAGE_SIZE {
             return bad(format!(
                 "its header asks for an alignment of {alignment:#x}"
             ));
         }
         if init_size == 0 {
             return bad("its header asks for no memory".into());
+        }
+        let preferred = header.pref_address;
+        if preferred >= layout::LOW_RAM_END {
+            return bad(format!("its header asks for address {preferred:#x}"));
         }
         let kernel_len = u64::from(header.syssize) * 16;
         let image = Self {
@@ -156,7 +163,7 @@ impl<'a> BzImage<'a> {
             u64::from(self.header.payload_offset),
             u64::from(self.header.payload_length),
         );
-        if len == 0 || offset + len > self.kernel_len {
+        if len == 0 || len > MAX_PAYLOAD || offset + len > self.kernel_len {
             return Ok(None);
         }
         let mut payload = vec![0; len as usize];
@@ -179,6 +186,7 @@ mod tests {
     use std::{io::Write, mem::offset_of};
 
     use super::*;
+    use crate::boot::test_image::bzimage;
 
     fn file(bytes: &[u8]) -> File {
         let mut file = tempfile::tempfile().unwrap();
@@ -200,35 +208,32 @@ mod tests {
     #[test]
     fn other_files_are_told_apart_from_broken_kernels() {
         let path = Path::new("k");
-        assert!(matches!(
-            BzImage::open(path, &file(b"hello")),
-            Err(LoadError::NotAKernel(_))
-        ));
-        assert!(matches!(
-            BzImage::open(path, &file(&[0; 4096])),
-            Err(LoadError::NotAKernel(_))
-        ));
-        let mut old = vec![0; 4096];
-        old[0x1fe..0x200].copy_from_slice(&BOOT_FLAG.to_le_bytes());
-        old[0x202..0x206].copy_from_slice(&HEADER_MAGIC.to_le_bytes());
-        old[0x206..0x208].copy_from_slice(&0x0209u16.to_le_bytes());
-        let error = BzImage::open(path, &file(&old)).unwrap_err();
-        assert!(error.to_string().contains("2.09"), "{error}");
+        for other in [&b"hello"[..], &[0; 4096]] {
+            assert!(matches!(
+                BzImage::open(path, &file(other)),
+                Err(LoadError::NotAKernel(_))
+            ));
+        }
+        let good = bzimage(&[0; 64]);
+        assert!(BzImage::open(path, &file(&good)).is_ok());
+        for (at, value, words) in [
+            (0x206, &0x0209u16.to_le_bytes()[..], "boot protocol 2.09"),
+            (0x230, &0x21_0000u32.to_le_bytes(), "alignment of 0x210000"),
+            (0x258, &u64::MAX.to_le_bytes(), "address 0xffffffffffffffff"),
+            (0x260, &0u32.to_le_bytes(), "no memory"),
+        ] {
+            let mut image = good.clone();
+            image[at..at + value.len()].copy_from_slice(value);
+            let error = BzImage::open(path, &file(&image)).unwrap_err();
+            assert!(error.to_string().contains(words), "{error}");
+        }
     }
 
     #[test]
     fn a_truncated_kernel_is_called_so() {
-        let mut image = vec![0; 4096];
-        image[0x1f1] = 1;
-        image[0x1f4..0x1f8].copy_from_slice(&0x1000u32.to_le_bytes());
-        image[0x1fe..0x200].copy_from_slice(&BOOT_FLAG.to_le_bytes());
-        image[0x202..0x206].copy_from_slice(&HEADER_MAGIC.to_le_bytes());
-        image[0x206..0x208].copy_from_slice(&0x020fu16.to_le_bytes());
-        image[0x230..0x234].copy_from_slice(&0x20_0000u32.to_le_bytes());
-        image[0x236..0x238].copy_from_slice(&XLF_KERNEL_64.to_le_bytes());
-        image[0x260..0x264].copy_from_slice(&0x100_0000u32.to_le_bytes());
+        let image = bzimage(&[0; 0x1_0000]);
         assert!(matches!(
-            BzImage::open(Path::new("k"), &file(&image)),
+            BzImage::open(Path::new("k"), &file(&image[..4096])),
             Err(LoadError::Truncated { actual: 4096, .. })
         ));
     }

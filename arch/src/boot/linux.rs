@@ -4,8 +4,9 @@
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, ReadVolatile};
 
 use super::{
-    BootSource, LoadError,
+    BootSource, LoadError, MIB,
     bzimage::{BzImage, HEADER_OFFSET, KASLR_FLAG},
+    kaslr::Kaslr,
     load_initrd, low_ram_end, unpack, write_cmdline,
 };
 use crate::{
@@ -74,6 +75,9 @@ pub(super) fn load(mem: &GuestMemory, mut source: BootSource) -> Result<Entry, L
     let initrd = source.initrd.take();
     let image = BzImage::open(&source.kernel_path, &source.kernel)?;
     let mut header = image.header;
+    // What the loader and the kernel fill in is not the file's to say.
+    header.loadflags &= !KASLR_FLAG;
+    (header.ramdisk_image, header.ramdisk_size, header.setup_data) = (0, 0, 0);
     write_cmdline(mem, &source.cmdline, header.cmdline_size as usize)?;
 
     let init_size = u64::from(header.init_size);
@@ -93,8 +97,8 @@ pub(super) fn load(mem: &GuestMemory, mut source: BootSource) -> Result<Entry, L
     let unpacked = if source.guest_unpacks {
         None
     } else {
-        let randomize = !source.cmdline.split_whitespace().any(|w| w == "nokaslr");
-        unpack::load(mem, &source.kernel_path, &image, room_end, randomize)?
+        let kaslr = Kaslr::from_cmdline(&source.cmdline);
+        unpack::load(mem, &source.kernel_path, &image, room_end, kaslr)?
     };
     let address = match unpacked {
         Some(kernel) => {
@@ -141,7 +145,6 @@ fn load_packed(
     image: &BzImage,
     room_end: u64,
 ) -> Result<u64, LoadError> {
-    const MIB: u64 = 1 << 20;
     let start = image.header.pref_address.max(layout::HIGH_MEMORY);
     let needed = u64::from(image.header.init_size).max(image.kernel_len);
     if start.checked_add(needed).is_none_or(|end| end > room_end) {
@@ -169,7 +172,82 @@ fn load_packed(
 
 #[cfg(test)]
 mod tests {
+    use std::{fs::File, io::Write};
+
     use super::*;
+    use crate::boot::test_image::{INIT_SIZE, PREFERRED, bzimage, vmlinux, zstd};
+
+    const MEMORY: u64 = 64 << 20;
+
+    fn boot(cmdline: &str, initrd: Option<u64>) -> Result<GuestMemory, LoadError> {
+        let mem = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY as usize)]).unwrap();
+        let mut kernel: File = tempfile::tempfile().unwrap();
+        kernel.write_all(&bzimage(&zstd(&vmlinux(0, &[])))).unwrap();
+        let initrd = initrd.map(|len| {
+            let file = tempfile::tempfile().unwrap();
+            file.set_len(len).unwrap();
+            ("i".into(), file)
+        });
+        let source = BootSource {
+            kernel_path: "k".into(),
+            kernel,
+            initrd,
+            cmdline: cmdline.into(),
+            guest_unpacks: true,
+            rsdp: 0xe_0000,
+        };
+        load(&mem, source)?;
+        Ok(mem)
+    }
+
+    fn parameter<T: vm_memory::ByteValued>(mem: &GuestMemory, offset: u64) -> T {
+        mem.read_obj(GuestAddress(layout::ZERO_PAGE + offset))
+            .unwrap()
+    }
+
+    #[test]
+    fn boot_parameters_say_where_everything_is() {
+        let mem = boot("quiet", Some(5000)).unwrap();
+        assert_eq!(parameter::<u8>(&mem, 0x210), LOADER_UNDEFINED);
+        assert_eq!(parameter::<u64>(&mem, ACPI_RSDP_ADDR), 0xe_0000);
+        let cmdline = u64::from(parameter::<u32>(&mem, 0x228));
+        assert_eq!(
+            mem.read_obj::<[u8; 6]>(GuestAddress(cmdline)).unwrap(),
+            *b"quiet\0"
+        );
+        let initrd = (parameter::<u32>(&mem, 0x218), parameter::<u32>(&mem, 0x21c));
+        assert_eq!(initrd, ((MEMORY - 2 * layout::PAGE_SIZE) as u32, 5000));
+        assert_eq!(
+            usize::from(parameter::<u8>(&mem, E820_ENTRIES)),
+            memory_map(&mem).len()
+        );
+        let conventional = parameter::<u64>(&mem, E820_TABLE + 8);
+        assert_eq!(conventional, layout::CONVENTIONAL_END);
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let room = MEMORY - PREFERRED - u64::from(INIT_SIZE);
+        assert!(boot("", Some(room)).is_ok());
+        for size in [room + 1, MEMORY, 1 << 40] {
+            assert!(matches!(
+                boot("", Some(size)),
+                Err(LoadError::TooLarge { .. })
+            ));
+        }
+    }
+
+    #[test]
+    fn the_command_line_is_bounded_by_the_kernel() {
+        assert!(boot(&"x".repeat(2047), None).is_ok());
+        assert!(matches!(
+            boot(&"x".repeat(2048), None),
+            Err(LoadError::CmdlineTooLong {
+                len: 2048,
+                max: 2047
+            })
+        ));
+    }
 
     #[test]
     fn the_map_is_sorted_and_does_not_overlap() {

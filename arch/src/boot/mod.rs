@@ -5,9 +5,15 @@
 
 mod bzimage;
 mod image;
+mod kaslr;
 mod linux;
+mod payload;
 mod pvh;
+mod relocations;
+#[cfg(test)]
+mod test_image;
 mod unpack;
+mod vmlinux;
 
 use std::{
     fs::File,
@@ -21,6 +27,9 @@ use vm_memory::{
 };
 
 use crate::{GuestMemory, layout, regs::Entry};
+
+/// For messages.
+const MIB: u64 = 1 << 20;
 
 /// What to boot.
 #[derive(Debug)]
@@ -39,7 +48,7 @@ pub struct BootSource {
     pub rsdp: u64,
 }
 
-/// Why there is nothing to boot. All but [`LoadError::Memory`] are about the files that the user named.
+/// Why there is nothing to boot. All but [`LoadError::Memory`] are about what the user gave.
 #[derive(Debug, Error)]
 pub enum LoadError {
     /// Neither of the formats.
@@ -100,7 +109,7 @@ pub enum LoadError {
     Memory(#[from] GuestMemoryError),
 }
 
-/// Loads everything; the result is where the first vCPU starts.
+/// Loads everything into `mem`, which must be clear; the result is where the first vCPU starts.
 pub fn load(mem: &GuestMemory, mut source: BootSource) -> Result<Entry, LoadError> {
     if !source
         .cmdline
@@ -152,7 +161,6 @@ fn load_initrd(
     floor: u64,
     limit: u64,
 ) -> Result<(u64, u64), LoadError> {
-    const MIB: u64 = 1 << 20;
     let read_error = |source| LoadError::Read {
         path: path.clone(),
         source,

@@ -1,16 +1,23 @@
 //! PVH: entering an ELF vmlinux in 32-bit mode with a start-info structure (Xen
 //! `docs/misc/pvh.pandoc`, `xen/include/public/arch-x86/hvm/start_info.h`).
 
-use linux_loader::loader::{
-    Elf, KernelLoader,
-    elf::{
-        PvhBootCapability,
-        start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info},
+use std::os::unix::fs::FileExt;
+
+use linux_loader::{
+    elf::Elf64_Ehdr,
+    loader::{
+        self, Elf, KernelLoader,
+        elf::{
+            self, PvhBootCapability,
+            start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info},
+        },
     },
 };
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
-use super::{BootSource, LoadError, linux::memory_map, load_initrd, write_cmdline};
+use super::{
+    BootSource, LoadError, MIB, linux::memory_map, load_initrd, low_ram_end, vmlinux, write_cmdline,
+};
 use crate::{
     GuestMemory, layout,
     regs::{Entry, Protocol},
@@ -36,22 +43,47 @@ unsafe impl ByteValued for Plain<hvm_memmap_table_entry> {}
 unsafe impl ByteValued for Plain<hvm_modlist_entry> {}
 
 pub(super) fn load(mem: &GuestMemory, mut source: BootSource) -> Result<Entry, LoadError> {
+    let path = source.kernel_path.clone();
     let bad = |problem: String| LoadError::BadKernel {
-        path: source.kernel_path.clone(),
+        path: path.clone(),
         problem,
     };
+    let mut header = [0; size_of::<Elf64_Ehdr>()];
+    source
+        .kernel
+        .read_exact_at(&mut header, 0)
+        .map_err(|_| LoadError::NotAKernel(path.clone()))?;
+    vmlinux::header(&header).map_err(|_| LoadError::NotAKernel(path.clone()))?;
     let kernel = Elf::load(
         mem,
         None,
         &mut source.kernel,
         Some(GuestAddress(layout::HIGH_MEMORY)),
     )
-    .map_err(|error| bad(format!("cannot load the ELF file: {error}")))?;
+    .map_err(|error| {
+        bad(match error {
+            loader::Error::Elf(elf::Error::ReadKernelImage) => {
+                "a segment lies outside of the file or of the guest's RAM: copy the file again, or give \
+                 more --memory"
+                    .into()
+            }
+            error => format!("cannot load the ELF file: {error}"),
+        })
+    })?;
     let PvhBootCapability::PvhEntryPresent(entry) = kernel.pvh_boot_cap else {
         return Err(bad(
             "no PVH entry: give a vmlinux built with CONFIG_PVH, or a bzImage".into(),
         ));
     };
+    // The loader checks that the file's part of each segment is in RAM; the kernel's bss comes behind.
+    let room = low_ram_end(mem);
+    if kernel.kernel_end > room {
+        return Err(LoadError::TooLarge {
+            path,
+            needed: kernel.kernel_end.div_ceil(MIB),
+            available: room / MIB,
+        });
+    }
     write_cmdline(mem, &source.cmdline, CMDLINE_MAX)?;
 
     let map = memory_map(mem);
@@ -96,7 +128,151 @@ pub(super) fn load(mem: &GuestMemory, mut source: BootSource) -> Result<Entry, L
 
 #[cfg(test)]
 mod tests {
+    use std::{fs::File, io::Write};
+
+    use proptest::prelude::*;
+
     use super::*;
+    use crate::boot::{
+        load,
+        test_image::{PREFERRED, vmlinux},
+    };
+
+    const MEMORY: usize = 64 << 20;
+    /// Where the test kernels have their note, in front of the first segment.
+    const NOTE: usize = 0x1000;
+
+    /// A vmlinux with `note` in a third segment.
+    fn with_note(note: &[u8]) -> Vec<u8> {
+        let mut file = vmlinux(0, &[]);
+        let mut header = Vec::new();
+        header.extend(4u32.to_le_bytes());
+        header.extend(4u32.to_le_bytes());
+        for value in [NOTE as u64, 0, 0, note.len() as u64, note.len() as u64, 4] {
+            header.extend(value.to_le_bytes());
+        }
+        file[56..58].copy_from_slice(&3u16.to_le_bytes());
+        file[64 + 2 * 56..][..header.len()].copy_from_slice(&header);
+        file[NOTE..NOTE + note.len()].copy_from_slice(note);
+        file
+    }
+
+    /// `XEN_ELFNOTE_PHYS32_ENTRY`.
+    fn entry_note(entry: u32) -> Vec<u8> {
+        let mut note = Vec::new();
+        for word in [4u32, 4, 18] {
+            note.extend(word.to_le_bytes());
+        }
+        note.extend(b"Xen\0");
+        note.extend(entry.to_le_bytes());
+        note
+    }
+
+    fn file(bytes: &[u8]) -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(bytes).unwrap();
+        std::io::Seek::rewind(&mut file).unwrap();
+        file
+    }
+
+    fn boot(mem: &GuestMemory, kernel: &[u8], initrd: &[u8]) -> Result<Entry, LoadError> {
+        let source = BootSource {
+            kernel_path: "k".into(),
+            kernel: file(kernel),
+            initrd: (!initrd.is_empty()).then(|| ("i".into(), file(initrd))),
+            cmdline: "quiet".into(),
+            guest_unpacks: false,
+            rsdp: 0xe_0000,
+        };
+        load(mem, source)
+    }
+
+    fn memory() -> GuestMemory {
+        GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap()
+    }
+
+    #[test]
+    fn start_info_leads_to_everything() {
+        let mem = memory();
+        let entry = boot(&mem, &with_note(&entry_note(0x100_0040)), &[0x33; 5000]).unwrap();
+        assert_eq!(
+            entry,
+            Entry {
+                protocol: Protocol::Pvh,
+                address: 0x100_0040
+            }
+        );
+        let info: Plain<hvm_start_info> =
+            mem.read_obj(GuestAddress(layout::PVH_START_INFO)).unwrap();
+        let info = info.0;
+        assert_eq!((info.magic, info.version), (0x336e_c578, 1));
+        assert_eq!(info.rsdp_paddr, 0xe_0000);
+        assert_eq!(
+            mem.read_obj::<[u8; 6]>(GuestAddress(info.cmdline_paddr))
+                .unwrap(),
+            *b"quiet\0"
+        );
+        assert_eq!((info.nr_modules, info.flags), (1, 0));
+        let module: Plain<hvm_modlist_entry> =
+            mem.read_obj(GuestAddress(info.modlist_paddr)).unwrap();
+        assert_eq!(
+            (module.0.paddr % layout::PAGE_SIZE, module.0.size),
+            (0, 5000)
+        );
+        let last = GuestAddress(module.0.paddr + 4999);
+        assert_eq!(mem.read_obj::<u8>(last).unwrap(), 0x33);
+        let last_entry = u64::from(info.memmap_entries) - 1;
+        let size = size_of::<hvm_memmap_table_entry>() as u64;
+        let map: Plain<hvm_memmap_table_entry> = mem
+            .read_obj(GuestAddress(info.memmap_paddr + last_entry * size))
+            .unwrap();
+        assert_eq!(map.0.addr, layout::ECAM.start);
+        assert_eq!(mem.read_obj::<u8>(GuestAddress(PREFERRED)).unwrap(), 0x11);
+    }
+
+    #[test]
+    fn files_that_cannot_be_entered_are_told_why() {
+        let good = with_note(&entry_note(0x100_0040));
+        let with = |at: usize, bytes: &[u8]| {
+            let mut file = good.clone();
+            file[at..at + bytes.len()].copy_from_slice(bytes);
+            file
+        };
+        for (kernel, words) in [
+            (vmlinux(0, &[]), "no PVH entry"),
+            (with(NOTE + 8, &[17]), "no PVH entry"),
+            // 32 bits; AArch64.
+            (with(4, &[1]), "not a kernel"),
+            (with(18, &[183]), "not a kernel"),
+            (good[..40].to_vec(), "not a kernel"),
+            (good[..good.len() - 64].to_vec(), "outside of the file"),
+            // The first segment's p_paddr, and its p_memsz.
+            (
+                with(64 + 24, &u64::MAX.to_le_bytes()),
+                "outside of the file",
+            ),
+            (with(64 + 40, &(1u64 << 40).to_le_bytes()), "does not fit"),
+        ] {
+            let error = boot(&memory(), &kernel, &[]).unwrap_err().to_string();
+            assert!(error.contains(words), "{error:?} instead of {words:?}");
+        }
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig::with_cases(100))]
+        /// Files that are cut or changed anywhere load or fail, and that is all.
+        #[test]
+        fn corrupt_files_are_survived(
+            at in prop_oneof![0usize..240, NOTE..NOTE + 16],
+            value in any::<u64>(),
+            cut in prop::option::of(0usize..0x60_0000),
+        ) {
+            let mut file = with_note(&entry_note(0x100_0040));
+            file[at..at + 8].copy_from_slice(&value.to_le_bytes());
+            file.truncate(cut.unwrap_or(file.len()));
+            let _ = boot(&memory(), &file, &[]);
+        }
+    }
 
     #[test]
     fn structures_have_the_sizes_of_the_interface() {

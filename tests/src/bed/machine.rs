@@ -21,6 +21,9 @@ use crate::{Context, Failure, Result};
 const STATUS: &str = "fanlight-bed: status ";
 /// Modules that make Debian's kernel a KVM host.
 const KVM_MODULES: &[&str] = &["kvm", "kvm_amd", "tun", "vhost_net", "vhost_vsock"];
+/// L1's clock ticks: the emulator now and then loses a one-shot timer while a nested guest runs, after
+/// which a tickless L1, or a guest in it, sleeps until something else happens.
+const L1_CMDLINE: &str = "console=ttyS0 panic=-1 loglevel=1 intel_iommu=on nohz=off highres=off";
 /// No run takes this long: one that does hangs.
 const WATCHDOG: Duration = Duration::from_secs(45 * 60);
 
@@ -114,10 +117,7 @@ impl Bed {
             .arg(image)
             .arg("-initrd")
             .arg(initrd)
-            .args([
-                "-append",
-                "console=ttyS0 panic=-1 loglevel=1 intel_iommu=on",
-            ]);
+            .args(["-append", L1_CMDLINE]);
         for share in shares {
             command.arg("-virtfs").arg(format!(
                 "local,path={},mount_tag={},security_model=none{}",
