@@ -34,7 +34,9 @@ pub const CMDLINE_MAX: usize = 0x1_0000;
 /// End of conventional memory: a PC's extended BIOS data and video memory follow.
 pub const CONVENTIONAL_END: u64 = 0x9_fc00;
 /// ACPI tables, within the BIOS area, so that guests find the RSDP by scanning too.
-pub const ACPI_TABLES: Range<u64> = 0xe_0000..0x10_0000;
+pub const ACPI_TABLES: Range<u64> = 0xe_0000..0xf_0000;
+/// Where a BIOS starts: its 16 last bytes.
+pub const RESET_VECTOR: u64 = 0xf_fff0;
 /// Where memory goes on after the BIOS area.
 pub const HIGH_MEMORY: u64 = 0x10_0000;
 

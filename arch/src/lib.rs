@@ -8,6 +8,7 @@ pub mod boot;
 pub mod cpuid;
 pub mod layout;
 pub mod regs;
+pub mod reset_vector;
 
 /// Guest RAM as the loader writes it.
 pub type GuestMemory = vm_memory::GuestMemoryMmap<()>;

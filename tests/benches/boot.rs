@@ -84,6 +84,7 @@ fn run() -> Result<ExitCode> {
         "exec /share/bench",
         &[&this, &fanlight],
         &shares,
+        &mut std::io::stdout(),
         |_| Ok(()),
     )?;
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))

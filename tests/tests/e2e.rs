@@ -1,7 +1,7 @@
 //! End-to-end tests: stock guests on a real KVM, which is this host's, or the bed's.
 //!
-//! The bed runs this very program again, with the same arguments; so a test is plain code that starts
-//! `fanlight` and looks at what guest and host see.
+//! In the bed each test has an L1 of its own, which runs this very program again; so a test is plain code
+//! that starts `fanlight` and looks at what guest and host see, and none can disturb another.
 
 mod e2e {
     pub mod boot;
@@ -17,6 +17,7 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::ExitCode,
+    sync::Arc,
 };
 
 use fanlight_tests::{
@@ -46,24 +47,29 @@ fn tests() -> Vec<(&'static str, Test)> {
     groups.concat()
 }
 
-fn trials(assets: Option<&Assets>) -> Vec<Trial> {
+fn trials(run: impl Fn(&'static str, Test) -> Result<()> + Clone + Send + 'static) -> Vec<Trial> {
     tests()
         .into_iter()
         .map(|(name, test)| {
-            let assets = assets.cloned();
+            let run = run.clone();
             Trial::test(name, move || {
-                let assets = assets.ok_or("not to be run")?;
-                test(&assets).map_err(|error| error.to_string().into())
+                run(name, test).map_err(|error| error.to_string().into())
             })
         })
         .collect()
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::from_args();
-    if arguments.list {
-        return libtest_mimic::run(&arguments, trials(None)).exit_code();
+    if std::env::var_os(host::IN_BED).is_some() {
+        return in_bed();
     }
+    let mut arguments = Arguments::from_args();
+    if arguments.list {
+        let trials = trials(|_, _| Err(Failure("only listed".into())));
+        return libtest_mimic::run(&arguments, trials).exit_code();
+    }
+    // An emulated host has two processors, and gives both to its guest.
+    arguments.test_threads.get_or_insert(1);
     match run(&arguments) {
         Ok(code) => code,
         Err(error) => {
@@ -73,15 +79,29 @@ fn main() -> ExitCode {
     }
 }
 
-fn run(arguments: &Arguments) -> Result<ExitCode> {
-    if std::env::var_os(host::IN_BED).is_some() {
-        let assets = assets(
-            &Cache::at("/cache"),
-            Path::new("/share/fanlight"),
-            Path::new("/share/guest.cpio"),
-        )?;
-        return Ok(libtest_mimic::run(arguments, trials(Some(&assets))).exit_code());
+/// Runs the one test that is named.
+fn in_bed() -> ExitCode {
+    let name = std::env::args().nth(1).unwrap_or_default();
+    let result = assets(
+        &Cache::at("/cache"),
+        Path::new("/share/fanlight"),
+        Path::new("/share/guest.cpio"),
+    )
+    .and_then(|assets| {
+        let test = tests().into_iter().find(|(other, _)| *other == name);
+        let (_, test) = test.ok_or_else(|| Failure(format!("there is no test {name:?}")))?;
+        test(&assets)
+    });
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            println!("{error}");
+            ExitCode::FAILURE
+        }
     }
+}
+
+fn run(arguments: &Arguments) -> Result<ExitCode> {
     let cache = Cache::open()?;
     let fanlight = build_program("fanlight", "fanlight")?;
     let agent = build_program("fanlight-tests", "guest-agent")?;
@@ -90,21 +110,22 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     let dir = tempfile::tempdir().context("cannot make a directory")?;
     let guest_cpio = dir.path().join("guest.cpio");
     fs::write(&guest_cpio, archive).context("cannot write the guest's root")?;
-    match host::kvm() {
+    let trials = match host::kvm() {
         Kvm::Host => {
             // Taps and addresses of the tests are nobody else's.
             // SAFETY: a network namespace changes nothing that the program's memory depends on.
             unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }
                 .context("cannot make a network namespace for the tests; run them as root")?;
             let assets = assets(&cache, &fanlight, &guest_cpio)?;
-            Ok(libtest_mimic::run(arguments, trials(Some(&assets))).exit_code())
+            trials(move |_, test| test(&assets))
         }
         Kvm::Bed(reason) => {
             eprintln!("fanlight: tests run in the bed: {reason}");
-            let code = in_bed(&cache, &fanlight, dir.path())?;
-            Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+            let beds = Arc::new(Beds::new(&cache, &fanlight, dir.path())?);
+            trials(move |name, _| beds.run(name))
         }
-    }
+    };
+    Ok(libtest_mimic::run(arguments, trials).exit_code())
 }
 
 fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets> {
@@ -117,35 +138,59 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
     })
 }
 
-/// Runs this program in the bed with the arguments that it has; its exit status there.
-fn in_bed(cache: &Cache, fanlight: &Path, share: &Path) -> Result<i32> {
-    let this: PathBuf = std::env::current_exe().context("cannot find this program")?;
-    let kernel = bed_kernel(cache)?;
-    for (from, to) in [(&*this, "e2e"), (fanlight, "fanlight")] {
-        fs::copy(from, share.join(to)).context("cannot share a program")?;
+/// How often a test is tried whose L1 died: the emulator crashes now and then under nested guests, and
+/// that says nothing of the test. A test that fails is never tried again.
+const TRIES: usize = 3;
+
+/// What the beds of all tests have in common.
+struct Beds {
+    bed: Bed,
+    this: PathBuf,
+    fanlight: PathBuf,
+    shares: [Share; 2],
+}
+
+impl Beds {
+    fn new(cache: &Cache, fanlight: &Path, share: &Path) -> Result<Self> {
+        let this = std::env::current_exe().context("cannot find this program")?;
+        let kernel = bed_kernel(cache)?;
+        for (from, to) in [(&*this, "e2e"), (fanlight, "fanlight")] {
+            fs::copy(from, share.join(to)).context("cannot share a program")?;
+        }
+        let shared = |tag, path: &Path| Share {
+            tag,
+            path: path.into(),
+            readonly: true,
+        };
+        Ok(Self {
+            bed: Bed::new(
+                Emulator::get(cache)?,
+                Busybox::get(cache)?,
+                L1Kernel::Bed(kernel.bzimage),
+            ),
+            this,
+            fanlight: fanlight.into(),
+            shares: [shared("share", share), shared("cache", cache.root())],
+        })
     }
-    let quoted: Vec<String> = std::env::args()
-        .skip(1)
-        .map(|argument| format!("'{}'", argument.replace('\'', "'\\''")))
-        .collect();
-    let job = format!("exec /share/e2e {}", quoted.join(" "));
-    let bed = Bed::new(
-        Emulator::get(cache)?,
-        Busybox::get(cache)?,
-        L1Kernel::Bed(kernel.bzimage),
-    );
-    let shares = [
-        Share {
-            tag: "share",
-            path: share.into(),
-            readonly: true,
-        },
-        Share {
-            tag: "cache",
-            path: cache.root().into(),
-            readonly: true,
-        },
-    ];
-    bed.run(&job, &[&this, fanlight], &shares, |_| Ok(()))
-        .map_err(|error| Failure::new("the bed", error))
+
+    fn run(&self, name: &str) -> Result<()> {
+        let programs = [&*self.this, &*self.fanlight];
+        let mut tries = 0;
+        loop {
+            let mut output = Vec::new();
+            let job = format!("exec /share/e2e {name}");
+            let result = self
+                .bed
+                .run(&job, &programs, &self.shares, &mut output, |_| Ok(()));
+            let output = String::from_utf8_lossy(&output);
+            tries += 1;
+            match result {
+                Ok(0) => return Ok(()),
+                Ok(_) => return Err(Failure(output.into_owned())),
+                Err(error) if tries == TRIES => return Err(Failure::new(error, output)),
+                Err(error) => eprintln!("fanlight: {name}: {error}; tried again"),
+            }
+        }
+    }
 }

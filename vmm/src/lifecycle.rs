@@ -22,7 +22,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
     console::{Input, Received},
-    kvm::VcpuError,
+    kvm::{VcpuError, processor_virtualizes},
     machine::{Callbacks, Machine, MachineError},
     resources::Resources,
     status::Ending,
@@ -61,6 +61,17 @@ pub enum LifeError {
         #[source]
         source: io::Error,
     },
+}
+
+impl LifeError {
+    /// Whether what the user asked for cannot be on this host, rather than that something failed.
+    pub fn is_bad_input(&self) -> bool {
+        match self {
+            LifeError::Machine(error) => error.is_bad_input(),
+            LifeError::Vcpu(VcpuError::Emulation { .. }) => !processor_virtualizes(),
+            _ => false,
+        }
+    }
 }
 
 /// What the main loop wakes up for.

@@ -11,6 +11,7 @@ use fanlight_arch::{
     cpuid::{CpuidError, guest_cpuid, physical_address_bits},
     layout,
     regs::InitialState,
+    reset_vector,
 };
 use fanlight_devices::{
     hypervisor::{Hypervisor, MappedSlot},
@@ -259,6 +260,7 @@ impl Machine {
             serial: true,
         };
         let rsdp = acpi::write_tables(ram.memory(), &acpi)?;
+        reset_vector::write(ram.memory())?;
         let state = load(resources, rsdp)?;
         let deadline = kvm.has_tsc_deadline();
         let ready = (0..config.cpus)

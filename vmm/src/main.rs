@@ -5,12 +5,7 @@ mod options;
 use std::{process::ExitCode, time::Instant};
 
 use clap::Parser;
-use fanlight::{
-    lifecycle::{self, LifeError},
-    resources::Resources,
-    status::Ending,
-    terminal,
-};
+use fanlight::{lifecycle, resources::Resources, status::Ending, terminal};
 use fanlight_devices::error_line;
 use options::{Command, Options, RunOptions};
 
@@ -43,7 +38,7 @@ fn run(options: RunOptions, started: Instant) -> Ending {
     match lifecycle::run(resources, started) {
         Ok(ending) => ending,
         // By now the terminal is itself again: the machine and its consoles are gone.
-        Err(LifeError::Machine(error)) if error.is_bad_input() => bad_input(&error),
+        Err(error) if error.is_bad_input() => bad_input(&error),
         Err(error) => {
             eprintln!("fanlight: {}", error_line(&error));
             Ending::Failed

@@ -59,7 +59,10 @@ impl SerialPort {
             return 0;
         }
         // In loopback mode the port hears only itself: the input is lost, as on a wire.
-        uart.enqueue_raw_bytes(bytes).unwrap_or(bytes.len())
+        match uart.enqueue_raw_bytes(bytes) {
+            Ok(taken @ 1..) => taken,
+            _ => bytes.len(),
+        }
     }
 }
 

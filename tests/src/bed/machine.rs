@@ -69,13 +69,14 @@ impl Bed {
     }
 
     /// Boots L1, runs the shell script `job` in it and gives its exit status. The job's output goes to
-    /// ours. `fill` adds files to L1's root; `programs` are programs of the host's that the job runs,
+    /// `output` as it comes. `fill` adds files to L1's root; `programs` are programs of the host's that the job runs,
     /// whose libraries L1 gets.
     pub fn run(
         &self,
         job: &str,
         programs: &[&Path],
         shares: &[Share],
+        output: &mut dyn Write,
         fill: impl FnOnce(&mut Archive) -> Result<()>,
     ) -> Result<i32> {
         let dir = tempfile::tempdir().context("cannot make a directory")?;
@@ -96,7 +97,7 @@ impl Bed {
         fs::write(&initrd, root.finish()).context("cannot write L1's root")?;
         let mut command = self.command(image, &initrd, shares);
         let child = command.spawn().context("cannot start QEMU")?;
-        watch(child)
+        watch(child, output)
     }
 
     fn command(&self, image: &Path, initrd: &Path, shares: &[Share]) -> Command {
@@ -143,7 +144,7 @@ impl Bed {
 }
 
 /// Passes L1's output on until it ends; the status that its last line tells.
-fn watch(mut child: Child) -> Result<i32> {
+fn watch(mut child: Child, to: &mut dyn Write) -> Result<i32> {
     let (Some(output), Some(errors)) = (child.stdout.take(), child.stderr.take()) else {
         return Err(Failure("QEMU has no output".into()));
     };
@@ -164,7 +165,7 @@ fn watch(mut child: Child) -> Result<i32> {
             false
         }
     });
-    let status = pass_on(output);
+    let status = pass_on(output, to);
     let exit = child.wait().context("cannot wait for QEMU")?;
     ended.store(true, Ordering::Release);
     watchdog.thread().unpark();
@@ -183,9 +184,8 @@ fn watch(mut child: Child) -> Result<i32> {
 }
 
 /// Copies whole and partial lines as they come, but for the one with the status.
-fn pass_on(output: impl Read) -> Option<i32> {
+fn pass_on(output: impl Read, to: &mut dyn Write) -> Option<i32> {
     let mut reader = BufReader::new(output);
-    let mut stdout = std::io::stdout();
     let mut status = None;
     let mut line = Vec::new();
     while reader
@@ -197,8 +197,8 @@ fn pass_on(output: impl Read) -> Option<i32> {
             Some(number) => status = number.parse().ok(),
             None => {
                 let text = text.replace("\r\n", "\n");
-                let _ = stdout.write_all(text.as_bytes());
-                let _ = stdout.flush();
+                let _ = to.write_all(text.as_bytes());
+                let _ = to.flush();
             }
         }
         line.clear();

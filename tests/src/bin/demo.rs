@@ -58,7 +58,7 @@ fn demo() -> Result<i32> {
             let bed = Bed::new(emulator, busybox, L1Kernel::Stock(kernel.clone()));
             let job =
                 format!("/fanlight run --kernel /vmlinuz --initrd /initrd {OPTIONS} < /dev/null");
-            bed.run(&job, &[&fanlight], &[], |root| {
+            bed.run(&job, &[&fanlight], &[], &mut std::io::stdout(), |root| {
                 root.host_file("fanlight", &fanlight)?;
                 root.host_file("vmlinuz", &kernel.image)?;
                 root.file("initrd", &initrd);
