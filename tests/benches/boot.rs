@@ -20,7 +20,7 @@ use fanlight_tests::{
 use rustix::process::Signal;
 
 /// Rounds; medians are of so many.
-const ROUNDS: usize = 7;
+const ROUNDS: usize = 5;
 const CMDLINE: &str = "console=ttyS0 panic=-1 quiet";
 /// What the guest's init says first.
 const MARK: &str = "fanlight-init: up";

@@ -115,8 +115,8 @@ fn acpi_and_clock(assets: &Assets) -> Result<()> {
         .guest(
             "echo host: $(ls /sys/bus/acpi/devices | grep -c PNP0A08)
              echo rtc: $(cat /sys/class/rtc/rtc0/since_epoch)
-             echo errors: $(dmesg | grep -ciE 'acpi.*(error|bug)|bios bug')
-             dmesg | grep -iE 'acpi.*(error|bug)|bios bug'",
+             echo errors: $(dmesg | grep -ciE 'acpi.*error|firmware bug|bios bug')
+             dmesg | grep -iE 'acpi.*error|firmware bug|bios bug'",
         )
         .run()?;
     let now = std::time::SystemTime::now()
