@@ -15,7 +15,7 @@ pub const TESTS: &[(&str, Test)] = &[
     ("disk::qcow2_survives_sigkill", |assets| {
         survives(assets, "qcow2")
     }),
-    ("disk::qcow2_discards_and_zeroes", discards),
+    ("disk::qcow2_discards", discards),
     ("disk::read_only_and_serial", read_only),
     ("disk::queues_and_a_file_system", file_system),
 ];
@@ -51,9 +51,10 @@ fn survives(assets: &Assets, format: &str) -> Result<()> {
 fn discards(assets: &Assets) -> Result<()> {
     let guest = assets.guest(
         "dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync 2>/dev/null
-         blkdiscard -o 4194304 -l 4194304 /dev/vda && echo discarded
-         blkdiscard -z -o 8388608 -l 4194304 /dev/vda && echo zeroed; sync
-         echo zeroes: $(dd if=/dev/vda bs=1M skip=8 count=4 2>/dev/null | tr -d '\\0' | wc -c)",
+         before=$(dd if=/dev/vda bs=1M skip=8 count=8 2>/dev/null | md5sum)
+         blkdiscard -o 4194304 -l 4194304 /dev/vda && echo discarded; sync
+         echo 3 > /proc/sys/vm/drop_caches
+         [ \"$before\" = \"$(dd if=/dev/vda bs=1M skip=8 count=8 2>/dev/null | md5sum)\" ] && echo same",
     );
     let image = guest.path("disk");
     make_image(assets, &image, "qcow2", "64M")?;
@@ -63,8 +64,7 @@ fn discards(assets: &Assets) -> Result<()> {
         .start()?;
     guest.expect_exit(0)?;
     let said = guest.transcript();
-    ensure(said.contains("discarded") && said.contains("zeroed"), &said)?;
-    ensure(value(&said, "zeroes:")? == "0", &said)?;
+    ensure(said.contains("discarded") && said.contains("same"), &said)?;
     qemu_img(assets, &["check", "-q", "-f", "qcow2"], &keep, &[])
 }
 
