@@ -47,6 +47,8 @@ const OSC_UNKNOWN_UUID: u8 = 1 << 2;
 pub struct AcpiConfig {
     /// Number of vCPUs; APIC ids count from 0.
     pub cpus: u32,
+    /// Last PCI bus. Linux asks for every device of every bus up to here: 32 accesses a bus.
+    pub pci_last_bus: u8,
     /// 64-bit prefetchable window for BARs; may be empty.
     pub pci_mmio64: Range<u64>,
     /// Whether the first serial port is there.
@@ -82,7 +84,7 @@ pub fn write_tables(mem: &GuestMemory, config: &AcpiConfig) -> Result<u64, AcpiE
     let tables = [
         place(&bytes(&fadt(dsdt_at)))?,
         place(&bytes(&madt(config.cpus)))?,
-        place(&bytes(&mcfg()))?,
+        place(&bytes(&mcfg(config.pci_last_bus)))?,
     ];
     let mut xsdt = XSDT::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
     for table in tables {
@@ -140,9 +142,9 @@ fn madt(cpus: u32) -> MADT {
     madt
 }
 
-fn mcfg() -> MCFG {
+fn mcfg(last_bus: u8) -> MCFG {
     let mut mcfg = MCFG::new(OEM_ID, OEM_TABLE_ID, OEM_REVISION);
-    mcfg.add_ecam(layout::ECAM.start, 0, 0, 255);
+    mcfg.add_ecam(layout::ECAM.start, 0, 0, last_bus);
     mcfg
 }
 
@@ -162,7 +164,7 @@ fn dsdt(config: &AcpiConfig) -> Sdt {
 }
 
 fn pci_host_bridge(dsdt: &mut Sdt, config: &AcpiConfig) {
-    let buses = AddressSpace::new_bus_number(0u16, 255);
+    let buses = AddressSpace::new_bus_number(0u16, u16::from(config.pci_last_bus));
     let config_ports = IO::new(
         layout::PCI_CONFIG_ADDRESS_PORT,
         layout::PCI_CONFIG_ADDRESS_PORT,
@@ -375,6 +377,7 @@ mod tests {
         let mem = GuestMemory::from_ranges(&[(GuestAddress(0), 2 << 20)]).unwrap();
         let config = AcpiConfig {
             cpus: layout::MAX_CPUS,
+            pci_last_bus: 3,
             pci_mmio64: 1 << 32..1 << 39,
             serial: true,
         };
@@ -391,6 +394,7 @@ mod tests {
         let signatures: Vec<_> = tables.iter().map(|t| &t[..4]).collect();
         assert_eq!(signatures, [b"FACP", b"APIC", b"MCFG"]);
         assert!(tables.iter().all(|table| sums_to_zero(table)));
+        assert_eq!(tables[2][54..56], [0, 3]);
         let dsdt = table(
             &mem,
             u64::from_le_bytes(tables[0][140..148].try_into().unwrap()),

@@ -376,7 +376,7 @@ fn set_waiting(input: &mut ConsoleInput, index: usize, wanted: bool, ops: &mut E
         };
         // A regular file as standard input cannot be waited on.
         if let Err(error) = result {
-            tracing::warn!(%error, "no console input");
+            tracing::info!(%error, "no console input");
         }
     }
     input.waiting = wanted;

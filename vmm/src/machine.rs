@@ -240,7 +240,7 @@ impl Machine {
         let bus = topology.bus;
         let cpuid = kvm.supported_cpuid()?;
         let window = layout::pci_mmio64(ram.size(), physical_address_bits(&cpuid));
-        bus.assign(&Windows {
+        let pci_last_bus = bus.assign(&Windows {
             memory32: layout::PCI_MMIO32,
             memory64: window.clone(),
             io: layout::PCI_IO.start.into()..layout::PCI_IO.end.into(),
@@ -256,6 +256,7 @@ impl Machine {
 
         let acpi = AcpiConfig {
             cpus: config.cpus,
+            pci_last_bus,
             pci_mmio64: window,
             serial: true,
         };

@@ -7,7 +7,9 @@ use super::{
     BootSource, LoadError, MIB,
     bzimage::{BzImage, HEADER_OFFSET, KASLR_FLAG},
     kaslr::Kaslr,
-    load_initrd, low_ram_end, unpack, write_cmdline,
+    load_initrd, low_ram_end,
+    populate::Populate,
+    unpack, write_cmdline,
 };
 use crate::{
     GuestMemory, layout,
@@ -71,7 +73,11 @@ pub fn memory_map(mem: &GuestMemory) -> Vec<(u64, u64, MemoryType)> {
     map
 }
 
-pub(super) fn load(mem: &GuestMemory, mut source: BootSource) -> Result<Entry, LoadError> {
+pub(super) fn load(
+    mem: &GuestMemory,
+    mut source: BootSource,
+    populate: &Populate,
+) -> Result<Entry, LoadError> {
     let initrd = source.initrd.take();
     let image = BzImage::open(&source.kernel_path, &source.kernel)?;
     let mut header = image.header;
@@ -98,7 +104,7 @@ pub(super) fn load(mem: &GuestMemory, mut source: BootSource) -> Result<Entry, L
         None
     } else {
         let kaslr = Kaslr::from_cmdline(&source.cmdline);
-        unpack::load(mem, &source.kernel_path, &image, room_end, kaslr)?
+        unpack::load(mem, &source.kernel_path, &image, room_end, kaslr, populate)?
     };
     let address = match unpacked {
         Some(kernel) => {
@@ -107,7 +113,7 @@ pub(super) fn load(mem: &GuestMemory, mut source: BootSource) -> Result<Entry, L
             }
             kernel.entry
         }
-        None => load_packed(mem, &source, &image, room_end)? + ENTRY_64,
+        None => load_packed(mem, &source, &image, room_end, populate)? + ENTRY_64,
     };
 
     header.type_of_loader = LOADER_UNDEFINED;
@@ -144,6 +150,7 @@ fn load_packed(
     source: &BootSource,
     image: &BzImage,
     room_end: u64,
+    populate: &Populate,
 ) -> Result<u64, LoadError> {
     let start = image.header.pref_address.max(layout::HIGH_MEMORY);
     let needed = u64::from(image.header.init_size).max(image.kernel_len);
@@ -154,6 +161,7 @@ fn load_packed(
             available: room_end.saturating_sub(start) / MIB,
         });
     }
+    populate.kernel(start..start + needed, mem);
     let read_error = |error: std::io::Error| LoadError::Read {
         path: source.kernel_path.clone(),
         source: error,
@@ -196,7 +204,7 @@ mod tests {
             guest_unpacks: true,
             rsdp: 0xe_0000,
         };
-        load(&mem, source)?;
+        Populate::beside(&mem, |populate| load(&mem, source, populate))?;
         Ok(mem)
     }
 

@@ -8,6 +8,7 @@ mod image;
 mod kaslr;
 mod linux;
 mod payload;
+mod populate;
 mod pvh;
 mod relocations;
 #[cfg(test)]
@@ -27,6 +28,7 @@ use vm_memory::{
 };
 
 use crate::{GuestMemory, layout, regs::Entry};
+use populate::Populate;
 
 /// For messages.
 const MIB: u64 = 1 << 20;
@@ -126,10 +128,10 @@ pub fn load(mem: &GuestMemory, mut source: BootSource) -> Result<Entry, LoadErro
             path: source.kernel_path.clone(),
             source: source_error,
         })?;
-    match &magic[..read] {
-        b"\x7fELF" => pvh::load(mem, source),
-        _ => linux::load(mem, source),
-    }
+    Populate::beside(mem, |populate| match &magic[..read] {
+        b"\x7fELF" => pvh::load(mem, source, populate),
+        _ => linux::load(mem, source, populate),
+    })
 }
 
 /// Writes the command line with its NUL. `kernel_max` is what the kernel takes without the NUL.

@@ -3,20 +3,22 @@
 
 use std::os::unix::fs::FileExt;
 
-use linux_loader::{
-    elf::Elf64_Ehdr,
-    loader::{
-        self, Elf, KernelLoader,
-        elf::{
-            self, PvhBootCapability,
-            start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info},
-        },
+use linux_loader::loader::{
+    self, Elf, KernelLoader,
+    elf::{
+        self, PvhBootCapability,
+        start_info::{hvm_memmap_table_entry, hvm_modlist_entry, hvm_start_info},
     },
 };
 use vm_memory::{ByteValued, Bytes, GuestAddress};
 
 use super::{
-    BootSource, LoadError, MIB, linux::memory_map, load_initrd, low_ram_end, vmlinux, write_cmdline,
+    BootSource, LoadError, MIB,
+    linux::memory_map,
+    load_initrd, low_ram_end,
+    populate::Populate,
+    vmlinux::{self, Vmlinux},
+    write_cmdline,
 };
 use crate::{
     GuestMemory, layout,
@@ -30,6 +32,9 @@ const START_INFO_VERSION: u32 = 1;
 /// Linux's `COMMAND_LINE_SIZE` on x86, less the NUL: PVH has no field for it.
 const CMDLINE_MAX: usize = 2047;
 
+/// The ELF header and, in any kernel, the program headers.
+const HEADERS: usize = 4096;
+
 /// Xen's structures are plain integers without padding.
 #[derive(Clone, Copy, Default)]
 #[repr(transparent)]
@@ -42,18 +47,26 @@ unsafe impl ByteValued for Plain<hvm_memmap_table_entry> {}
 // SAFETY: see above.
 unsafe impl ByteValued for Plain<hvm_modlist_entry> {}
 
-pub(super) fn load(mem: &GuestMemory, mut source: BootSource) -> Result<Entry, LoadError> {
+pub(super) fn load(
+    mem: &GuestMemory,
+    mut source: BootSource,
+    populate: &Populate,
+) -> Result<Entry, LoadError> {
     let path = source.kernel_path.clone();
     let bad = |problem: String| LoadError::BadKernel {
         path: path.clone(),
         problem,
     };
-    let mut header = [0; size_of::<Elf64_Ehdr>()];
-    source
+    let mut start = [0; HEADERS];
+    let read = source
         .kernel
-        .read_exact_at(&mut header, 0)
+        .read_at(&mut start, 0)
         .map_err(|_| LoadError::NotAKernel(path.clone()))?;
-    vmlinux::header(&header).map_err(|_| LoadError::NotAKernel(path.clone()))?;
+    let headers = &start[..read];
+    vmlinux::header(headers).map_err(|_| LoadError::NotAKernel(path.clone()))?;
+    if let Ok(kernel) = Vmlinux::parse(headers) {
+        populate.kernel(kernel.physical_range(), mem);
+    }
     let kernel = Elf::load(
         mem,
         None,

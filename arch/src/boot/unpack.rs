@@ -6,14 +6,15 @@
 //! parameters are clean already, page tables and their depth are those that the vCPU starts with (four
 //! levels), and there is no encrypted memory to accept.
 
-use std::{path::Path, thread, time::Instant};
+use std::{path::Path, time::Instant};
 
 use super::{
     LoadError,
     bzimage::BzImage,
-    image::{populate, with_bytes},
+    image::with_bytes,
     kaslr::{Kaslr, MIN_PHYSICAL_BASE, random_base, random_virtual_offset},
     payload::Payload,
+    populate::Populate,
     relocations::{self, Relocations},
     vmlinux::Vmlinux,
 };
@@ -44,6 +45,7 @@ pub fn load(
     image: &BzImage,
     room_end: u64,
     kaslr: Kaslr,
+    populate: &Populate,
 ) -> Result<Option<Unpacked>, LoadError> {
     let started = Instant::now();
     let Some(bytes) = image.payload()? else {
@@ -83,18 +85,14 @@ pub fn load(
     let Some(base) = base else { return Ok(None) };
 
     let output_at = base - SEGMENT_OFFSET;
-    let decoded = thread::scope(|scope| {
-        let populate = || populate(mem, output_at, unpacked_len);
-        // Without a thread, only the head start is lost.
-        let _ = thread::Builder::new().spawn_scoped(scope, populate);
-        with_bytes(mem, output_at, unpacked_len, |output| {
-            payload.decode(output)
-        })
+    let area_len = (SEGMENT_OFFSET + span) as usize;
+    populate.kernel(output_at..base + span, mem);
+    let decoded = with_bytes(mem, output_at, unpacked_len, |output| {
+        payload.decode(output)
     })?;
     decoded.map_err(|error| bad(error.to_string()))?;
     let decoded_in = started.elapsed();
 
-    let area_len = (SEGMENT_OFFSET + span) as usize;
     let (entry, randomized) = with_bytes(mem, output_at, area_len, |area| {
         let offset =
             (kaslr != Kaslr::Off).then(|| random_virtual_offset(alignment, span, preferred));

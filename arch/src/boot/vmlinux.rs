@@ -1,6 +1,8 @@
 //! An x86-64 kernel as an ELF file (ELF-64 object file format 1.5): its headers, and placing its
 //! segments within memory that already holds the file.
 
+use std::ops::Range;
+
 use linux_loader::elf::{Elf64_Ehdr, Elf64_Phdr};
 use thiserror::Error;
 
@@ -86,6 +88,16 @@ impl Vmlinux {
                 .filter(|segment| segment.p_type == PT_LOAD)
                 .collect(),
         })
+    }
+
+    /// The physical addresses, as linked, that the segments span.
+    pub fn physical_range(&self) -> Range<u64> {
+        let starts = self.segments.iter().map(|segment| segment.p_paddr);
+        let ends = self
+            .segments
+            .iter()
+            .map(|segment| segment.p_paddr.saturating_add(segment.p_memsz));
+        starts.min().unwrap_or(0)..ends.max().unwrap_or(0)
     }
 
     /// Moves the segments to their places, where they are not there already. `area` starts with the

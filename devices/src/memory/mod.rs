@@ -1,6 +1,7 @@
 //! Guest-physical memory: RAM, and the map of what lies where.
 
 mod address_space;
+mod aligned_hole;
 mod ram;
 
 pub use address_space::{

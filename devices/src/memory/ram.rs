@@ -7,9 +7,11 @@ use rustix::{
     mm::Advice,
 };
 use thiserror::Error;
-use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
-use super::{AddressSpace, AddressSpaceError, Backing, BackingKind, SlotMapping};
+use super::{
+    AddressSpace, AddressSpaceError, Backing, BackingKind, SlotMapping, aligned_hole::AlignedHole,
+};
 use crate::GuestMemory;
 use fanlight_arch::layout;
 
@@ -117,22 +119,21 @@ impl GuestRam {
         }
 
         let file = Self::memfd(size, hugepages)?;
-        let ranges: Vec<_> = {
-            let mut offset = 0;
-            layout::ram_ranges(size)
-                .into_iter()
-                .map(|(gpa, len)| {
-                    let backing = FileOffset::from_arc(file.clone(), offset);
-                    offset += len;
-                    (gpa, len as usize, Some(backing))
-                })
-                .collect()
-        };
-        let mem = GuestMemory::from_ranges_with_files(&ranges).map_err(|error| RamError::Host {
+        let fail = |error: &dyn std::error::Error| RamError::Host {
             action: "map memory",
             size,
-            source: io::Error::other(error),
-        })?;
+            source: io::Error::other(error.to_string()),
+        };
+        let mut offset = 0;
+        let mut regions = Vec::new();
+        for (gpa, len) in layout::ram_ranges(size) {
+            let backing = FileOffset::from_arc(file.clone(), offset);
+            offset += len;
+            let _hole = AlignedHole::new(len as usize);
+            let region = GuestRegionMmap::from_range(gpa, len as usize, Some(backing));
+            regions.push(region.map_err(|error| fail(&error))?);
+        }
+        let mem = GuestMemory::from_regions(regions).map_err(|error| fail(&error))?;
         let ram = Self { file, mem, size };
         for slot in ram.slots() {
             // Only hints: a kernel without them serves the guest as well.
@@ -270,6 +271,15 @@ mod tests {
         assert_eq!(high[0].backing.offset, layout::LOW_RAM_END);
         assert!(map.resolve(layout::LOW_RAM_END - 1, 2).is_err());
         assert_eq!(ram.slots().count(), 2);
+    }
+
+    #[test]
+    fn huge_pages_can_be_mapped() {
+        let ram = GuestRam::new((4 << 30) + layout::PAGE_SIZE, None).unwrap();
+        for slot in ram.slots() {
+            assert_eq!(slot.host % HugePageSize::Size2M.bytes(), 0);
+            assert_eq!(slot.gpa % HugePageSize::Size2M.bytes(), 0);
+        }
     }
 
     #[test]

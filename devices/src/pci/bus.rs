@@ -135,8 +135,9 @@ impl PciBus {
         });
     }
 
-    /// Numbers buses and places BARs and bridge windows, as firmware does before it starts a guest.
-    pub fn assign(&self, windows: &Windows) -> Result<(), PciError> {
+    /// Numbers buses and places BARs and bridge windows, as firmware does before it starts a guest. Gives
+    /// the last bus's number.
+    pub fn assign(&self, windows: &Windows) -> Result<u8, PciError> {
         let mut free = Free::new(windows);
         let mut next_bus = 1;
         for node in self.lock().values() {
@@ -166,7 +167,7 @@ impl PciBus {
                 }
             }
         }
-        Ok(())
+        Ok(next_bus - 1)
     }
 }
 
@@ -265,7 +266,7 @@ mod tests {
         bus.add(function(0x11, &[])).unwrap();
         bus.add_port(port.clone()).unwrap();
         port.bus.add(function(0x22, &[])).unwrap();
-        bus.assign(&windows()).unwrap();
+        assert_eq!(bus.assign(&windows()), Ok(1));
         assert_eq!(read(&bus, 0, 0), 0x11);
         assert_eq!(read(&bus, 1, 0), 0x22);
         assert_eq!(read(&bus, 1, 1), 0xff);
