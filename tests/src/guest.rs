@@ -55,6 +55,7 @@ pub struct GuestBuilder {
     cmdline: String,
     script: String,
     arguments: Vec<String>,
+    archive: Archive,
 }
 
 impl Assets {
@@ -67,6 +68,7 @@ impl Assets {
             cmdline: "console=ttyS0 panic=-1 loglevel=4".into(),
             script: script.into(),
             arguments: ["--memory", "256M"].map(str::to_owned).into(),
+            archive: Archive::default(),
         }
     }
 }
@@ -102,13 +104,25 @@ impl GuestBuilder {
         self.dir.path().join(name)
     }
 
-    /// Starts the guest.
-    pub fn start(self) -> Result<Guest> {
-        let mut more = Archive::default();
-        more.file("test", format!("#!/bin/sh\n{}\n", self.script).as_bytes());
+    /// Puts a file into the guest's root.
+    pub fn file(mut self, name: &str, content: &[u8]) -> Self {
+        self.archive.file(name, content);
+        self
+    }
+
+    /// The guest's root.
+    pub fn initrd(&self) -> Result<Vec<u8>> {
         let mut initrd =
             fs::read(&self.assets.guest_archive).context("cannot read the guest's root")?;
+        let mut more = self.archive.clone();
+        more.file("test", format!("#!/bin/sh\n{}\n", self.script).as_bytes());
         initrd.extend(more.finish());
+        Ok(initrd)
+    }
+
+    /// The command that starts the guest, and the directory that it needs meanwhile.
+    pub fn command(self) -> Result<(Command, TempDir)> {
+        let initrd = self.initrd()?;
         let initrd_path = self.path("initrd");
         fs::write(&initrd_path, initrd).context("cannot write the guest's root")?;
         let kernel = match self.kernel {
@@ -124,7 +138,13 @@ impl GuestBuilder {
             .arg(&initrd_path)
             .args(["--cmdline", &self.cmdline])
             .args(&self.arguments);
-        Guest::spawn(command, self.dir)
+        Ok((command, self.dir))
+    }
+
+    /// Starts the guest.
+    pub fn start(self) -> Result<Guest> {
+        let (command, dir) = self.command()?;
+        Guest::spawn(command, dir)
     }
 
     /// Starts the guest and expects it to power itself off; everything that it and Fanlight said.

@@ -31,7 +31,7 @@ const GUEST_MODULES: &[&str] = &[
 ];
 
 /// A cpio archive under construction.
-#[derive(Debug, Default)]
+#[derive(Clone, Debug, Default)]
 pub struct Archive {
     bytes: Vec<u8>,
     entries: u32,

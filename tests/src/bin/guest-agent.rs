@@ -1,8 +1,9 @@
-//! Runs in guests: the other end of conversations over TCP and vsock.
+//! Runs in guests: the other end of conversations over TCP and vsock, and system calls that busybox has
+//! no command for.
 
-use std::process::ExitCode;
+use std::{ffi::CString, fs::File, os::fd::AsRawFd, process::ExitCode};
 
-use fanlight_tests::{Failure, Result, echo};
+use fanlight_tests::{Context, Failure, Result, echo};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -25,14 +26,63 @@ fn act(arguments: &[String]) -> Result<String> {
             Ok(format!("served {bytes} bytes"))
         }
         [verb, address, bytes] if verb == "call" => {
-            let bytes = bytes
-                .parse()
-                .map_err(|_| Failure(format!("{bytes:?} is not a number")))?;
+            let bytes = number(bytes)?;
             echo::call(&address.parse()?, bytes)?;
             Ok(format!("called with {bytes} bytes"))
         }
+        [verb, device, start, len] if verb == "zero" => {
+            zero(device, number(start)?, number(len)?)?;
+            Ok(format!("zeroed {len} bytes"))
+        }
+        [verb, kernel, initrd, cmdline] if verb == "kexec" => kexec(kernel, initrd, cmdline),
         _ => Err(Failure(
-            "usage: guest-agent serve ADDRESS | call ADDRESS BYTES".into(),
+            "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
+             kexec KERNEL INITRD CMDLINE"
+                .into(),
         )),
     }
+}
+
+fn number(text: &str) -> Result<u64> {
+    text.parse()
+        .map_err(|_| Failure(format!("{text:?} is not a number")))
+}
+
+/// Has a block device write zeroes (Linux `include/uapi/linux/fs.h`).
+fn zero(device: &str, start: u64, len: u64) -> Result<()> {
+    const BLKZEROOUT: libc::c_ulong = 0x127f;
+    let device = File::options()
+        .write(true)
+        .open(device)
+        .context("cannot open the device")?;
+    let range = [start, len];
+    // SAFETY: the ioctl reads two 64-bit numbers.
+    match unsafe { libc::ioctl(device.as_raw_fd(), BLKZEROOUT as _, &range) } {
+        0 => Ok(()),
+        _ => Err(std::io::Error::last_os_error()).context("cannot write zeroes"),
+    }
+}
+
+/// Replaces the running kernel.
+fn kexec(kernel: &str, initrd: &str, cmdline: &str) -> Result<String> {
+    let open = |path| File::open(path).context(format!("cannot open {path}"));
+    let (kernel, initrd) = (open(kernel)?, open(initrd)?);
+    let cmdline = CString::new(cmdline).context("a command line with a NUL")?;
+    // SAFETY: the kernel reads the command line with its NUL, and no other memory.
+    let loaded = unsafe {
+        libc::syscall(
+            libc::SYS_kexec_file_load,
+            kernel.as_raw_fd(),
+            initrd.as_raw_fd(),
+            cmdline.as_bytes_with_nul().len(),
+            cmdline.as_ptr(),
+            0,
+        )
+    };
+    if loaded != 0 {
+        return Err(std::io::Error::last_os_error()).context("cannot load the kernel");
+    }
+    // SAFETY: does not return, or changes nothing.
+    unsafe { libc::reboot(libc::LINUX_REBOOT_CMD_KEXEC) };
+    Err(std::io::Error::last_os_error()).context("cannot start the kernel")
 }

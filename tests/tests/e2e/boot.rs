@@ -1,7 +1,9 @@
 //! Kernels start, and see the machine that was asked for.
 
+use std::fs;
+
 use fanlight_tests::{
-    Result,
+    Context, Result,
     guest::{Assets, GuestKernel, ensure, value},
 };
 
@@ -16,6 +18,7 @@ pub const TESTS: &[(&str, Test)] = &[
     ("boot::memory_6g_around_the_hole", |assets| {
         memory(assets, "6G", 6144)
     }),
+    ("boot::huge_pages", huge_pages),
     ("boot::vmlinux_by_pvh", vmlinux_by_pvh),
     ("boot::a_kernel_that_unpacks_itself", unpacks_itself),
     ("boot::kernel_addresses_are_random", addresses_are_random),
@@ -68,6 +71,29 @@ fn memory(assets: &Assets, size: &str, mib: u64) -> Result<()> {
         format!("{total} MiB of {mib}\n{said}"),
     )?;
     ensure(value(&said, "filled:")? == "36", &said)
+}
+
+fn huge_pages(assets: &Assets) -> Result<()> {
+    const RESERVED: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/nr_hugepages";
+    const FREE: &str = "/sys/kernel/mm/hugepages/hugepages-2048kB/free_hugepages";
+    let free = || -> Result<u64> {
+        let text = fs::read_to_string(FREE).context("cannot count huge pages")?;
+        Ok(text.trim().parse().unwrap_or(0))
+    };
+    let before = fs::read_to_string(RESERVED).context("cannot read the host's huge pages")?;
+    fs::write(RESERVED, "140").context("cannot reserve huge pages")?;
+    let guest = |script, memory| assets.guest(script).option("--memory", memory);
+    let mut running = guest("echo ready; read line", "256M,hugepages=2M").start()?;
+    running.wait_for("ready")?;
+    let taken = 140 - free()?;
+    running.send("\n")?;
+    running.expect_exit(0)?;
+    let mut refused = guest("", "512M,hugepages=2M").start()?;
+    refused.expect_exit(2)?;
+    let said = refused.transcript();
+    fs::write(RESERVED, before.trim()).context("cannot give huge pages back")?;
+    ensure(taken == 128, format!("{taken} huge pages are taken"))?;
+    ensure(said.contains("nr_hugepages"), &said)
 }
 
 fn vmlinux_by_pvh(assets: &Assets) -> Result<()> {

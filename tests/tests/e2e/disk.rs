@@ -16,6 +16,12 @@ pub const TESTS: &[(&str, Test)] = &[
         survives(assets, "qcow2")
     }),
     ("disk::qcow2_discards", discards),
+    ("disk::raw_writes_zeroes", |assets| {
+        write_zeroes(assets, "raw")
+    }),
+    ("disk::qcow2_writes_zeroes", |assets| {
+        write_zeroes(assets, "qcow2")
+    }),
     ("disk::read_only_and_serial", read_only),
     ("disk::queues_and_a_file_system", file_system),
 ];
@@ -66,6 +72,24 @@ fn discards(assets: &Assets) -> Result<()> {
     let said = guest.transcript();
     ensure(said.contains("discarded") && said.contains("same"), &said)?;
     qemu_img(assets, &["check", "-q", "-f", "qcow2"], &keep, &[])
+}
+
+fn write_zeroes(assets: &Assets, format: &str) -> Result<()> {
+    let guest = assets.guest(
+        "echo limit: $(cat /sys/block/vda/queue/write_zeroes_max_bytes)
+         dd if=/dev/urandom of=/tmp/x bs=1M count=16 2>/dev/null
+         dd if=/tmp/x of=/dev/vda bs=1M conv=fsync 2>/dev/null
+         guest-agent zero /dev/vda 4194304 1048576; echo 3 > /proc/sys/vm/drop_caches
+         dd if=/dev/zero of=/tmp/x bs=1M seek=4 count=1 conv=notrunc 2>/dev/null
+         dd if=/dev/vda bs=1M count=16 2>/dev/null | cmp - /tmp/x && echo same",
+    );
+    let image = guest.path("disk");
+    make_image(assets, &image, format, "64M")?;
+    let disk = format!("path={},format={format}", image.display());
+    let said = guest.option("--disk", disk).run()?;
+    // Without the feature the guest would write the zeroes itself.
+    ensure(value(&said, "limit:")? != "0", &said)?;
+    ensure(said.contains("zeroed") && said.contains("same"), &said)
 }
 
 fn read_only(assets: &Assets) -> Result<()> {

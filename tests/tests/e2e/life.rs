@@ -3,8 +3,8 @@
 use std::time::Duration;
 
 use fanlight_tests::{
-    Result,
-    guest::{Assets, ensure, make_image},
+    Context, Result,
+    guest::{Assets, ensure, make_image, value},
 };
 use rustix::process::Signal;
 
@@ -18,6 +18,7 @@ pub const TESTS: &[(&str, Test)] = &[
     ("life::a_panic_has_its_status", panic),
     ("life::sigterm_presses_the_power_button", sigterm),
     ("life::a_second_sigterm_stops", second_sigterm),
+    ("life::kexec_takes_the_devices_over", kexec),
 ];
 
 fn power_off(assets: &Assets) -> Result<()> {
@@ -91,4 +92,33 @@ fn second_sigterm(assets: &Assets) -> Result<()> {
     std::thread::sleep(Duration::from_millis(500));
     guest.signal(Signal::TERM)?;
     guest.expect_exit(34)
+}
+
+/// A second kernel finds devices as the first one's drivers left them.
+fn kexec(assets: &Assets) -> Result<()> {
+    let second = assets.guest(
+        "echo second: $(cat /proc/cmdline)
+         dd if=/dev/vda bs=1M count=8 2>/dev/null | md5sum | sed 's/^/read: /'
+         echo rng: $(dd if=/dev/hwrng bs=16 count=1 2>/dev/null | wc -c)",
+    );
+    let first = assets
+        .guest(
+            "dd if=/dev/urandom of=/dev/vda bs=1M count=8 conv=fsync 2>/dev/null
+             dd if=/dev/vda bs=1M count=8 2>/dev/null | md5sum | sed 's/^/written: /'
+             guest-agent kexec /vmlinuz /second.cpio 'console=ttyS0 panic=-1 loglevel=4 again'",
+        )
+        .file(
+            "vmlinuz",
+            &std::fs::read(&assets.stock.image).context("cannot read the kernel")?,
+        )
+        .file("second.cpio", &second.initrd()?);
+    let image = first.path("disk");
+    make_image(assets, &image, "raw", "16M")?;
+    let said = first
+        .option("--disk", format!("path={}", image.display()))
+        .option("--memory", "768M")
+        .run()?;
+    ensure(value(&said, "second:")?.ends_with("again"), &said)?;
+    ensure(value(&said, "read:")? == value(&said, "written:")?, &said)?;
+    ensure(value(&said, "rng:")? == "16", &said)
 }

@@ -1,9 +1,9 @@
-//! Bytes cross a tap in both directions, each of them checked.
+//! Bytes cross a tap and vsock in both directions, each of them checked.
 
-use std::process::Command;
+use std::{process::Command, thread};
 
 use fanlight_tests::{
-    Context, Result,
+    Context, Failure, Result,
     echo::{self, Address},
     guest::{Assets, ensure},
 };
@@ -17,6 +17,7 @@ pub const TESTS: &[(&str, Test)] = &[
     ("network::tcp_through_our_threads", |assets| {
         tcp(assets, "tapu", 72, "off")
     }),
+    ("network::vsock_both_ways", vsock),
 ];
 
 const BYTES: u64 = 8 << 20;
@@ -52,6 +53,33 @@ fn tcp(assets: &Assets, tap: &str, net: u8, vhost: &str) -> Result<()> {
     guest.expect_exit(0)?;
     let said = guest.transcript();
     ensure(said.contains(&format!("mac: 52:54:00:00:00:{net}")), &said)?;
+    ensure(
+        said.contains(&format!("agent: called with {BYTES} bytes")),
+        &said,
+    )?;
+    ensure(
+        said.contains(&format!("agent: served {BYTES} bytes")),
+        &said,
+    )
+}
+
+fn vsock(assets: &Assets) -> Result<()> {
+    const CID: u32 = 42;
+    let server = thread::spawn(|| echo::serve(&Address::Vsock(u32::MAX, 6000)));
+    let mut guest = assets
+        .guest(&format!(
+            "guest-agent call vsock:2:6000 {BYTES}; guest-agent serve vsock:{}:6001",
+            u32::MAX
+        ))
+        .option("--vsock", format!("cid={CID}"))
+        .start()?;
+    let served = server
+        .join()
+        .map_err(|_| Failure("the server panicked".into()))??;
+    ensure(served == BYTES, format!("{served} bytes came"))?;
+    echo::call(&Address::Vsock(CID, 6001), BYTES)?;
+    guest.expect_exit(0)?;
+    let said = guest.transcript();
     ensure(
         said.contains(&format!("agent: called with {BYTES} bytes")),
         &said,

@@ -10,6 +10,7 @@ use crate::Test;
 pub const TESTS: &[(&str, Test)] = &[
     ("topology::drivers_unbind_and_bind", rebind),
     ("topology::a_disk_behind_a_root_port", behind_port),
+    ("topology::a_bar_that_moves", moved_bar),
 ];
 
 /// Every virtio device loses its driver and gets it back, twice; then all of them work.
@@ -57,4 +58,29 @@ fn behind_port(assets: &Assets) -> Result<()> {
     ensure(value(&said, "port:")? == "1", &said)?;
     ensure(value(&said, "path:")?.contains("/0000:01:00.0/"), &said)?;
     ensure(said.contains("written"), &said)
+}
+
+fn moved_bar(assets: &Assets) -> Result<()> {
+    // A coarser alignment than Fanlight's has the guest place the BARs anew.
+    let run = |cmdline: &str| {
+        let guest = assets
+            .guest(
+                "device=$(readlink -f /sys/block/vda/device/..)
+                 echo bars: $(grep -v '^0x0* ' $device/resource)
+                 dd if=/dev/urandom of=/dev/vda bs=1M count=2 conv=fsync 2>/dev/null && echo written",
+            )
+            .cmdline(cmdline);
+        let image = guest.path("disk");
+        make_image(assets, &image, "raw", "16M")?;
+        guest
+            .option("--disk", format!("path={}", image.display()))
+            .run()
+    };
+    let placed = run("")?;
+    let moved = run("pci=resource_alignment=30@00:01.0")?;
+    ensure(
+        value(&placed, "bars:")? != value(&moved, "bars:")?,
+        format!("{placed}\n{moved}"),
+    )?;
+    ensure(moved.contains("written"), &moved)
 }
