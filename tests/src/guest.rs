@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use crate::{
     Context, Failure, Result,
-    bed::{Archive, BedKernel, Emulator, StockKernel},
+    bed::{Archive, BedKernel, DebianPrograms, Emulator, StockKernel},
 };
 
 /// A guest that says nothing for so long hangs. Not a measure of speed.
@@ -108,6 +108,16 @@ impl GuestBuilder {
     pub fn file(mut self, name: &str, content: &[u8]) -> Self {
         self.archive.file(name, content);
         self
+    }
+
+    /// Puts Debian programs into the guest's root: `debian PROGRAM` runs one.
+    pub fn debian(mut self, programs: &DebianPrograms) -> Result<Self> {
+        self.archive.tree("debian", &programs.0)?;
+        let script = "#!/bin/sh\n[ -d /debian/proc ] || { mkdir -p /debian/proc /debian/sys /debian/dev /debian/tmp
+            for d in proc sys dev; do mount --bind /$d /debian/$d; done; }
+            exec chroot /debian \"$@\"\n";
+        self.archive.file("bin/debian", script.as_bytes());
+        Ok(self)
     }
 
     /// The guest's root.

@@ -9,3 +9,4 @@ pub mod resources;
 pub mod status;
 pub mod terminal;
 mod vcpus;
+pub mod view;
