@@ -23,15 +23,17 @@ use wayland_protocols::wp::linux_dmabuf::zv1::client::{
     zwp_linux_buffer_params_v1, zwp_linux_dmabuf_v1::ZwpLinuxDmabufV1,
 };
 
-use super::{mapping::Mapping, picture::Picture, window::State};
+use super::{
+    mapping::Mapping,
+    picture::{PIXEL, Picture},
+    window::State,
+};
 
 /// The longest side of a picture.
 const MAX_SIDE: u32 = 16384;
 /// DRM's codes of the formats that every compositor takes from shared memory.
 const XRGB8888: u32 = u32::from_le_bytes(*b"XR24");
 const ARGB8888: u32 = u32::from_le_bytes(*b"AR24");
-/// Bytes of a pixel in these.
-const PIXEL: u32 = 4;
 /// Copies, so that one can be made while the compositor shows the other.
 const COPIES: usize = 2;
 

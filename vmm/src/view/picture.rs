@@ -5,6 +5,9 @@ use std::os::fd::OwnedFd;
 /// Linear layout (Linux `include/uapi/drm/drm_fourcc.h`, `DRM_FORMAT_MOD_LINEAR`).
 pub const MODIFIER_LINEAR: u64 = 0;
 
+/// Bytes of a pixel: every format of a virtio-gpu has four.
+pub const PIXEL: u32 = 4;
+
 /// A picture in a dma-buf.
 #[derive(Debug)]
 pub struct Picture {
@@ -42,7 +45,8 @@ pub struct CursorPicture {
 impl Picture {
     /// Where its last byte ends, if that can be.
     pub fn end(&self) -> Option<u64> {
-        let lines = u64::from(self.height).checked_mul(u64::from(self.stride))?;
-        lines.checked_add(u64::from(self.offset))
+        let lines = u64::from(self.height.checked_sub(1)?) * u64::from(self.stride);
+        let last = u64::from(self.width) * u64::from(PIXEL);
+        lines.checked_add(last)?.checked_add(u64::from(self.offset))
     }
 }
