@@ -58,6 +58,15 @@ pub struct GuestBuilder {
 }
 
 impl Assets {
+    /// A guest's root that runs the shell script `script`.
+    pub fn initrd(&self, script: &str) -> Result<Vec<u8>> {
+        let mut more = Archive::default();
+        more.file("test", format!("#!/bin/sh\n{script}\n").as_bytes());
+        let mut initrd = fs::read(&self.guest_archive).context("cannot read the guest's root")?;
+        initrd.extend(more.finish());
+        Ok(initrd)
+    }
+
     /// A guest with one vCPU, 256 MiB and Debian's kernel that runs the shell script `script`.
     pub fn guest(&self, script: &str) -> GuestBuilder {
         GuestBuilder {
@@ -104,11 +113,7 @@ impl GuestBuilder {
 
     /// Starts the guest.
     pub fn start(self) -> Result<Guest> {
-        let mut more = Archive::default();
-        more.file("test", format!("#!/bin/sh\n{}\n", self.script).as_bytes());
-        let mut initrd =
-            fs::read(&self.assets.guest_archive).context("cannot read the guest's root")?;
-        initrd.extend(more.finish());
+        let initrd = self.assets.initrd(&self.script)?;
         let initrd_path = self.path("initrd");
         fs::write(&initrd_path, initrd).context("cannot write the guest's root")?;
         let kernel = match self.kernel {
