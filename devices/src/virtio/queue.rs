@@ -9,7 +9,7 @@ use std::{
     os::fd::{AsRawFd, RawFd},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::JoinHandle,
 };
@@ -52,6 +52,17 @@ pub enum QueueError {
         #[source]
         source: io::Error,
     },
+}
+
+/// What a queue has done since its function was made.
+#[derive(Debug, Default)]
+pub struct QueueCounters {
+    /// Requests given back.
+    pub requests: AtomicU64,
+    /// Bytes that the driver gave.
+    pub from_guest: AtomicU64,
+    /// Bytes that the driver got.
+    pub to_guest: AtomicU64,
 }
 
 /// A queue with the memory that its descriptors point to.
@@ -147,6 +158,9 @@ impl DeviceQueue {
         if !complete {
             return Err(self.broken("a chain does not end"));
         }
+        let given = request.readable.len();
+        let counters = &self.active.counters;
+        counters.from_guest.fetch_add(given, Ordering::Relaxed);
         Ok(Some(request))
     }
 
@@ -162,6 +176,11 @@ impl DeviceQueue {
             .queue
             .add_used(&self.mem, head, written)
             .map_err(ring)?;
+        let counters = &self.active.counters;
+        counters.requests.fetch_add(1, Ordering::Relaxed);
+        counters
+            .to_guest
+            .fetch_add(written.into(), Ordering::Relaxed);
         let ring = self.ring();
         if self
             .active

@@ -73,6 +73,7 @@ impl Driver {
                 queue,
                 kick: kick.try_clone().unwrap(),
                 vector: Some(self.hypervisor.msi_vector().unwrap()),
+                counters: Arc::default(),
             })
         });
         Activation {
