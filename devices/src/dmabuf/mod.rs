@@ -54,7 +54,7 @@ pub struct Piece {
 }
 
 /// Why memory does not become a dma-buf.
-#[derive(Debug, Error)]
+#[derive(Clone, Debug, Error)]
 pub enum ExportError {
     /// No exporter takes this kind of memory.
     #[error("piece {index} is {kind:?}, of which no dma-buf can be made")]

@@ -6,6 +6,7 @@
 
 pub mod block;
 pub mod console;
+pub mod gpu;
 pub mod net;
 pub mod pci;
 pub mod queue;
