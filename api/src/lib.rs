@@ -2,6 +2,7 @@
 //! and Rust programs share them. Knows neither KVM nor any device.
 
 pub mod config;
+pub mod gpu;
 pub mod size;
 pub mod spec;
 
@@ -9,4 +10,5 @@ pub use config::{
     CharBackend, ConsoleConfig, DiskConfig, DiskFormat, KernelUnpack, MemoryConfig, NetConfig,
     OnPanic, OnReset, RngConfig, VmConfig, VsockConfig,
 };
+pub use gpu::{GpuConfig, OutputMode};
 pub use size::ByteSize;

@@ -28,6 +28,8 @@ use fanlight_devices::{
         VirtioDevice,
         block::Block,
         console::{Console, ConsoleHandle},
+        gpu::Gpu,
+        input::{Input, Kind},
         net::{Net, VhostNetError},
         pci::{Environment, VirtioPciFunction},
         rng::Rng,
@@ -47,7 +49,11 @@ use crate::{
 /// PCI class codes (PCI Code and ID Assignment 1.11).
 const CLASS_MASS_STORAGE_OTHER: u32 = 0x01_8000;
 const CLASS_NETWORK_ETHERNET: u32 = 0x02_0000;
+const CLASS_DISPLAY_OTHER: u32 = 0x03_8000;
 const CLASS_COMMUNICATION_OTHER: u32 = 0x07_8000;
+const CLASS_INPUT_KEYBOARD: u32 = 0x09_0000;
+const CLASS_INPUT_MOUSE: u32 = 0x09_0200;
+const CLASS_INPUT_OTHER: u32 = 0x09_8000;
 const CLASS_OTHER: u32 = 0xff_0000;
 
 /// Why there is no machine.
@@ -362,6 +368,19 @@ fn add_devices(
     }
     if config.rng.enabled {
         topology.add(Box::new(Rng::default()), CLASS_OTHER, None)?;
+    }
+    if let Some(graphics) = &resources.graphics {
+        let map = topology.environment.memory.clone();
+        let gpu = Gpu::new(graphics.display.clone(), map);
+        topology.add(Box::new(gpu), CLASS_DISPLAY_OTHER, graphics.port)?;
+        for handle in &graphics.inputs {
+            let class = match handle.kind() {
+                Kind::Keyboard => CLASS_INPUT_KEYBOARD,
+                Kind::Pointer => CLASS_INPUT_MOUSE,
+                Kind::Touch => CLASS_INPUT_OTHER,
+            };
+            topology.add(Box::new(Input::new(handle)), class, None)?;
+        }
     }
     let Some(console) = &resources.console else {
         return Ok(None);
