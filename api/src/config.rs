@@ -7,6 +7,7 @@ use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
+    gpu::GpuConfig,
     or_fd::{OrFd, PathOrFd},
     size::ByteSize,
     spec::{self, SpecError},
@@ -42,6 +43,9 @@ pub struct VmConfig {
     pub console: Option<ConsoleConfig>,
     /// The virtio entropy device.
     pub rng: RngConfig,
+    /// The virtio GPU with a keyboard, a pointer and a touch screen; none if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuConfig>,
     /// What happens when the guest asks for a restart.
     pub on_reset: OnReset,
     /// What happens when the guest's kernel panics.
@@ -70,6 +74,7 @@ impl Default for VmConfig {
             serial: CharBackend::default(),
             console: None,
             rng: RngConfig::default(),
+            gpu: None,
             on_reset: OnReset::default(),
             on_panic: OnPanic::default(),
             hotplug_ports: None,
@@ -320,6 +325,7 @@ mod tests {
             serial: "socket=/s".parse().unwrap(),
             console: Some("file=/f".parse().unwrap()),
             rng: "off".parse().unwrap(),
+            gpu: Some("outputs=800x600+640x480,edid-name=a".parse().unwrap()),
             ..VmConfig::default()
         };
         let json = serde_json::to_string(&config).unwrap();

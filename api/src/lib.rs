@@ -7,6 +7,7 @@
 pub mod client;
 pub mod config;
 pub mod error;
+pub mod gpu;
 pub mod message;
 pub mod methods;
 pub mod or_fd;
@@ -22,6 +23,7 @@ pub use config::{
     OnPanic, OnReset, RngConfig, VmConfig, VsockConfig,
 };
 pub use error::{ApiError, ErrorKind};
+pub use gpu::{GpuConfig, OutputMode};
 pub use or_fd::{OrFd, PathOrFd};
 pub use size::ByteSize;
 

@@ -5,6 +5,7 @@ use std::{collections::BTreeMap, sync::Arc, sync::atomic::Ordering};
 
 use fanlight_api::types;
 use fanlight_devices::{
+    memory::AddressSpace,
     pci::{BarKind, DevFn, EjectSink, HostBridge, PciBus, PciError, RootPort, SlotError},
     virtio::{
         VirtioDevice,
@@ -106,6 +107,11 @@ impl Inventory {
             ejected,
             failed,
         })
+    }
+
+    /// The map of guest-physical addresses.
+    pub fn address_space(&self) -> Arc<AddressSpace> {
+        self.environment.memory.clone()
     }
 
     /// The root bus.

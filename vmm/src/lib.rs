@@ -3,6 +3,7 @@
 
 pub mod console;
 pub mod desk;
+pub mod graphics;
 pub mod inventory;
 pub mod kvm;
 pub mod lifecycle;

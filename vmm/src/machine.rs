@@ -26,6 +26,8 @@ use fanlight_devices::{
         VirtioDevice,
         block::Block,
         console::{Console, ConsoleHandle},
+        gpu::Gpu,
+        input::{Input, Kind},
         net::{Net, VhostNetError},
         pci::Environment,
         rng::Rng,
@@ -46,7 +48,11 @@ use crate::{
 /// PCI class codes (PCI Code and ID Assignment 1.11).
 const CLASS_MASS_STORAGE_OTHER: u32 = 0x01_8000;
 const CLASS_NETWORK_ETHERNET: u32 = 0x02_0000;
+const CLASS_DISPLAY_OTHER: u32 = 0x03_8000;
 const CLASS_COMMUNICATION_OTHER: u32 = 0x07_8000;
+const CLASS_INPUT_KEYBOARD: u32 = 0x09_0000;
+const CLASS_INPUT_MOUSE: u32 = 0x09_0200;
+const CLASS_INPUT_OTHER: u32 = 0x09_8000;
 const CLASS_OTHER: u32 = 0xff_0000;
 
 /// Why there is no machine.
@@ -387,22 +393,35 @@ fn add_devices(
     for interface in &resources.interfaces {
         inventory.add(net_device(interface, mem)?)?;
     }
-    let mut add = |id: &str, device: Box<dyn VirtioDevice>, class| {
+    let map = inventory.address_space();
+    let mut add = |id: &str, device: Box<dyn VirtioDevice>, class, port| {
         inventory.add(NewDevice {
             id: id.into(),
             device,
             class,
-            port: None,
+            port,
         })
     };
     let host = |action| move |source| MachineError::Host { action, source };
     if let (Some(config), Some(file)) = (&config.vsock, &resources.vsock) {
         let file = file.try_clone().map_err(host("duplicate a descriptor"))?;
         let vsock = Vsock::new(config.cid, file, mem)?;
-        add("vsock", Box::new(vsock), CLASS_COMMUNICATION_OTHER)?;
+        add("vsock", Box::new(vsock), CLASS_COMMUNICATION_OTHER, None)?;
     }
     if config.rng.enabled {
-        add("rng", Box::new(Rng::default()), CLASS_OTHER)?;
+        add("rng", Box::<Rng>::default(), CLASS_OTHER, None)?;
+    }
+    if let Some(graphics) = &resources.graphics {
+        let gpu = Gpu::new(graphics.display.clone(), map);
+        add("gpu", Box::new(gpu), CLASS_DISPLAY_OTHER, graphics.port)?;
+        for handle in &graphics.inputs {
+            let (id, class) = match handle.kind() {
+                Kind::Keyboard => ("keyboard", CLASS_INPUT_KEYBOARD),
+                Kind::Pointer => ("pointer", CLASS_INPUT_MOUSE),
+                Kind::Touch => ("touch", CLASS_INPUT_OTHER),
+            };
+            add(id, Box::new(Input::new(handle)), class, None)?;
+        }
     }
     let Some(console) = &resources.console else {
         return Ok(None);
@@ -411,6 +430,6 @@ fn add_devices(
     let signal = room.try_clone().map_err(host("duplicate a descriptor"))?;
     let (device, handle) =
         Console::new(console.output.clone(), signal).map_err(host("make an event descriptor"))?;
-    add("console", Box::new(device), CLASS_COMMUNICATION_OTHER)?;
+    add("console", Box::new(device), CLASS_COMMUNICATION_OTHER, None)?;
     Ok(Some((handle, room)))
 }

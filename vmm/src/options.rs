@@ -5,8 +5,8 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use fanlight::desk::SetLog;
 use fanlight_api::{
-    CharBackend, ConsoleConfig, DiskConfig, KernelUnpack, MemoryConfig, NetConfig, OnPanic,
-    OnReset, PathOrFd, RngConfig, VmConfig, VsockConfig, server::Settings,
+    CharBackend, ConsoleConfig, DiskConfig, GpuConfig, KernelUnpack, MemoryConfig, NetConfig,
+    OnPanic, OnReset, PathOrFd, RngConfig, VmConfig, VsockConfig, server::Settings,
 };
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -174,6 +174,15 @@ pub struct RunOptions {
     /// Virtio entropy device: on or off [default: on]
     #[arg(long, value_name = "on|off")]
     rng: Option<RngConfig>,
+    /// Virtio GPU with a keyboard, a pointer and a touch screen. outputs are the screens plugged in at
+    /// first, up to 16 [default: none; of a GPU: outputs=1280x800,edid-name=Fanlight,max-resource-memory=256M]
+    #[arg(
+        long,
+        value_name = "outputs=WxH[+WxH...][,edid-name=TEXT][,max-resource-memory=SIZE][,port=N]",
+        num_args = 0..=1,
+        default_missing_value = ""
+    )]
+    gpu: Option<GpuConfig>,
     /// When the guest asks for a reset: restart or exit [default: restart]
     #[arg(long, value_name = "WHAT", value_parser = word::<OnReset>)]
     on_reset: Option<OnReset>,
@@ -254,6 +263,7 @@ impl RunOptions {
         set(&mut config.serial, self.serial);
         set(&mut config.console, self.console.map(Some));
         set(&mut config.rng, self.rng);
+        set(&mut config.gpu, self.gpu.map(Some));
         set(&mut config.on_reset, self.on_reset);
         set(&mut config.on_panic, self.on_panic);
         set(&mut config.hotplug_ports, self.hotplug_ports.map(Some));
@@ -321,6 +331,19 @@ mod tests {
                 "{shell}"
             );
         }
+    }
+
+    #[test]
+    fn a_gpu_needs_no_value() {
+        let plain = parse(&["--gpu", "--cpus", "2"]).unwrap();
+        assert_eq!(plain.gpu, Some(GpuConfig::default()));
+        let two = parse(&["--gpu", "outputs=640x480+800x600"]).unwrap();
+        assert_eq!(two.gpu.unwrap().outputs.0.len(), 2);
+        assert!(
+            parse(&["--gpu", "outputs=big"])
+                .unwrap_err()
+                .contains("1920x1080")
+        );
     }
 
     #[test]

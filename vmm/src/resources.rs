@@ -15,7 +15,10 @@ use fanlight_devices::{
 };
 use thiserror::Error;
 
-use crate::console::{ConsoleError, HostConsole};
+use crate::{
+    console::{ConsoleError, HostConsole},
+    graphics::{Graphics, GraphicsError},
+};
 
 /// What is wrong with a configuration.
 #[derive(Debug, Error)]
@@ -60,6 +63,9 @@ pub enum ConfigError {
     /// A hardware address.
     #[error("--net mac")]
     Mac(#[from] MacError),
+    /// The GPU.
+    #[error("--gpu")]
+    Graphics(#[from] GraphicsError),
     /// Both consoles want the terminal.
     #[error(
         "--serial and --console both use stdio: give one of them another place, such as --serial null"
@@ -134,6 +140,8 @@ pub struct Resources {
     pub disks: Vec<Disk>,
     /// Network interfaces, in order.
     pub interfaces: Vec<Interface>,
+    /// The display and what is typed and pointed at, if there is a GPU.
+    pub graphics: Option<Graphics>,
     /// The serial port's host side.
     pub serial: HostConsole,
     /// The virtio console's, if there is one.
@@ -231,6 +239,7 @@ impl Resources {
             .iter()
             .map(|net| Interface::open(net, descriptors))
             .collect::<Result<_, _>>()?;
+        let graphics = config.gpu.as_ref().map(Graphics::new).transpose()?;
         let console = config.console.as_ref().map(|console| &console.0);
         if config.serial == CharBackend::Stdio && console == Some(&CharBackend::Stdio) {
             return Err(ConfigError::TwoConsoles);
@@ -248,6 +257,7 @@ impl Resources {
             ram,
             disks,
             interfaces,
+            graphics,
             config,
         })
     }

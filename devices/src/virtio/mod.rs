@@ -6,6 +6,8 @@
 
 pub mod block;
 pub mod console;
+pub mod gpu;
+pub mod input;
 pub mod net;
 pub mod pci;
 pub mod queue;

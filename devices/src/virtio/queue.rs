@@ -258,23 +258,23 @@ impl Buffers {
 
     /// Takes the first `count` bytes off, or as many as there are.
     pub fn take_front(&mut self, count: u64) -> Buffers {
-        let mut taken = Vec::new();
         let mut left = count;
-        while left > 0
+        let whole = self.0.iter().take_while(|span| {
+            let fits = u64::from(span.len) <= left;
+            left -= if fits { u64::from(span.len) } else { 0 };
+            fits
+        });
+        let whole = whole.count();
+        let mut taken: Vec<_> = self.0.drain(..whole).collect();
+        if left > 0
             && let Some(first) = self.0.first_mut()
         {
-            let part = u64::from(first.len).min(left) as u32;
             taken.push(Span {
                 address: first.address,
-                len: part,
+                len: left as u32,
             });
-            left -= u64::from(part);
-            if part == first.len {
-                self.0.remove(0);
-            } else {
-                first.address = GuestAddress(first.address.0 + u64::from(part));
-                first.len -= part;
-            }
+            first.address = GuestAddress(first.address.0 + left);
+            first.len -= left as u32;
         }
         Buffers(taken)
     }
