@@ -59,6 +59,11 @@ pub struct GuestBuilder {
 }
 
 impl Assets {
+    /// A guest's root that runs the shell script `script`.
+    pub fn initrd(&self, script: &str) -> Result<Vec<u8>> {
+        self.guest(script).initrd()
+    }
+
     /// A guest with one vCPU, 256 MiB and Debian's kernel that runs the shell script `script`.
     pub fn guest(&self, script: &str) -> GuestBuilder {
         GuestBuilder {

@@ -4,6 +4,7 @@
 //! that starts `fanlight` and looks at what guest and host see, and none can disturb another.
 
 mod e2e {
+    pub mod api;
     pub mod boot;
     pub mod console;
     pub mod disk;
@@ -36,6 +37,7 @@ type Test = fn(&Assets) -> Result<()>;
 
 fn tests() -> Vec<(&'static str, Test)> {
     let groups = [
+        e2e::api::TESTS,
         e2e::boot::TESTS,
         e2e::console::TESTS,
         e2e::disk::TESTS,

@@ -2,10 +2,14 @@
 //! machine from start to end.
 
 pub mod console;
+pub mod desk;
+pub mod graphics;
+pub mod inventory;
 pub mod kvm;
 pub mod lifecycle;
 pub mod machine;
 pub mod resources;
+pub mod serve;
 pub mod status;
 pub mod terminal;
 mod vcpus;

@@ -40,8 +40,14 @@ pub struct Driver {
 
 impl Driver {
     pub fn new(queues: usize) -> Self {
+        let mem = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+        Self::with_memory(queues, mem)
+    }
+
+    /// A driver in the memory of a machine, of which the first megabyte is the queues'.
+    pub fn with_memory(queues: usize, mem: GuestMemory) -> Self {
         Self {
-            mem: GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap(),
+            mem,
             status: DeviceStatus::new(),
             kicks: (0..queues)
                 .map(|_| EventFd::new(EFD_NONBLOCK).unwrap())
@@ -73,6 +79,7 @@ impl Driver {
                 queue,
                 kick: kick.try_clone().unwrap(),
                 vector: Some(self.hypervisor.msi_vector().unwrap()),
+                counters: Arc::default(),
             })
         });
         Activation {
