@@ -6,6 +6,7 @@
 
 pub mod client;
 pub mod config;
+pub mod display;
 pub mod error;
 pub mod gpu;
 pub mod message;
@@ -16,6 +17,7 @@ pub mod server;
 pub mod size;
 pub mod socket;
 pub mod spec;
+pub mod stream;
 pub mod types;
 
 pub use config::{

@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::{
     VmConfig,
+    display::*,
     error::{ApiError, ErrorKind, read},
     types::*,
 };
@@ -123,6 +124,18 @@ methods! {
     "disk.resize" DiskResize(ResizeDisk) -> DiskSize;
     /// A stream socket to a console whose backend is `null` or `socket`, as a descriptor.
     "console.attach" ConsoleAttach(AttachConsole) -> Attached;
+    /// All outputs of the display.
+    "gpu.outputs" GpuOutputs(NoParams) -> Outputs;
+    /// Plugs an output in, resizes it or pulls it. The guest is told.
+    "gpu.set_output" GpuSetOutput(SetOutput) -> Outputs;
+    /// A PNG file of what an output shows, at a path or as a descriptor.
+    "gpu.screenshot" GpuScreenshot(Screenshot) -> ScreenshotTaken;
+    /// A dma-buf of what an output shows, as a descriptor: the memory itself, not a copy.
+    "gpu.export_scanout" GpuExportScanout(OutputIndex) -> ExportedPicture;
+    /// A dma-buf of a resource of the guest's, as a descriptor.
+    "gpu.export_resource" GpuExportResource(ResourceId) -> ExportedMemory;
+    /// Starts a stream of what the display does, on a socket of its own that comes as a descriptor.
+    "display.subscribe" DisplaySubscribe(WatchDisplay) -> DisplayStream;
     /// Changes what is logged to standard error.
     "log.set_level" LogSetLevel(LogLevel) -> Done;
     /// Sends events to this connection from now on, as notifications with method `event`.

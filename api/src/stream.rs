@@ -140,14 +140,22 @@ mod tests {
     #[test]
     fn messages_and_descriptors_arrive_in_order() {
         let (a, b) = UnixStream::pair().unwrap();
-        let (mut a, mut b) = (MessageStream::new(a).unwrap(), MessageStream::new(b).unwrap());
+        let (mut a, mut b) = (
+            MessageStream::new(a).unwrap(),
+            MessageStream::new(b).unwrap(),
+        );
         assert!(b.receive::<u32>().unwrap().is_empty());
         a.send(&1u32, vec![]).unwrap();
-        a.send(&2u32, vec![tempfile::tempfile().unwrap().into()]).unwrap();
+        a.send(&2u32, vec![tempfile::tempfile().unwrap().into()])
+            .unwrap();
         let mut got = Vec::new();
         while got.len() < 2 {
             let messages = b.receive::<u32>().unwrap();
-            got.extend(messages.into_iter().map(|(number, fds)| (number, fds.len())));
+            got.extend(
+                messages
+                    .into_iter()
+                    .map(|(number, fds)| (number, fds.len())),
+            );
         }
         assert_eq!(got, [(1, 0), (2, 1)]);
         drop(a);

@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    os::fd::{AsFd, AsRawFd, BorrowedFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::{
         Arc, Mutex, MutexGuard, PoisonError,
         mpsc::{self, Receiver, Sender},
@@ -12,7 +12,7 @@ use std::{
 
 use fanlight_api::{
     ApiError, ErrorKind, VmConfig,
-    methods::{self, Call},
+    methods::{self, Call, Method},
     server::{Events, Handler, Reply},
     socket::Descriptors,
     types::{Done, Ended, EventName, StateNow, VmEnding, VmInfo, VmState},
@@ -20,7 +20,10 @@ use fanlight_api::{
 use fanlight_devices::error_line;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use crate::{lifecycle::LifeError, status::Ending};
+use crate::{
+    display::Display, graphics::Graphics, lifecycle::LifeError, resources::Resources,
+    status::Ending,
+};
 
 /// Empty root ports of a machine that has an API, where nobody says how many.
 pub const DEFAULT_HOTPLUG_PORTS: u8 = 4;
@@ -44,6 +47,7 @@ pub struct Command {
 struct Known {
     info: VmInfo,
     config: Option<VmConfig>,
+    display: Option<Display>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -81,6 +85,38 @@ impl Handler for Counter {
                     .map_err(|error| ApiError::new(ErrorKind::InvalidParams, error).at("level"));
                 reply.send::<methods::LogSetLevel>(result.map(|()| Done {}));
             }
+            Call::GpuOutputs(_) => self.display("gpu.outputs", reply, |display, reply| {
+                reply.send::<methods::GpuOutputs>(Ok(display.outputs()));
+            }),
+            Call::GpuSetOutput(params) => {
+                self.display("gpu.set_output", reply, move |display, reply| {
+                    reply.send::<methods::GpuSetOutput>(display.set_output(&params));
+                });
+            }
+            Call::GpuScreenshot(params) => {
+                self.display("gpu.screenshot", reply, move |display, reply| {
+                    let taken = display.screenshot(&params);
+                    answer_with::<methods::GpuScreenshot>(reply, taken);
+                });
+            }
+            Call::GpuExportScanout(params) => {
+                self.display("gpu.export_scanout", reply, move |display, reply| {
+                    let exported = display.export_scanout(params.output);
+                    answer_with::<methods::GpuExportScanout>(reply, exported.map(some_fd));
+                });
+            }
+            Call::GpuExportResource(params) => {
+                self.display("gpu.export_resource", reply, move |display, reply| {
+                    let exported = display.export_resource(params.resource);
+                    answer_with::<methods::GpuExportResource>(reply, exported.map(some_fd));
+                });
+            }
+            Call::DisplaySubscribe(params) => {
+                self.display("display.subscribe", reply, move |display, reply| {
+                    let stream = display.subscribe(&params);
+                    answer_with::<methods::DisplaySubscribe>(reply, stream.map(some_fd));
+                });
+            }
             call => {
                 let command = Command {
                     call,
@@ -95,6 +131,44 @@ impl Handler for Counter {
                 }
             }
         }
+    }
+}
+
+impl Counter {
+    /// Has a display's call answered on a thread of its own: pictures take time.
+    fn display(
+        &self,
+        method: &str,
+        reply: Reply,
+        work: impl FnOnce(&Display, Reply) + Send + 'static,
+    ) {
+        let (state, display) = {
+            let known = locked(&self.known);
+            (known.info.state, known.display.clone())
+        };
+        let Some(display) = display else {
+            let text = "the machine has no GPU; give it one with --gpu";
+            return reply.refuse(ApiError::new(ErrorKind::NotFound, text));
+        };
+        if !matches!(state, VmState::Running | VmState::Paused) {
+            return reply.refuse(refusal(state, method, "it must be running or paused"));
+        }
+        // If it cannot be made the reply says so as it is dropped.
+        let _ = std::thread::Builder::new()
+            .name("display-call".into())
+            .spawn(move || work(&display, reply));
+    }
+}
+
+fn some_fd<T>((result, fd): (T, OwnedFd)) -> (T, Option<OwnedFd>) {
+    (result, Some(fd))
+}
+
+/// Answers with a descriptor, if there is one.
+fn answer_with<M: Method>(reply: Reply, result: Result<(M::Result, Option<OwnedFd>), ApiError>) {
+    match result {
+        Ok((result, fd)) => reply.send_with::<M>(Ok(result), fd.into_iter().collect()),
+        Err(error) => reply.refuse(error),
     }
 }
 
@@ -172,9 +246,11 @@ impl Desk {
     }
 
     /// There is a machine.
-    pub fn created(&self, config: &VmConfig) -> StateNow {
+    pub fn created(&self, resources: &Resources) -> StateNow {
+        let config = &resources.config;
         let mut known = locked(&self.known);
         known.config = Some(config.clone());
+        known.display = resources.graphics.as_ref().map(Graphics::display);
         known.info = VmInfo {
             state: VmState::Created,
             ending: None,

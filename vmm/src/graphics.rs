@@ -12,6 +12,8 @@ use fanlight_devices::{
 };
 use thiserror::Error;
 
+use crate::{display::Display, input::Inputs};
+
 /// What is wrong with a GPU's configuration.
 #[derive(Debug, Error)]
 pub enum GraphicsError {
@@ -89,6 +91,14 @@ impl Graphics {
             ],
             port: config.port,
         })
+    }
+}
+
+impl Graphics {
+    /// The same as the API offers it.
+    pub fn display(&self) -> Display {
+        let inputs = Inputs::new(self.display.clone(), self.inputs.clone());
+        Display::new(self.display.clone(), inputs)
     }
 }
 

@@ -3,7 +3,9 @@
 
 pub mod console;
 pub mod desk;
+pub mod display;
 pub mod graphics;
+pub mod input;
 pub mod inventory;
 pub mod kvm;
 pub mod lifecycle;

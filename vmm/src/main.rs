@@ -12,7 +12,7 @@ use fanlight::{
     resources::Resources,
     serve::{self, with_api_defaults},
     status::Ending,
-    terminal,
+    terminal, view,
 };
 use fanlight_api::{server::Server, socket::Descriptors};
 use fanlight_devices::error_line;
@@ -24,6 +24,13 @@ fn main() -> ExitCode {
         Command::Run(options) => run(*options, started),
         Command::Serve(options) => serve(options),
         Command::Ctl(options) => return ctl::run(&options),
+        Command::View(options) => {
+            options::start_log(&options.log.level);
+            match view::run(&options.socket, options.output) {
+                Ok(()) => Ending::PowerOff,
+                Err(error) => failed(&error),
+            }
+        }
         Command::Completions { shell } => {
             let mut command = Options::command();
             clap_complete::generate(shell, &mut command, "fanlight", &mut std::io::stdout());
@@ -61,7 +68,7 @@ fn run(mut options: RunOptions, started: Instant) -> Ending {
         Err(error) => return bad_input(&error),
     };
     with_desk(set_log, settings, |signals, desk| {
-        desk.created(&resources.config);
+        desk.created(&resources);
         lifecycle::run(resources, signals, desk, started)
     })
 }

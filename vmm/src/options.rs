@@ -32,6 +32,8 @@ pub enum Command {
     /// Calls a method of the control API
     #[command(disable_help_flag = true, after_help = CTL_HELP)]
     Ctl(CtlOptions),
+    /// Shows an output of a machine's display in a Wayland window; Ctrl-Alt-G gives the keyboard back
+    View(ViewOptions),
     /// Prints shell completions
     Completions {
         /// For which shell
@@ -41,6 +43,19 @@ pub enum Command {
     /// Restores the terminal when the process on standard input ends
     #[command(name = fanlight::terminal::GUARD_COMMAND, hide = true)]
     TerminalGuard,
+}
+
+/// Options of `fanlight view`.
+#[derive(Args, Debug)]
+pub struct ViewOptions {
+    /// Socket of the machine's control API
+    #[arg(value_name = "SOCKET")]
+    pub socket: PathBuf,
+    /// The output's number
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub output: u32,
+    #[command(flatten)]
+    pub log: LogOptions,
 }
 
 const STATUSES: &str = "\

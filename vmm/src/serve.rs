@@ -76,7 +76,7 @@ fn create(command: Command, desk: &Desk) -> Option<Resources> {
     };
     match Resources::open(with_api_defaults(config), &command.descriptors) {
         Ok(resources) => {
-            let now = desk.created(&resources.config);
+            let now = desk.created(&resources);
             command.reply.send::<methods::VmCreate>(Ok(now));
             Some(resources)
         }

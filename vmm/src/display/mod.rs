@@ -13,7 +13,7 @@ use std::{
 };
 
 use fanlight_api::{
-    ApiError, ErrorKind,
+    ApiError, ErrorKind, OutputMode,
     display::{
         DisplayStream, ExportedMemory, ExportedPicture, OutputState, Outputs, PixelsIn, Screenshot,
         ScreenshotTaken, SetOutput, WatchDisplay,
@@ -21,9 +21,7 @@ use fanlight_api::{
 };
 use fanlight_devices::{
     error_line,
-    virtio::gpu::{
-        DisplayError, DisplayHandle, ExportedImage, FrameError, Location, Mode, Pixels,
-    },
+    virtio::gpu::{DisplayError, DisplayHandle, ExportedImage, FrameError, Location, Mode, Pixels},
 };
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -60,10 +58,11 @@ impl Display {
 
     /// Plugs an output in, resizes it or pulls it.
     pub fn set_output(&self, wanted: &SetOutput) -> Result<Outputs, ApiError> {
-        let mode = wanted.mode.as_deref().map(str::parse::<Mode>).transpose();
-        let mode = mode.map_err(|error| {
+        let mode = wanted.mode.as_deref().map(str::parse::<OutputMode>);
+        let mode = mode.transpose().map_err(|error| {
             ApiError::new(ErrorKind::InvalidParams, error.to_string()).at("mode")
         })?;
+        let mode = mode.map(|OutputMode { width, height }| Mode { width, height });
         self.handle
             .set_output(wanted.output as usize, mode)
             .map_err(|error| api_error(&error))?;

@@ -300,7 +300,6 @@ fn cpu_access(fd: &OwnedFd, flags: u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::view::picture::MODIFIER_LINEAR;
 
     fn picture(width: u32, height: u32, stride: u32, offset: u32, bytes: usize) -> Picture {
         Picture {
@@ -310,7 +309,7 @@ mod tests {
             stride,
             offset,
             fourcc: XRGB8888,
-            modifier: MODIFIER_LINEAR,
+            modifier: 0,
         }
     }
 

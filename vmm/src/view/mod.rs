@@ -6,8 +6,8 @@ mod cursor;
 mod dispatch;
 mod mapping;
 mod picture;
+mod run;
 mod seat;
 mod window;
 
-pub use picture::{CursorPicture, MODIFIER_LINEAR, Picture};
-pub use window::{Window, WindowError, WindowEvent};
+pub use run::{ViewError, run};

@@ -2,9 +2,6 @@
 
 use std::os::fd::OwnedFd;
 
-/// Linear layout (Linux `include/uapi/drm/drm_fourcc.h`, `DRM_FORMAT_MOD_LINEAR`).
-pub const MODIFIER_LINEAR: u64 = 0;
-
 /// Bytes of a pixel: every format of a virtio-gpu has four.
 pub const PIXEL: u32 = 4;
 

@@ -1,8 +1,8 @@
 //! Between a display stream and a window.
 
 use std::{
-    io::{self, Read},
     fs::File,
+    io::{self, Read},
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
@@ -67,7 +67,7 @@ pub fn run(socket: &Path, output: u32) -> Result<(), ViewError> {
         drive: true,
     };
     let (stream, fds) = client
-        .call_with_descriptors::<DisplaySubscribe>(&watch)
+        .call_with::<DisplaySubscribe>(&watch, &[])
         .map_err(api)?;
     let fd = take(fds, stream.fd)?;
     if !stream.drives {

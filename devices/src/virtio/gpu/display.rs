@@ -3,7 +3,7 @@
 
 use std::{
     io,
-    os::fd::{AsRawFd, OwnedFd, RawFd},
+    os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
@@ -258,7 +258,12 @@ impl DisplayHandle {
 
     /// A dma-buf with what an output shows.
     pub fn export_scanout(&self, output: usize) -> Result<ExportedImage, DisplayError> {
-        Ok(self.lit(output)?.export(&self.0.exporter)?)
+        Ok(self.export(&self.lit(output)?)?)
+    }
+
+    /// A dma-buf of a frame.
+    pub fn export(&self, frame: &Frame) -> Result<ExportedImage, FrameError> {
+        frame.export(&self.0.exporter)
     }
 
     /// A dma-buf of a resource's memory.
@@ -406,9 +411,10 @@ impl Subscription {
     }
 }
 
-impl AsRawFd for Subscription {
+impl AsFd for Subscription {
     /// Readable while there is news.
-    fn as_raw_fd(&self) -> RawFd {
-        self.watch.ready.as_raw_fd()
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        // SAFETY: the event descriptor is open for as long as the borrow of the watch that owns it.
+        unsafe { BorrowedFd::borrow_raw(self.watch.ready.as_raw_fd()) }
     }
 }

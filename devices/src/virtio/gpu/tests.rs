@@ -510,7 +510,7 @@ fn a_pacing_watcher_delays_fences_but_not_for_long() {
 impl Subscription {
     fn has_news(&self) -> bool {
         let mut fds = [libc::pollfd {
-            fd: self.as_raw_fd(),
+            fd: rustix::fd::AsFd::as_fd(self).as_raw_fd(),
             events: libc::POLLIN,
             revents: 0,
         }];
