@@ -25,7 +25,7 @@ fn main() -> ExitCode {
         Command::Serve(options) => serve(options),
         Command::Ctl(options) => return ctl::run(&options),
         Command::View(options) => {
-            options::start_log(&options.log.level);
+            let _ = options::start_log(&options.log.level);
             match view::run(&options.socket, options.output) {
                 Ok(()) => Ending::PowerOff,
                 Err(error) => failed(&error),
