@@ -25,7 +25,7 @@ use fanlight_tests::{
     Context, Failure, Result,
     bed::{
         Bed, Busybox, Cache, Emulator, L1Kernel, Modules, Share, StockKernel, bed_kernel,
-        build_program, guest_archive,
+        build_program, guest_archive, pulse,
     },
     guest::Assets,
     host::{self, Kvm},
@@ -84,6 +84,7 @@ fn main() -> ExitCode {
 /// Runs the one test that is named.
 fn in_bed() -> ExitCode {
     let name = std::env::args().nth(1).unwrap_or_default();
+    pulse::watch();
     let result = assets(
         &Cache::at("/cache"),
         Path::new("/share/fanlight"),
@@ -143,9 +144,13 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
 /// How often a test is tried whose L1 failed: the emulator crashes now and then under nested guests, and
 /// that says nothing of the test. A test that fails by itself is never tried again.
 const TRIES: usize = 3;
-/// What Fanlight says when L1's KVM met a fault while an interrupt was being delivered
-/// (`KVM_INTERNAL_ERROR_DELIVERY_EV`), which no processor but the emulated one reports of a stock guest.
-const EMULATOR_FAULT: &str = "KVM gave up on the guest (internal error 3)";
+/// What voids a run: a processor of L1 stood still; or, in Fanlight's words, L1's KVM met a fault while an
+/// interrupt was being delivered (`KVM_INTERNAL_ERROR_DELIVERY_EV`), which no processor but the emulated one
+/// reports of a stock guest.
+const EMULATOR_FAULTS: [&str; 2] = [
+    pulse::STANDSTILL,
+    "KVM gave up on the guest (internal error 3)",
+];
 
 /// What the beds of all tests have in common.
 struct Beds {
@@ -192,10 +197,12 @@ impl Beds {
             tries += 1;
             match result {
                 Ok(0) => return Ok(()),
-                Ok(_) if output.contains(EMULATOR_FAULT) && tries < TRIES => {
-                    eprintln!("fanlight: {name}: {EMULATOR_FAULT}; tried again");
-                }
-                Ok(_) => return Err(Failure(output.into_owned())),
+                Ok(_) => match EMULATOR_FAULTS.iter().find(|fault| output.contains(*fault)) {
+                    Some(fault) if tries < TRIES => {
+                        eprintln!("fanlight: {name}: {fault}; tried again");
+                    }
+                    _ => return Err(Failure(output.into_owned())),
+                },
                 Err(error) if tries == TRIES => return Err(Failure::new(error, output)),
                 Err(error) => eprintln!("fanlight: {name}: {error}; tried again"),
             }

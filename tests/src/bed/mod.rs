@@ -7,6 +7,7 @@ mod kernel;
 mod machine;
 mod modules;
 mod packages;
+pub mod pulse;
 
 pub use cache::Cache;
 pub use initramfs::{Archive, guest_archive};
