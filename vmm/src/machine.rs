@@ -401,7 +401,7 @@ fn add_devices(
         add("vsock", Box::new(vsock), CLASS_COMMUNICATION_OTHER)?;
     }
     if config.rng.enabled {
-        add("rng", Box::new(Rng::default()), CLASS_OTHER)?;
+        add("rng", Box::<Rng>::default(), CLASS_OTHER)?;
     }
     let Some(console) = &resources.console else {
         return Ok(None);

@@ -344,7 +344,7 @@ fn pause(assets: &Assets, cmdline: &str) -> Result<()> {
     let host = begun.elapsed().as_secs_f64();
     let said = guest.transcript();
     let at = |mark: &str| -> Result<f64> {
-        let line = said.lines().filter(|line| line.starts_with(mark)).last();
+        let line = said.lines().rfind(|line| line.starts_with(mark));
         let line = line.ok_or_else(|| Failure(said.clone()))?;
         value(line, mark)?.parse().context("a time")
     };
