@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use crate::{
     Context, Failure, Result,
-    bed::{Archive, BedKernel, DebianPrograms, Emulator, StockKernel},
+    bed::{ApiClients, Archive, BedKernel, DebianPrograms, Emulator, StockKernel},
 };
 
 /// A guest that says nothing for so long hangs. Not a measure of speed.
@@ -33,6 +33,8 @@ pub struct Assets {
     pub bed: BedKernel,
     /// QEMU and its tools.
     pub emulator: Emulator,
+    /// Programs that speak to the control API.
+    pub clients: ApiClients,
     /// The guest's root without its test.
     pub guest_archive: PathBuf,
 }

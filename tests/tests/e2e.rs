@@ -24,8 +24,8 @@ use std::{
 use fanlight_tests::{
     Context, Failure, Result,
     bed::{
-        Bed, Busybox, Cache, Emulator, L1Kernel, Modules, Share, StockKernel, bed_kernel,
-        build_program, guest_archive, pulse,
+        ApiClients, Bed, Busybox, Cache, Emulator, L1Kernel, Modules, Share, StockKernel,
+        bed_kernel, build_program, guest_archive, pulse,
     },
     guest::Assets,
     host::{self, Kvm},
@@ -137,6 +137,7 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
         stock: StockKernel::get(cache)?,
         bed: bed_kernel(cache)?,
         emulator: Emulator::get(cache)?,
+        clients: ApiClients::get(cache)?,
         guest_archive: guest_archive.into(),
     })
 }
@@ -164,6 +165,7 @@ impl Beds {
     fn new(cache: &Cache, fanlight: &Path, share: &Path) -> Result<Self> {
         let this = std::env::current_exe().context("cannot find this program")?;
         let kernel = bed_kernel(cache)?;
+        ApiClients::get(cache)?;
         for (from, to) in [(&*this, "e2e"), (fanlight, "fanlight")] {
             fs::copy(from, share.join(to)).context("cannot share a program")?;
         }

@@ -76,6 +76,8 @@ impl Gate {
     /// On a vCPU's thread: follows orders until it is to run (true) or to end (false).
     fn pass(&self, vcpu: &KvmVcpu) -> bool {
         let mut seen = None;
+        // Read when it stops: a host whose own counter is unstable changes it while nobody runs.
+        let mut offset = None;
         let mut state = self.lock();
         loop {
             match state.order {
@@ -85,9 +87,13 @@ impl Gate {
             }
             if seen != Some(state.number) {
                 seen = Some(state.number);
-                if let Order::SkipCycles(cycles) = state.order
-                    && let Err(error) = vcpu.resume_clock(cycles)
-                {
+                let result = match (state.order, offset) {
+                    (Order::SkipCycles(cycles), Some(offset)) => {
+                        vcpu.resume_clock(u64::wrapping_sub(offset, cycles))
+                    }
+                    _ => vcpu.tsc_offset().map(|read| offset = Some(read)),
+                };
+                if let Err(error) = result {
                     tracing::warn!(%error, "the guest will see that time has passed");
                 }
                 state.followed += 1;

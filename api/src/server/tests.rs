@@ -423,7 +423,8 @@ fn random_input_neither_ends_the_server_nor_leaks() {
         // What was sent before is read before this is answered.
         setup.alive();
         setup.handler.waiting.lock().unwrap().clear();
-        wait_until("descriptors are closed", || open_descriptors() == before);
+        // The first client's may have been counted too: a leak still adds up.
+        wait_until("descriptors are closed", || open_descriptors() <= before);
     };
     let bytes = prop::collection::vec(any::<u8>(), 0..300);
     runner

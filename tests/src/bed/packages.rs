@@ -369,6 +369,48 @@ impl Emulator {
     }
 }
 
+/// Programs that speak to the control API.
+const CLIENTS: &[&str] = &["socat", "python3"];
+
+/// socat and Python, run through their own libraries whatever the machine has.
+#[derive(Clone, Debug)]
+pub struct ApiClients {
+    root: PathBuf,
+}
+
+impl ApiClients {
+    /// From the cache or the archive.
+    pub fn get(cache: &Cache) -> Result<Self> {
+        let root = cache.entry("api-clients-1", "downloading socat and Python", |at| {
+            with_apt(at, |apt| apt.unpack_closure(CLIENTS, at))
+        })?;
+        Ok(Self { root })
+    }
+
+    /// Puts scripts named `socat` and `python3` that run the programs into `dir`.
+    pub fn scripts(&self, dir: &Path) -> Result<()> {
+        use std::os::unix::fs::PermissionsExt;
+        let libraries = self.root.join(LIBRARIES);
+        for name in ["socat", "python3"] {
+            // Names may be links of the archive's alternatives; these two are the programs themselves.
+            let program = fs::canonicalize(self.root.join("usr/bin").join(name))
+                .context(format!("no {name} in the archive's packages"))?;
+            let text = format!(
+                "#!/bin/sh\nPYTHONHOME={} exec {} --library-path {} {} \"$@\"\n",
+                self.root.join("usr").display(),
+                libraries.join("ld-linux-x86-64.so.2").display(),
+                libraries.display(),
+                program.display(),
+            );
+            let path = dir.join(name);
+            fs::write(&path, text).context("cannot write a script")?;
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
+                .context("cannot make a script runnable")?;
+        }
+        Ok(())
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -32,6 +32,23 @@ mod ioctls {
 }
 use ioctls::{KVM_GET_DEVICE_ATTR, KVM_SET_DEVICE_ATTR};
 
+/// The attribute `KVM_VCPU_TSC_OFFSET` (`Documentation/virt/kvm/devices/vcpu.rst`, 4.1), at `value`.
+fn tsc_offset(value: &AtomicU64) -> kvm_device_attr {
+    kvm_device_attr {
+        group: KVM_VCPU_TSC_CTRL,
+        attr: KVM_VCPU_TSC_OFFSET.into(),
+        addr: value.as_ptr() as u64,
+        ..Default::default()
+    }
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
 /// Why a vCPU cannot go on.
 #[derive(Debug, Error)]
 pub enum VcpuError {
@@ -258,26 +275,20 @@ impl KvmVcpu {
         exit.unwrap_or_else(|| Err(self.internal_error()))
     }
 
-    /// Has the guest's time stamp counter go on from where it stood `cycles` of the host's ago, and tells
-    /// the guest that it was stopped, so that its watchdogs take no notice.
-    pub fn resume_clock(&self, cycles: u64) -> io::Result<()> {
-        // KVM reads and writes it behind the compiler's back.
+    /// What the guest's time stamp counter is ahead of the host's, in cycles.
+    pub fn tsc_offset(&self) -> io::Result<u64> {
         let offset = AtomicU64::new(0);
-        let attribute = kvm_device_attr {
-            group: KVM_VCPU_TSC_CTRL,
-            attr: KVM_VCPU_TSC_OFFSET.into(),
-            addr: offset.as_ptr() as u64,
-            ..Default::default()
-        };
-        let check = |result| match result {
-            0 => Ok(()),
-            _ => Err(io::Error::last_os_error()),
-        };
-        // SAFETY: the ioctl reads `attribute`, and writes the u64 that it points to, `offset`.
-        check(unsafe { ioctl_with_ref(&self.fd, KVM_GET_DEVICE_ATTR(), &attribute) })?;
-        offset.fetch_sub(cycles, Ordering::Relaxed);
-        // SAFETY: the ioctl reads `attribute` and the u64 that it points to, `offset`.
-        check(unsafe { ioctl_with_ref(&self.fd, KVM_SET_DEVICE_ATTR(), &attribute) })?;
+        // SAFETY: the ioctl writes the u64 that the attribute points to.
+        check(unsafe { ioctl_with_ref(&self.fd, KVM_GET_DEVICE_ATTR(), &tsc_offset(&offset)) })?;
+        Ok(offset.into_inner())
+    }
+
+    /// Sets what the guest's time stamp counter is ahead of the host's, and tells the guest that it was
+    /// stopped, so that its watchdogs take no notice.
+    pub fn resume_clock(&self, offset: u64) -> io::Result<()> {
+        let offset = AtomicU64::new(offset);
+        // SAFETY: the ioctl reads the u64 that the attribute points to.
+        check(unsafe { ioctl_with_ref(&self.fd, KVM_SET_DEVICE_ATTR(), &tsc_offset(&offset)) })?;
         // A guest without a paravirtual clock has nothing to be told.
         let _ = self.fd.kvmclock_ctrl();
         Ok(())
