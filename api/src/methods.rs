@@ -94,7 +94,7 @@ methods! {
     "api.schema" ApiSchema(NoParams) -> Value;
     /// Opens what a machine uses of the host: takes the same JSON as `--config`.
     "vm.create" VmCreate(VmConfig) -> StateNow;
-    /// Starts a created machine. The reply comes before its first instruction.
+    /// Starts a created machine; it runs when the reply comes.
     "vm.boot" VmBoot(NoParams) -> StateNow;
     /// The machine in short.
     "vm.info" VmInfoMethod(NoParams) -> VmInfo;

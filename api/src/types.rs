@@ -336,7 +336,7 @@ pub struct Subscribed {
 #[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum EventName {
-    /// The first instruction is about to run.
+    /// The machine runs.
     Booted,
     /// Processors and clock stand still.
     Paused,

@@ -273,12 +273,17 @@ impl Desk {
         self.starting.push(reply);
     }
 
+    /// Whether somebody waits for the machine to start.
+    pub fn is_starting(&self) -> bool {
+        !self.starting.is_empty()
+    }
+
     /// The machine is to stop, and `reply` waits for that.
     pub fn will_stop(&mut self, reply: Reply) {
         self.stopping.push(reply);
     }
 
-    /// The first instruction is about to run.
+    /// The machine's processors run.
     pub fn started(&mut self) {
         let first = self.state() == VmState::Created;
         let now = self.set_state(VmState::Running);

@@ -126,7 +126,8 @@ fn run_lives(
             Outcome::End(ending) => return Ok(ending),
             Outcome::Failed(error) => return Err(error),
             Outcome::Restart => {
-                restarts = if begun.elapsed() < RESTART_LOOP.1 {
+                let asked_for = desk.is_starting();
+                restarts = if begun.elapsed() < RESTART_LOOP.1 && !asked_for {
                     restarts + 1
                 } else {
                     0
@@ -159,8 +160,8 @@ fn live(
     );
     let mut machine = Machine::build(resources, callbacks)?;
     tracing::info!(after = ?started.elapsed(), "the first vCPU is about to run");
-    desk.started();
     machine.start()?;
+    desk.started();
 
     let mut manager =
         EventManager::new().map_err(|error| host("wait for events")(io::Error::other(error)))?;
