@@ -75,7 +75,8 @@ impl fmt::Debug for MappedSlot {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "test-util"))]
+#[allow(missing_docs)]
 pub(crate) mod test_util {
     use std::sync::{Mutex, atomic::AtomicUsize};
 

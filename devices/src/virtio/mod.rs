@@ -242,5 +242,5 @@ impl DeviceStatus {
     }
 }
 
-#[cfg(test)]
-pub(crate) mod test_util;
+#[cfg(any(test, feature = "test-util"))]
+pub mod test_util;

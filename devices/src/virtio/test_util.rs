@@ -1,5 +1,7 @@
 //! A driver for unit tests: queues in memory, requests made of raw descriptors.
 
+#![allow(missing_docs)]
+
 use std::{
     sync::Arc,
     time::{Duration, Instant},
