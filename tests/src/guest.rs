@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use crate::{
     Context, Failure, Result,
-    bed::{ApiClients, Archive, BedKernel, DebianPrograms, Emulator, StockKernel},
+    bed::{ApiClients, Archive, BedKernel, DebianPrograms, Emulator, Modules, StockKernel},
 };
 
 /// A guest that says nothing for so long hangs. Not a measure of speed.
@@ -35,6 +35,8 @@ pub struct Assets {
     pub emulator: Emulator,
     /// Programs that speak to the control API.
     pub clients: ApiClients,
+    /// A Wayland compositor.
+    pub weston: DebianPrograms,
     /// The guest's root without its test.
     pub guest_archive: PathBuf,
 }
@@ -117,13 +119,10 @@ impl GuestBuilder {
         self
     }
 
-    /// Puts Debian programs into the guest's root: `debian PROGRAM` runs one.
-    pub fn debian(mut self, programs: &DebianPrograms) -> Result<Self> {
-        self.archive.tree("debian", &programs.0)?;
-        let script = "#!/bin/sh\n[ -d /debian/proc ] || { mkdir -p /debian/proc /debian/sys /debian/dev /debian/tmp
-            for d in proc sys dev; do mount --bind /$d /debian/$d; done; }
-            exec chroot /debian \"$@\"\n";
-        self.archive.file("bin/debian", script.as_bytes());
+    /// Gives the guest more drivers of Debian's kernel, with what they need.
+    pub fn modules(mut self, names: &[&str]) -> Result<Self> {
+        let modules = Modules::find(&self.assets.stock.modules)?;
+        self.archive.modules(&modules, names)?;
         Ok(self)
     }
 

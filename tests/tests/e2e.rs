@@ -12,6 +12,7 @@ mod e2e {
     pub mod life;
     pub mod network;
     pub mod topology;
+    pub mod view;
 }
 
 use std::{
@@ -24,8 +25,8 @@ use std::{
 use fanlight_tests::{
     Context, Failure, Result,
     bed::{
-        ApiClients, Bed, Busybox, Cache, Emulator, L1Kernel, Modules, Share, StockKernel,
-        bed_kernel, build_program, guest_archive, pulse,
+        ApiClients, Bed, Busybox, Cache, DebianPrograms, Emulator, L1Kernel, Modules, Share,
+        StockKernel, bed_kernel, build_program, guest_archive, pulse,
     },
     guest::Assets,
     host::{self, Kvm},
@@ -45,6 +46,7 @@ fn tests() -> Vec<(&'static str, Test)> {
         e2e::life::TESTS,
         e2e::network::TESTS,
         e2e::topology::TESTS,
+        e2e::view::TESTS,
     ];
     groups.concat()
 }
@@ -131,6 +133,11 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     Ok(libtest_mimic::run(arguments, trials).exit_code())
 }
 
+/// The compositor that viewers are tried in.
+fn weston(cache: &Cache) -> Result<DebianPrograms> {
+    DebianPrograms::get(cache, "weston-1", &["weston"])
+}
+
 fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets> {
     Ok(Assets {
         fanlight: fanlight.into(),
@@ -138,6 +145,7 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
         bed: bed_kernel(cache)?,
         emulator: Emulator::get(cache)?,
         clients: ApiClients::get(cache)?,
+        weston: weston(cache)?,
         guest_archive: guest_archive.into(),
     })
 }
@@ -166,6 +174,7 @@ impl Beds {
         let this = std::env::current_exe().context("cannot find this program")?;
         let kernel = bed_kernel(cache)?;
         ApiClients::get(cache)?;
+        weston(cache)?;
         for (from, to) in [(&*this, "e2e"), (fanlight, "fanlight")] {
             fs::copy(from, share.join(to)).context("cannot share a program")?;
         }

@@ -297,6 +297,10 @@ fn unpack_system(packages: &[&str], at: &Path) -> Result<()> {
             symlink(target, at.join(link)).context("cannot make a link")?;
         }
     }
+    // What a program in there sees of the host is mounted here.
+    for dir in ["dev", "proc", "sys", "tmp"] {
+        fs::create_dir_all(at.join(dir)).context("cannot make a directory")?;
+    }
     Ok(())
 }
 
