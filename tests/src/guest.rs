@@ -16,11 +16,13 @@ use tempfile::TempDir;
 
 use crate::{
     Context, Failure, Result,
-    bed::{Archive, BedKernel, Emulator, StockKernel},
+    bed::{Archive, BedKernel, Emulator, Modules, StockKernel},
+    embedded::Embedded,
 };
+use fanlight_api::VmConfig;
 
 /// A guest that says nothing for so long hangs. Not a measure of speed.
-const PATIENCE: Duration = Duration::from_secs(180);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
 /// What guests are made of.
 #[derive(Clone, Debug)]
@@ -54,6 +56,7 @@ pub struct GuestBuilder {
     kernel: GuestKernel,
     cmdline: String,
     script: String,
+    modules: &'static [&'static str],
     arguments: Vec<String>,
 }
 
@@ -66,6 +69,7 @@ impl Assets {
             kernel: GuestKernel::Stock,
             cmdline: "console=ttyS0 panic=-1 loglevel=4".into(),
             script: script.into(),
+            modules: &[],
             arguments: ["--memory", "256M"].map(str::to_owned).into(),
         }
     }
@@ -97,20 +101,46 @@ impl GuestBuilder {
         self
     }
 
+    /// Loads more of the kernel's modules than every guest has.
+    pub fn modules(mut self, names: &'static [&'static str]) -> Self {
+        self.modules = names;
+        self
+    }
+
     /// A path in the guest's own directory, which goes with the guest.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
 
-    /// Starts the guest.
-    pub fn start(self) -> Result<Guest> {
+    /// Writes the guest's root; its path.
+    fn write_root(&self) -> Result<PathBuf> {
         let mut more = Archive::default();
+        if !self.modules.is_empty() {
+            more.modules(&Modules::find(&self.assets.stock.modules)?, self.modules)?;
+        }
         more.file("test", format!("#!/bin/sh\n{}\n", self.script).as_bytes());
         let mut initrd =
             fs::read(&self.assets.guest_archive).context("cannot read the guest's root")?;
         initrd.extend(more.finish());
         let initrd_path = self.path("initrd");
         fs::write(&initrd_path, initrd).context("cannot write the guest's root")?;
+        Ok(initrd_path)
+    }
+
+    /// Starts the guest in this process, with the stock kernel and the devices of `config`.
+    pub fn embed(self, config: VmConfig) -> Result<Embedded> {
+        let config = VmConfig {
+            kernel: Some(self.assets.stock.image.clone()),
+            initrd: Some(self.write_root()?),
+            cmdline: self.cmdline,
+            ..config
+        };
+        Embedded::start(config, self.dir)
+    }
+
+    /// Starts the guest.
+    pub fn start(self) -> Result<Guest> {
+        let initrd_path = self.write_root()?;
         let kernel = match self.kernel {
             GuestKernel::Stock => &self.assets.stock.image,
             GuestKernel::Vmlinux => &self.assets.bed.vmlinux,
