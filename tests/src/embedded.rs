@@ -33,9 +33,6 @@ pub struct Embedded {
 
 /// Looks again and again, without measuring anything.
 const PAUSE: Duration = Duration::from_millis(20);
-/// How often a guest that is waited for gets an interrupt: the bed's emulator loses timers, and a guest whose
-/// timer is lost sleeps until something else happens.
-const NUDGE: Duration = Duration::from_secs(5);
 
 impl Embedded {
     /// Starts the machine. Its console is a file in `dir`.
@@ -79,15 +76,10 @@ impl Embedded {
         })
     }
 
-    /// Waits until something is so. A guest that lets it wait for long gets empty lines on its console.
+    /// Waits until something is so.
     pub fn wait_until(&self, what: &str, condition: impl Fn() -> bool) -> Result<()> {
         let start = Instant::now();
-        let mut nudged = start;
         loop {
-            if nudged.elapsed() > NUDGE {
-                self.machine.serial.input(b"\n");
-                nudged = Instant::now();
-            }
             let ended = self.ended.try_recv();
             if condition() {
                 return Ok(());

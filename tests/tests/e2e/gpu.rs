@@ -26,8 +26,13 @@ pub const TESTS: &[(&str, Test)] = &[
 
 const MODULES: &[&str] = &["virtio_gpu", "virtio_input"];
 
+/// The driver times its frames, and in the bed a guest now and then sleeps for good when its processor's
+/// deadline timer is used for that: this one's clock ticks.
 fn guest(assets: &Assets, script: &str) -> GuestBuilder {
-    assets.guest(script).modules(MODULES)
+    assets
+        .guest(script)
+        .modules(MODULES)
+        .cmdline("nohz=off highres=off lapic=notscdeadline")
 }
 
 /// A guest in this process that runs the lines typed on its console, once it has said "ready".
