@@ -17,10 +17,12 @@ use tempfile::TempDir;
 use crate::{
     Context, Failure, Result,
     bed::{ApiClients, Archive, BedKernel, DebianPrograms, Emulator, Modules, StockKernel},
+    embedded::Embedded,
 };
+use fanlight_api::{PathOrFd, VmConfig};
 
 /// A guest that says nothing for so long hangs. Not a measure of speed.
-const PATIENCE: Duration = Duration::from_secs(180);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
 
 /// What guests are made of.
 #[derive(Clone, Debug)]
@@ -136,11 +138,27 @@ impl GuestBuilder {
         Ok(initrd)
     }
 
+    /// Writes the guest's root; its path.
+    fn write_root(&self) -> Result<PathBuf> {
+        let path = self.path("initrd");
+        fs::write(&path, self.initrd()?).context("cannot write the guest's root")?;
+        Ok(path)
+    }
+
+    /// Starts the guest in this process, with the stock kernel and the devices of `config`.
+    pub fn embed(self, config: VmConfig) -> Result<Embedded> {
+        let config = VmConfig {
+            kernel: Some(PathOrFd::Named(self.assets.stock.image.clone())),
+            initrd: Some(PathOrFd::Named(self.write_root()?)),
+            cmdline: self.cmdline,
+            ..config
+        };
+        Embedded::start(config, self.dir)
+    }
+
     /// The command that starts the guest, and the directory that it needs meanwhile.
     pub fn command(self) -> Result<(Command, TempDir)> {
-        let initrd = self.initrd()?;
-        let initrd_path = self.path("initrd");
-        fs::write(&initrd_path, initrd).context("cannot write the guest's root")?;
+        let initrd_path = self.write_root()?;
         let kernel = match self.kernel {
             GuestKernel::Stock => &self.assets.stock.image,
             GuestKernel::Vmlinux => &self.assets.bed.vmlinux,

@@ -3,6 +3,7 @@
 
 pub mod bed;
 pub mod echo;
+pub mod embedded;
 pub mod guest;
 pub mod host;
 pub mod progress;

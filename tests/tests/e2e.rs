@@ -8,6 +8,7 @@ mod e2e {
     pub mod boot;
     pub mod console;
     pub mod disk;
+    pub mod gpu;
     pub mod input;
     pub mod life;
     pub mod network;
@@ -42,6 +43,7 @@ fn tests() -> Vec<(&'static str, Test)> {
         e2e::boot::TESTS,
         e2e::console::TESTS,
         e2e::disk::TESTS,
+        e2e::gpu::TESTS,
         e2e::input::TESTS,
         e2e::life::TESTS,
         e2e::network::TESTS,

@@ -243,7 +243,8 @@ impl State {
         Ok(Answer::OK)
     }
 
-    fn display_info(&self) -> Answer {
+    fn display_info(&mut self) -> Answer {
+        self.heard.info();
         let mut info = RespDisplayInfo::default();
         let positions = positions(&self.outputs);
         for ((one, output), x) in info.pmodes.iter_mut().zip(&self.outputs).zip(positions) {
@@ -257,8 +258,9 @@ impl State {
         Answer::with(VIRTIO_GPU_RESP_OK_DISPLAY_INFO, &info)
     }
 
-    fn get_edid(&self, command: &GetEdid) -> Result<Answer, CommandError> {
+    fn get_edid(&mut self, command: &GetEdid) -> Result<Answer, CommandError> {
         let index = scanout_index(command.scanout.get())?;
+        self.heard.edid(index);
         let edid = edid(self.outputs[index].mode, &self.name, index);
         let mut answer = RespEdid {
             size: (edid.len() as u32).into(),

@@ -13,7 +13,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::{
     cursor::{Cursor, CursorImage},
     output::{Mode, OUTPUTS, Output, outputs},
-    protocol::VIRTIO_GPU_EVENT_DISPLAY,
+    protocol::{VIRTIO_GPU_EVENT_DISPLAY, VIRTIO_GPU_F_EDID},
     resources::{Kind, Resource, Resources},
     scanout::{Area, ExportedImage, Frame, FrameError, Location, Pixels, Scanout},
     watch::{Watch, Watches},
@@ -95,6 +95,35 @@ pub struct ExportedResource {
     pub uuid: Option<[u8; 16]>,
 }
 
+/// What the driver has asked since outputs changed. It clears the event after it has asked, so one that
+/// came while it was asking would be lost.
+#[derive(Debug, Default)]
+pub(super) struct Heard {
+    /// Display information is out of date.
+    stale_info: bool,
+    /// So is the EDID of these outputs.
+    stale_edids: [bool; OUTPUTS],
+    /// Whether it asked for anything since it was last told again.
+    asked: bool,
+}
+
+impl Heard {
+    fn change(&mut self, output: usize) {
+        self.stale_info = true;
+        self.stale_edids[output] = true;
+    }
+
+    pub(super) fn info(&mut self) {
+        self.stale_info = false;
+        self.asked = true;
+    }
+
+    pub(super) fn edid(&mut self, output: usize) {
+        self.stale_edids[output] = false;
+        self.asked = true;
+    }
+}
+
 /// Everything behind one lock. Held for the time of a command, never while pixels are read or exported.
 #[derive(Debug)]
 pub(super) struct State {
@@ -109,6 +138,8 @@ pub(super) struct State {
     pub features: u64,
     /// `events_read` of the configuration.
     pub events: u32,
+    /// What of the outputs the driver has heard.
+    pub heard: Heard,
     /// The way to the driver, while there is one.
     pub status: Option<DeviceStatus>,
 }
@@ -118,6 +149,22 @@ impl State {
         if self.scanouts[output] != scanout {
             self.scanouts[output] = scanout;
             self.watches.scanout(output);
+        }
+    }
+
+    /// The driver wrote `events_clear`. What it has not heard of stays, and it is told again; one that has
+    /// not asked meanwhile does not care.
+    pub(super) fn clear_events(&mut self, events: u32) {
+        let edids = self.features & VIRTIO_GPU_F_EDID != 0;
+        let stale = self.heard.stale_info || edids && self.heard.stale_edids.contains(&true);
+        let again = events & VIRTIO_GPU_EVENT_DISPLAY != 0 && stale && self.heard.asked;
+        self.heard.asked = false;
+        self.events &= !events;
+        if again {
+            self.events |= VIRTIO_GPU_EVENT_DISPLAY;
+            if let Some(status) = &self.status {
+                status.config_changed();
+            }
         }
     }
 
@@ -132,6 +179,7 @@ impl State {
         }
         self.features = 0;
         self.events = 0;
+        self.heard = Heard::default();
         self.status = None;
     }
 
@@ -191,6 +239,7 @@ impl DisplayHandle {
             statistics: Statistics::default(),
             features: 0,
             events: 0,
+            heard: Heard::default(),
             status: None,
         };
         Ok(Self(Arc::new(Shared {
@@ -232,6 +281,7 @@ impl DisplayHandle {
         }
         *output = wanted;
         state.events |= VIRTIO_GPU_EVENT_DISPLAY;
+        state.heard.change(index);
         state.watches.outputs();
         if let Some(status) = &state.status {
             status.config_changed();

@@ -106,7 +106,8 @@ impl VirtioDevice for Gpu {
     fn write_config(&mut self, offset: u64, data: &[u8]) {
         const EVENTS_CLEAR: u64 = std::mem::offset_of!(Config, events_clear) as u64;
         if let (EVENTS_CLEAR, &[a, b, c, d]) = (offset, data) {
-            self.display.0.lock().events &= !u32::from_le_bytes([a, b, c, d]);
+            let events = u32::from_le_bytes([a, b, c, d]);
+            self.display.0.lock().clear_events(events);
         }
     }
 

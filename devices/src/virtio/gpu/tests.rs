@@ -235,7 +235,11 @@ fn outputs_are_told_and_changes_are_events() {
     assert_eq!(machine.driver.status.generation(), 2);
     machine.gpu.write_config(4, &[1, 0, 0, 0]);
     machine.gpu.read_config(0, &mut events);
-    assert_eq!(events, [0; 4]);
+    assert_eq!(
+        events,
+        [1, 0, 0, 0],
+        "the driver has not asked for all of it"
+    );
     let get = header(VIRTIO_GPU_CMD_GET_DISPLAY_INFO, None);
     let (_, body) = machine.on_queue(CONTROL_QUEUE, get, &[]);
     let info = RespDisplayInfo::read_from_bytes(&body).unwrap();
@@ -252,6 +256,39 @@ fn outputs_are_told_and_changes_are_events() {
     let response = RespEdid::read_from_bytes(&body).unwrap();
     let size = response.size.get() as usize;
     assert_eq!(response.edid[..size], edid(mode(1024, 768), "Test", 2));
+}
+
+#[test]
+fn a_change_while_the_driver_asks_is_told_again() {
+    let mut machine = machine();
+    let events = |machine: &Machine| {
+        let mut events = [0; 4];
+        machine.gpu.read_config(0, &mut events);
+        events[0]
+    };
+    let ask = |machine: &mut Machine, output: u8| {
+        let edid = header(VIRTIO_GPU_CMD_GET_EDID, None);
+        machine.on_queue(CONTROL_QUEUE, edid, &[output, 0, 0, 0, 0, 0, 0, 0]);
+        let info = header(VIRTIO_GPU_CMD_GET_DISPLAY_INFO, None);
+        machine.on_queue(CONTROL_QUEUE, info, &[]);
+    };
+    let set = |machine: &Machine, width| {
+        let mode = Some(mode(width, 600));
+        machine.display.set_output(0, mode).unwrap();
+    };
+    set(&machine, 700);
+    ask(&mut machine, 0);
+    set(&machine, 701);
+    machine.gpu.write_config(4, &[1, 0, 0, 0]);
+    assert_eq!(events(&machine), 1);
+    assert_eq!(machine.driver.status.generation(), 3);
+    ask(&mut machine, 0);
+    machine.gpu.write_config(4, &[1, 0, 0, 0]);
+    assert_eq!(events(&machine), 0);
+    // A driver that never asks is not told for ever.
+    set(&machine, 702);
+    machine.gpu.write_config(4, &[1, 0, 0, 0]);
+    assert_eq!(events(&machine), 0);
 }
 
 #[test]

@@ -222,6 +222,8 @@ impl Hold {
 
 #[cfg(test)]
 mod tests {
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
     use super::*;
 
     fn area(x: u32) -> Area {
@@ -234,7 +236,7 @@ mod tests {
     }
 
     fn watch(watches: &mut Watches, paces: bool) -> Arc<Watch> {
-        let watch = Arc::new(Watch::new(EventFd::new(0).unwrap(), paces));
+        let watch = Arc::new(Watch::new(EventFd::new(EFD_NONBLOCK).unwrap(), paces));
         watches.add(&watch);
         watch
     }
