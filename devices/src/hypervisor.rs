@@ -2,7 +2,7 @@
 //!
 //! The machine implements these traits on KVM; unit tests implement them with counters.
 
-use std::{fmt, io, sync::Arc};
+use std::{fmt, io, os::fd::BorrowedFd, sync::Arc};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -25,6 +25,10 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
 
     /// Shows a host mapping to the guest (`KVM_SET_USER_MEMORY_REGION`) until the result is dropped.
     fn map_slot(&self, mapping: SlotMapping) -> io::Result<MappedSlot>;
+
+    /// Makes the virtual machine known to the driver of a passed-through device, and the other way round
+    /// (`KVM_DEV_VFIO_FILE_ADD`): decides whether the guest can do DMA that bypasses caches.
+    fn add_vfio_device(&self, device: BorrowedFd<'_>) -> io::Result<AddedDevice>;
 }
 
 /// Address and data of a message-signalled interrupt (PCI 3.0, 6.8.1).
@@ -75,6 +79,17 @@ impl fmt::Debug for MappedSlot {
     }
 }
 
+/// Undoes [`Hypervisor::add_vfio_device`] when dropped.
+#[derive(Debug)]
+pub struct AddedDevice(#[expect(dead_code, reason = "held for its Drop")] MappedSlot);
+
+impl AddedDevice {
+    /// `remove` runs once, when the result is dropped.
+    pub fn new(remove: impl FnOnce() + Send + Sync + 'static) -> Self {
+        Self(MappedSlot::new(remove))
+    }
+}
+
 #[cfg(test)]
 pub(crate) mod test_util {
     use std::sync::{Mutex, atomic::AtomicUsize};
@@ -88,9 +103,15 @@ pub(crate) mod test_util {
         /// Doorbells that are registered.
         pub doorbells: Mutex<Vec<u64>>,
         lines: AtomicUsize,
+        slots: Arc<Mutex<Vec<(u64, u64)>>>,
     }
 
     impl FakeHypervisor {
+        /// The memory slots: address and length.
+        pub fn slots(&self) -> Vec<(u64, u64)> {
+            self.slots.lock().unwrap().clone()
+        }
+
         /// Where each vector is routed to; `None` for a masked one.
         pub fn routes(&self) -> Vec<Option<MsiMessage>> {
             let vectors = self.vectors.lock().unwrap();
@@ -130,8 +151,17 @@ pub(crate) mod test_util {
             Ok(())
         }
 
-        fn map_slot(&self, _: SlotMapping) -> io::Result<MappedSlot> {
-            Ok(MappedSlot::new(|| ()))
+        fn map_slot(&self, mapping: SlotMapping) -> io::Result<MappedSlot> {
+            let slot = (mapping.gpa, mapping.len);
+            self.slots.lock().unwrap().push(slot);
+            let slots = self.slots.clone();
+            Ok(MappedSlot::new(move || {
+                slots.lock().unwrap().retain(|&other| other != slot);
+            }))
+        }
+
+        fn add_vfio_device(&self, _: BorrowedFd<'_>) -> io::Result<AddedDevice> {
+            Ok(AddedDevice::new(|| ()))
         }
     }
 

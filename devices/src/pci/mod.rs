@@ -12,10 +12,13 @@ mod host_bridge;
 mod msix;
 
 pub use access::{ConfigMechanism1, Ecam, MECHANISM_1_PORTS};
-pub use bar::{BarContent, BarHandler, BarKind, Bars};
+pub use bar::{BarContent, BarHandler, BarKind, Bars, Piece, ROM_INDEX};
 pub use bridge::RootPort;
 pub use bus::{PciBus, PciError, Windows};
-pub use config::{Capability, ConfigSpace, Identity};
+pub use config::{
+    COMMAND_BUS_MASTER, COMMAND_INTX_DISABLE, COMMAND_IO, COMMAND_MEMORY, CONFIG_SPACE_SIZE,
+    Capability, ConfigSpace, Identity, reg,
+};
 pub use host_bridge::HostBridge;
 pub use msix::{Msix, MsixError, PBA_ENTRY, TABLE_ENTRY};
 
