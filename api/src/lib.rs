@@ -6,7 +6,7 @@ pub mod size;
 pub mod spec;
 
 pub use config::{
-    CharBackend, ConsoleConfig, DiskConfig, DiskFormat, KernelUnpack, MemoryConfig, NetConfig,
-    OnPanic, OnReset, RngConfig, VmConfig, VsockConfig,
+    CharBackend, ConsoleConfig, DiskConfig, DiskFormat, Iommufd, KernelUnpack, MemoryConfig,
+    NetConfig, OnPanic, OnReset, RngConfig, VfioConfig, VmConfig, VsockConfig,
 };
 pub use size::ByteSize;

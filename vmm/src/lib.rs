@@ -5,6 +5,7 @@ pub mod console;
 pub mod kvm;
 pub mod lifecycle;
 pub mod machine;
+pub mod passthrough;
 pub mod resources;
 pub mod status;
 pub mod terminal;

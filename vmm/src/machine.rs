@@ -22,8 +22,9 @@ use fanlight_devices::{
     memory::{AddressSpace, AddressSpaceError, IoHandler, RamError},
     pci::{
         ConfigMechanism1, Ecam, HostBridge, MECHANISM_1_PORTS, MsixError, PciBus, PciError,
-        RootPort, Windows,
+        PciFunction, RootPort, Windows,
     },
+    vfio::{DmaMapping, VfioError, VfioFunction},
     virtio::{
         VirtioDevice,
         block::Block,
@@ -40,6 +41,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
     kvm::{ExitCounts, KvmError, KvmVcpu, KvmVm, VcpuError},
+    passthrough::Passthrough,
     resources::Resources,
     vcpus::{Shared, VcpuThreads},
 };
@@ -65,6 +67,9 @@ pub enum MachineError {
     /// vhost-net.
     #[error("--net")]
     VhostNet(#[from] VhostNetError),
+    /// A passed-through device.
+    #[error("--vfio")]
+    Vfio(#[from] VfioError),
     /// PCI.
     #[error(transparent)]
     Pci(#[from] PciError),
@@ -141,6 +146,7 @@ pub struct Machine {
     ports: Arc<AddressSpace>,
     callbacks: Callbacks,
     _bus: Arc<PciBus>,
+    _dma: Vec<DmaMapping>,
     _slots: Vec<MappedSlot>,
 }
 
@@ -169,6 +175,14 @@ impl Topology {
         port: Option<u8>,
     ) -> Result<(), MachineError> {
         let function = VirtioPciFunction::new(device, class, &self.environment)?;
+        self.add_function(function, port)
+    }
+
+    fn add_function(
+        &mut self,
+        function: Arc<dyn PciFunction>,
+        port: Option<u8>,
+    ) -> Result<(), MachineError> {
         match port {
             None => self.bus.add(function)?,
             Some(number) => self.port(number)?.bus.add(function)?,
@@ -236,10 +250,21 @@ impl Machine {
             memory: memory.clone(),
             ports: ports.clone(),
         })?;
+        let mut dma = Vec::new();
+        if let Some(passthrough) = &resources.passthrough {
+            kvm.honour_guest_pat()?;
+            dma = passthrough.iommu.map_ram(ram.memory())?;
+            add_passed_through(&mut topology, passthrough)?;
+        }
         let console = add_devices(&mut topology, resources)?;
         let bus = topology.bus;
         let cpuid = kvm.supported_cpuid()?;
-        let window = layout::pci_mmio64(ram.size(), physical_address_bits(&cpuid));
+        let mut address_bits = physical_address_bits(&cpuid);
+        if let Some(passthrough) = &resources.passthrough {
+            // Devices reach each other's BARs where the guest sees them.
+            address_bits = address_bits.min(passthrough.iommu.address_bits()?);
+        }
+        let window = layout::pci_mmio64(ram.size(), address_bits);
         let pci_last_bus = bus.assign(&Windows {
             memory32: layout::PCI_MMIO32,
             memory64: window.clone(),
@@ -285,6 +310,7 @@ impl Machine {
             ports,
             callbacks,
             _bus: bus,
+            _dma: dma,
             _slots: slots,
         })
     }
@@ -340,6 +366,17 @@ fn load(resources: &Resources, rsdp: u64) -> Result<InitialState, MachineError> 
         },
     )?;
     Ok(InitialState::prepare(mem, entry)?)
+}
+
+fn add_passed_through(
+    topology: &mut Topology,
+    passthrough: &Passthrough,
+) -> Result<(), MachineError> {
+    for (passed, number) in passthrough.devices.iter().zip(0..) {
+        let function = VfioFunction::new(passed.device.clone(), number, &topology.environment)?;
+        topology.add_function(function, passed.port)?;
+    }
+    Ok(())
 }
 
 /// One entry for each kind of device: adding one is adding it here.

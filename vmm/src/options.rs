@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use fanlight_api::{
     CharBackend, ConsoleConfig, DiskConfig, KernelUnpack, MemoryConfig, NetConfig, OnPanic,
-    OnReset, RngConfig, VmConfig, VsockConfig,
+    OnReset, RngConfig, VfioConfig, VmConfig, VsockConfig,
 };
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -46,8 +46,8 @@ Lists in an option are written key=value,key=value; a comma within a value is wr
 /// Options of `fanlight run`.
 #[derive(Args, Debug)]
 pub struct RunOptions {
-    /// Machine as JSON, with the options' names as fields; options given beside it win, and disks and
-    /// network interfaces add to it
+    /// Machine as JSON, with the options' names as fields; options given beside it win, and disks, network
+    /// interfaces and passed-through devices add to it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Kernel: a bzImage, or an ELF vmlinux with a PVH entry
@@ -79,6 +79,10 @@ pub struct RunOptions {
     /// tap's name [default: vhost-net where the host has it]
     #[arg(long, value_name = "tap=NAME[,mac=ADDRESS][,vhost=on|off][,port=N]")]
     net: Vec<NetConfig>,
+    /// PCI device of the host's to pass through, bound to vfio-pci; may be given several times. iommufd says
+    /// whether DMA goes through that, or through VFIO's older container [default: auto]
+    #[arg(long, value_name = "ADDRESS[,iommufd=auto|on|off][,id=NAME][,port=N]")]
+    vfio: Vec<VfioConfig>,
     /// Sockets between host and guest, with the guest's context id, from 3 on [default: none]
     #[arg(long, value_name = "cid=N")]
     vsock: Option<VsockConfig>,
@@ -162,6 +166,7 @@ impl RunOptions {
         set(&mut config.memory, self.memory);
         config.disk.extend(self.disk);
         config.net.extend(self.net);
+        config.vfio.extend(self.vfio);
         set(&mut config.vsock, self.vsock.map(Some));
         set(&mut config.serial, self.serial);
         set(&mut config.console, self.console.map(Some));

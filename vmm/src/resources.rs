@@ -17,7 +17,10 @@ use fanlight_devices::{
 };
 use thiserror::Error;
 
-use crate::console::{ConsoleError, HostConsole};
+use crate::{
+    console::{ConsoleError, HostConsole},
+    passthrough::{Passthrough, PassthroughError},
+};
 
 /// What is wrong with a configuration.
 #[derive(Debug, Error)]
@@ -62,6 +65,9 @@ pub enum ConfigError {
     /// A hardware address.
     #[error("--net mac")]
     Mac(#[from] MacError),
+    /// A passed-through device.
+    #[error("--vfio")]
+    Vfio(#[from] PassthroughError),
     /// Both consoles want the terminal.
     #[error(
         "--serial and --console both use stdio: give one of them another place, such as --serial null"
@@ -108,6 +114,8 @@ pub struct Resources {
     pub disks: Vec<Disk>,
     /// Network interfaces, in order.
     pub interfaces: Vec<Interface>,
+    /// Passed-through devices.
+    pub passthrough: Option<Passthrough>,
     /// The serial port's host side.
     pub serial: HostConsole,
     /// The virtio console's, if there is one.
@@ -142,6 +150,7 @@ impl Resources {
             .iter()
             .map(open_interface)
             .collect::<Result<_, _>>()?;
+        let passthrough = Passthrough::open(&config.vfio)?;
         let console = config.console.as_ref().map(|console| &console.0);
         if config.serial == CharBackend::Stdio && console == Some(&CharBackend::Stdio) {
             return Err(ConfigError::TwoConsoles);
@@ -157,6 +166,7 @@ impl Resources {
             ram,
             disks,
             interfaces,
+            passthrough,
             config,
         })
     }
