@@ -113,6 +113,7 @@ impl MachineError {
                 | MachineError::Memory(_)
                 | MachineError::Host { .. }
                 | MachineError::Msix(_)
+                | MachineError::Vfio(VfioError::Host { .. } | VfioError::Msix(_))
                 | MachineError::Kvm(KvmError::Ioctl { .. })
         )
     }

@@ -5,14 +5,21 @@ mod options;
 use std::{process::ExitCode, time::Instant};
 
 use clap::Parser;
-use fanlight::{lifecycle, resources::Resources, status::Ending, terminal};
+use fanlight::{
+    host_devices::{self, HostDeviceError},
+    lifecycle,
+    resources::Resources,
+    status::Ending,
+    terminal,
+};
 use fanlight_devices::error_line;
-use options::{Command, Options, RunOptions};
+use options::{Command, Options, RunOptions, VfioCommand};
 
 fn main() -> ExitCode {
     let started = Instant::now();
     let ending = match Options::parse().command {
         Command::Run(options) => run(*options, started),
+        Command::Vfio(command) => vfio(&command),
         Command::TerminalGuard => match terminal::guard() {
             Ok(()) => Ending::PowerOff,
             Err(_) => Ending::Failed,
@@ -42,6 +49,44 @@ fn run(options: RunOptions, started: Instant) -> Ending {
         Err(error) => {
             eprintln!("fanlight: {}", error_line(&error));
             Ending::Failed
+        }
+    }
+}
+
+fn vfio(command: &VfioCommand) -> Ending {
+    let result = match command {
+        VfioCommand::List => {
+            return match host_devices::list() {
+                Ok(table) => {
+                    print!("{table}");
+                    Ending::PowerOff
+                }
+                Err(error) => {
+                    eprintln!("fanlight: cannot list PCI devices: {error}");
+                    Ending::Failed
+                }
+            };
+        }
+        VfioCommand::Bind { device, vfs } => {
+            host_devices::find(device).and_then(|function| host_devices::bind(&function, *vfs))
+        }
+        VfioCommand::Unbind { device } => {
+            host_devices::find(device).and_then(|function| host_devices::unbind(&function))
+        }
+    };
+    match result {
+        Ok(changed) => {
+            for address in changed {
+                println!("{address}");
+            }
+            Ending::PowerOff
+        }
+        Err(error) => {
+            eprintln!("fanlight: {}", error_line(&error));
+            match error {
+                HostDeviceError::Host { .. } => Ending::Failed,
+                _ => Ending::BadInput,
+            }
         }
     }
 }

@@ -26,9 +26,34 @@ pub enum Command {
     /// Runs a virtual machine until it ends
     #[command(after_help = STATUSES)]
     Run(Box<RunOptions>),
+    /// Shows PCI devices of the host, gives them to user space and takes them back
+    #[command(subcommand)]
+    Vfio(VfioCommand),
     /// Restores the terminal when the process on standard input ends
     #[command(name = fanlight::terminal::GUARD_COMMAND, hide = true)]
     TerminalGuard,
+}
+
+/// What can be done with devices of the host's.
+#[derive(Debug, Subcommand)]
+pub enum VfioCommand {
+    /// Lists what could be passed through
+    List,
+    /// Binds a device to vfio-pci, or makes virtual functions of it and binds those
+    Bind {
+        /// Where the device is, such as 0000:03:00.0
+        #[arg(value_name = "ADDRESS")]
+        device: String,
+        /// Makes this many virtual functions and binds them instead of the device
+        #[arg(long, value_name = "N")]
+        vfs: Option<u32>,
+    },
+    /// Undoes bind: gives a device back to the host's driver, or takes its virtual functions away
+    Unbind {
+        /// Where the device is
+        #[arg(value_name = "ADDRESS")]
+        device: String,
+    },
 }
 
 const STATUSES: &str = "\
