@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use crate::{
     Context, Failure, Result,
-    bed::{Archive, BedKernel, Emulator, StockKernel},
+    bed::{Archive, BedKernel, Emulator, Modules, StockKernel},
 };
 
 /// A guest that says nothing for so long hangs. Not a measure of speed.
@@ -87,13 +87,15 @@ impl GuestBuilder {
         self
     }
 
-    /// Adds an option of `fanlight run`; one that is there already is replaced, but for disks and
-    /// interfaces.
+    /// Adds an option of `fanlight run`; one that is there already is replaced, but for disks,
+    /// interfaces and passed-through devices.
     pub fn option(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         let value = value.as_ref().to_string_lossy().into_owned();
         let old = self.arguments.iter().position(|argument| argument == name);
         match old {
-            Some(at) if !matches!(name, "--disk" | "--net") => self.arguments[at + 1] = value,
+            Some(at) if !matches!(name, "--disk" | "--net" | "--vfio") => {
+                self.arguments[at + 1] = value
+            }
             _ => self.arguments.extend([name.to_owned(), value]),
         }
         self
@@ -108,6 +110,13 @@ impl GuestBuilder {
     pub fn file(mut self, name: &str, content: &[u8]) -> Self {
         self.archive.file(name, content);
         self
+    }
+
+    /// Gives the guest more drivers of Debian's kernel, with what they need.
+    pub fn modules(mut self, names: &[&str]) -> Result<Self> {
+        let modules = Modules::find(&self.assets.stock.modules)?;
+        self.archive.modules(&modules, names)?;
+        Ok(self)
     }
 
     /// The guest's root.

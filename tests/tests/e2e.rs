@@ -11,6 +11,7 @@ mod e2e {
     pub mod life;
     pub mod network;
     pub mod topology;
+    pub mod vfio;
 }
 
 use std::{
@@ -43,6 +44,7 @@ fn tests() -> Vec<(&'static str, Test)> {
         e2e::life::TESTS,
         e2e::network::TESTS,
         e2e::topology::TESTS,
+        e2e::vfio::TESTS,
     ];
     groups.concat()
 }
@@ -179,13 +181,16 @@ impl Beds {
 
     fn run(&self, name: &str) -> Result<()> {
         let programs = [&*self.this, &*self.fanlight];
+        let devices = e2e::vfio::l1_devices(name);
         let mut tries = 0;
         loop {
             let mut output = Vec::new();
             let job = format!("exec /share/e2e {name}");
-            let result = self
-                .bed
-                .run(&job, &programs, &self.shares, &mut output, |_| Ok(()));
+            let result =
+                self.bed
+                    .run_with(devices, &job, &programs, &self.shares, &mut output, |_| {
+                        Ok(())
+                    });
             let output = String::from_utf8_lossy(&output);
             tries += 1;
             match result {

@@ -11,6 +11,6 @@ mod packages;
 pub use cache::Cache;
 pub use initramfs::{Archive, guest_archive};
 pub use kernel::{BedKernel, bed_kernel};
-pub use machine::{Bed, L1Kernel, Share, build_program};
+pub use machine::{Bed, L1Device, L1Kernel, Share, build_program};
 pub use modules::Modules;
 pub use packages::{Busybox, Emulator, StockKernel};
