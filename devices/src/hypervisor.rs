@@ -13,6 +13,10 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
     /// Connects an event descriptor to pin `gsi` of the IOAPIC: each write to it is one edge.
     fn irq_line(&self, gsi: u32) -> io::Result<EventFd>;
 
+    /// Connects a pin of the IOAPIC whose interrupt stays until its source is quiet, for a passed-through
+    /// device (`KVM_IRQFD_FLAG_RESAMPLE`).
+    fn level_irq(&self, gsi: u32) -> io::Result<LevelIrq>;
+
     /// Makes a message-signalled interrupt, masked until [`MsiVector::unmask`].
     fn msi_vector(&self) -> io::Result<Arc<dyn MsiVector>>;
 
@@ -29,6 +33,16 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
     /// Makes the virtual machine known to the driver of a passed-through device, and the other way round
     /// (`KVM_DEV_VFIO_FILE_ADD`): decides whether the guest can do DMA that bypasses caches.
     fn add_vfio_device(&self, device: BorrowedFd<'_>) -> io::Result<AddedDevice>;
+}
+
+/// An interrupt line that several devices may share.
+#[derive(Debug)]
+pub struct LevelIrq {
+    /// Raises the line.
+    pub trigger: EventFd,
+    /// Signalled when the guest has handled the interrupt, which lowers the line: a device that still wants
+    /// attention raises it again.
+    pub resample: EventFd,
 }
 
 /// Address and data of a message-signalled interrupt (PCI 3.0, 6.8.1).
@@ -130,6 +144,13 @@ pub(crate) mod test_util {
             self.lines
                 .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             EventFd::new(0)
+        }
+
+        fn level_irq(&self, _: u32) -> io::Result<LevelIrq> {
+            Ok(LevelIrq {
+                trigger: EventFd::new(0)?,
+                resample: EventFd::new(0)?,
+            })
         }
 
         fn msi_vector(&self) -> io::Result<Arc<dyn MsiVector>> {

@@ -21,7 +21,7 @@ use fanlight_devices::{
     },
     memory::{AddressSpace, AddressSpaceError, IoHandler, RamError},
     pci::{
-        ConfigMechanism1, Ecam, HostBridge, MECHANISM_1_PORTS, MsixError, PciBus, PciError,
+        ConfigMechanism1, DevFn, Ecam, HostBridge, MECHANISM_1_PORTS, MsixError, PciBus, PciError,
         PciFunction, RootPort, Windows,
     },
     vfio::{DmaMapping, VfioError, VfioFunction},
@@ -154,7 +154,7 @@ pub struct Machine {
 /// Functions on the root bus and behind ports, as they are added.
 struct Topology {
     bus: Arc<PciBus>,
-    ports: BTreeMap<u8, Arc<RootPort>>,
+    ports: BTreeMap<u8, (DevFn, Arc<RootPort>)>,
     environment: Environment,
 }
 
@@ -176,30 +176,34 @@ impl Topology {
         port: Option<u8>,
     ) -> Result<(), MachineError> {
         let function = VirtioPciFunction::new(device, class, &self.environment)?;
-        self.add_function(function, port)
+        self.add_function(function, port).map(drop)
     }
 
+    /// Puts a function in its place: device numbers on the root bus, of the function or its port, and
+    /// behind the port.
     fn add_function(
         &mut self,
         function: Arc<dyn PciFunction>,
         port: Option<u8>,
-    ) -> Result<(), MachineError> {
+    ) -> Result<(u8, u8), MachineError> {
         match port {
-            None => self.bus.add(function)?,
-            Some(number) => self.port(number)?.bus.add(function)?,
-        };
-        Ok(())
+            None => Ok((self.bus.add(function)?.device(), 0)),
+            Some(number) => {
+                let (place, port) = self.port(number)?;
+                Ok((place.device(), port.bus.add(function)?.device()))
+            }
+        }
     }
 
     /// The port of this number, which is made when it is first named.
-    fn port(&mut self, number: u8) -> Result<Arc<RootPort>, MachineError> {
+    fn port(&mut self, number: u8) -> Result<(DevFn, Arc<RootPort>), MachineError> {
         if let Some(port) = self.ports.get(&number) {
             return Ok(port.clone());
         }
         let port = Arc::new(RootPort::new(number));
-        self.bus.add_port(port.clone())?;
-        self.ports.insert(number, port.clone());
-        Ok(port)
+        let place = self.bus.add_port(port.clone())?;
+        self.ports.insert(number, (place, port.clone()));
+        Ok((place, port))
     }
 }
 
@@ -375,7 +379,11 @@ fn add_passed_through(
 ) -> Result<(), MachineError> {
     for (passed, number) in passthrough.devices.iter().zip(0..) {
         let function = VfioFunction::new(passed.device.clone(), number, &topology.environment)?;
-        topology.add_function(function, passed.port)?;
+        let (device, rotated) = topology.add_function(function.clone(), passed.port)?;
+        if let Some(pin) = function.interrupt_pin() {
+            let gsi = layout::pci_irq(device, (pin + rotated) % 4);
+            function.connect_pin(&*topology.environment.hypervisor, gsi);
+        }
     }
     Ok(())
 }

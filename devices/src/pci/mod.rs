@@ -33,6 +33,11 @@ impl DevFn {
     pub const fn new(device: u8, function: u8) -> Self {
         Self(device << 3 | function & 7)
     }
+
+    /// The device number, below 32.
+    pub const fn device(self) -> u8 {
+        self.0 >> 3
+    }
 }
 
 impl fmt::Display for DevFn {

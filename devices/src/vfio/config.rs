@@ -166,9 +166,20 @@ impl VirtualConfig {
         self.space.set(reg::INTERRUPT_LINE, &[0]);
         self.space.set_writable(reg::INTERRUPT_LINE, &[0xff]);
         self.own(reg::INTERRUPT_LINE, 2);
-        if !pin {
-            self.space.set(reg::INTERRUPT_PIN, &[0]);
+        if !pin || self.interrupt_pin().is_none() {
+            self.remove_pin();
         }
+    }
+
+    /// The pin of INTx, 0 for INTA.
+    pub fn interrupt_pin(&self) -> Option<u8> {
+        let [_, pin] = self.space.u16(reg::INTERRUPT_LINE).to_le_bytes();
+        pin.checked_sub(1).filter(|pin| *pin < 4)
+    }
+
+    /// Takes the pin away.
+    pub fn remove_pin(&mut self) {
+        self.space.set(reg::INTERRUPT_PIN, &[0]);
     }
 
     /// MSI without masks for single vectors: those a device need not have, and drivers do without.
@@ -409,6 +420,9 @@ mod tests {
         let config = config();
         assert_eq!(read(&config, reg::BASE_ADDRESS_0, 4), [0; 4]);
         assert_eq!(read(&config, reg::INTERRUPT_LINE, 2), [0, 0]);
+        let with_pin = VirtualConfig::new(device(), true);
+        assert_eq!(with_pin.interrupt_pin(), Some(0));
+        assert_eq!(read(&with_pin, reg::INTERRUPT_LINE, 2), [0, 1]);
         assert_eq!(read(&config, reg::HEADER_TYPE, 1), [0]);
         assert_eq!(read(&config, 0x50, 8), [5, 0x70, 0x84, 0, 0, 0, 0, 0]);
         assert_eq!(read(&config, 0, 4), [0x86, 0x80, 0xca, 0x10]);

@@ -6,7 +6,9 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
-use vfio_bindings::bindings::vfio::{VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_ROM_REGION_INDEX};
+use vfio_bindings::bindings::vfio::{
+    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_ROM_REGION_INDEX,
+};
 
 use super::{
     config::{Consequences, MsixCapability, VirtualConfig},
@@ -83,7 +85,8 @@ impl VfioFunction {
             .write(VFIO_PCI_CONFIG_REGION_INDEX, reg::COMMAND as u64, &[0; 2])
             .map_err(|error| broken(format!("its COMMAND cannot be written ({error})")))?;
         let kinds = bar_kinds(&bytes);
-        let mut config = VirtualConfig::new(bytes, false);
+        let (pins, _) = device.interrupts(VFIO_PCI_INTX_IRQ_INDEX);
+        let mut config = VirtualConfig::new(bytes, pins != 0);
         let hypervisor = &environment.hypervisor;
         let vectors = config.msix.map(|msix| msix.count);
         let interrupts = Interrupts::new(device.clone(), &**hypervisor, vectors)?;
@@ -130,6 +133,26 @@ impl VfioFunction {
         match failed {
             Some(error) => Err(error),
             None => Ok(function),
+        }
+    }
+
+    /// The pin that the function interrupts with, 0 for INTA; none if it has no use for one.
+    pub fn interrupt_pin(&self) -> Option<u8> {
+        self.lock().config.interrupt_pin()
+    }
+
+    /// Connects the pin to line `gsi`. For the machine, before the guest runs.
+    pub fn connect_pin(&self, hypervisor: &dyn Hypervisor, gsi: u32) {
+        let State {
+            interrupts, config, ..
+        } = &mut *self.lock();
+        let connected = hypervisor
+            .level_irq(gsi)
+            .and_then(|line| interrupts.connect_intx(line));
+        if let Err(error) = connected {
+            // Virtual functions tell of pins that they have not: none is what the specification wants.
+            tracing::info!(%error, address = %self.device.address, "the device has no INTx");
+            config.remove_pin();
         }
     }
 

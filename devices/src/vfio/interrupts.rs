@@ -4,13 +4,15 @@
 //! The host's vectors are taken as the guest begins to listen to them, so that a device with many costs
 //! what it uses.
 
-use std::sync::Arc;
+use std::{io, sync::Arc};
 
-use vfio_bindings::bindings::vfio::{VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX};
+use vfio_bindings::bindings::vfio::{
+    VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
+};
 
 use super::{config::MsiSetting, host::HostDevice, ioctls};
 use crate::{
-    hypervisor::{Hypervisor, MsiMessage, MsiVector},
+    hypervisor::{Hypervisor, LevelIrq, MsiMessage, MsiVector},
     pci::{Msix, MsixError},
 };
 
@@ -29,6 +31,8 @@ pub struct Interrupts {
     msi: Vec<Arc<dyn MsiVector>>,
     /// How many vectors of MSI are on.
     msi_on: u16,
+    /// The line that INTx raises, while neither MSI nor MSI-X is on.
+    intx: Option<LevelIrq>,
 }
 
 impl Interrupts {
@@ -54,7 +58,39 @@ impl Interrupts {
             dynamic,
             msi,
             msi_on: 0,
+            intx: None,
         })
+    }
+
+    /// Connects INTx to `line`, masked and unmasked by kernel and KVM alone. The device's drivers may have
+    /// use for it until they switch to messages.
+    pub fn connect_intx(&mut self, line: LevelIrq) -> io::Result<()> {
+        self.start_intx(&line)?;
+        self.intx = Some(line);
+        Ok(())
+    }
+
+    fn start_intx(&self, line: &LevelIrq) -> io::Result<()> {
+        let device = &*self.device;
+        ioctls::trigger_events(device, VFIO_PCI_INTX_IRQ_INDEX, 0, &[Some(&line.trigger)])?;
+        ioctls::unmask_event(device, VFIO_PCI_INTX_IRQ_INDEX, &line.resample)
+    }
+
+    /// VFIO has one kind of interrupt on at a time: INTx makes room for messages.
+    fn stop_intx(&self) {
+        if self.intx.is_some() && self.connected.is_empty() && self.msi_on == 0 {
+            self.disable(VFIO_PCI_INTX_IRQ_INDEX);
+        }
+    }
+
+    fn resume_intx(&self) {
+        if let Some(line) = &self.intx
+            && self.connected.is_empty()
+            && self.msi_on == 0
+            && let Err(error) = self.start_intx(line)
+        {
+            tracing::warn!(%error, device = %self.device.address, "cannot switch INTx on");
+        }
     }
 
     /// The guest wrote MSI-X's Message Control or its table: brings the device in line.
@@ -64,9 +100,11 @@ impl Interrupts {
             (false, true) => return,
             (false, false) => {
                 self.connected.clear();
-                return self.disable(VFIO_PCI_MSIX_IRQ_INDEX);
+                self.disable(VFIO_PCI_MSIX_IRQ_INDEX);
+                return self.resume_intx();
             }
             (true, true) => {
+                self.stop_intx();
                 // Switches MSI-X on in the device; nothing is signalled yet.
                 let count = usize::from(msix.count());
                 let silent = vec![None; if self.dynamic { 1 } else { count }];
@@ -74,7 +112,7 @@ impl Interrupts {
                     ioctls::trigger_events(&*self.device, VFIO_PCI_MSIX_IRQ_INDEX, 0, &silent);
                 if let Err(error) = result {
                     tracing::warn!(%error, device = %self.device.address, "cannot switch MSI-X on");
-                    return;
+                    return self.resume_intx();
                 }
                 self.connected = vec![false; count];
             }
@@ -120,6 +158,8 @@ impl Interrupts {
         }
         if self.msi_on != 0 {
             self.disable(VFIO_PCI_MSI_IRQ_INDEX);
+        } else {
+            self.stop_intx();
         }
         for vector in self.msi.iter().skip(wanted.into()) {
             if let Err(error) = vector.mask() {
@@ -137,6 +177,7 @@ impl Interrupts {
                 }
             }
         }
+        self.resume_intx();
     }
 
     fn disable(&self, index: u32) {
@@ -154,5 +195,6 @@ impl Drop for Interrupts {
         if self.msi_on != 0 {
             self.disable(VFIO_PCI_MSI_IRQ_INDEX);
         }
+        self.stop_intx();
     }
 }

@@ -10,7 +10,8 @@ use std::{
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DEVICE_FEATURE_DMA_BUF, VFIO_DEVICE_FEATURE_GET, VFIO_DEVICE_FEATURE_PROBE,
     VFIO_IOMMU_INFO_CAPS, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, VFIO_IRQ_SET_ACTION_TRIGGER,
-    VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_TYPE, vfio_region_info,
+    VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_TYPE,
+    vfio_region_info,
 };
 use vmm_sys_util::{
     eventfd::EventFd,
@@ -81,6 +82,12 @@ pub fn trigger_events(
 ) -> io::Result<()> {
     let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
     set_irqs(device, flags, index, start, events)
+}
+
+/// Has a write to `event` unmask the one interrupt of kind `index`.
+pub fn unmask_event(device: &impl AsRawFd, index: u32, event: &EventFd) -> io::Result<()> {
+    let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_UNMASK;
+    set_irqs(device, flags, index, 0, &[Some(event)])
 }
 
 /// Switches all interrupts of kind `index` off.

@@ -15,7 +15,7 @@ use std::{
 
 use fanlight_arch::layout;
 use fanlight_devices::{
-    hypervisor::{AddedDevice, Hypervisor, MappedSlot, MsiVector},
+    hypervisor::{AddedDevice, Hypervisor, LevelIrq, MappedSlot, MsiVector},
     memory::SlotMapping,
 };
 use kvm_bindings::{
@@ -224,6 +224,10 @@ fn has_virtualization_flag(cpuinfo: &Path) -> bool {
 impl Hypervisor for KvmVm {
     fn irq_line(&self, gsi: u32) -> io::Result<EventFd> {
         self.interrupts.line(gsi)
+    }
+
+    fn level_irq(&self, gsi: u32) -> io::Result<LevelIrq> {
+        self.interrupts.level(gsi)
     }
 
     fn msi_vector(&self) -> io::Result<Arc<dyn MsiVector>> {
