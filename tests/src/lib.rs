@@ -3,8 +3,10 @@
 
 pub mod bed;
 pub mod echo;
+pub mod edu;
 pub mod guest;
 pub mod host;
+pub mod pci;
 pub mod progress;
 
 /// Any failure of this package, as one line for a person.

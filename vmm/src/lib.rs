@@ -2,6 +2,7 @@
 //! machine from start to end.
 
 pub mod console;
+pub mod doctor;
 pub mod host_devices;
 pub mod kvm;
 pub mod lifecycle;

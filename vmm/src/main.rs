@@ -6,6 +6,7 @@ use std::{process::ExitCode, time::Instant};
 
 use clap::Parser;
 use fanlight::{
+    doctor::Report,
     host_devices::{self, HostDeviceError},
     lifecycle,
     resources::Resources,
@@ -19,6 +20,7 @@ fn main() -> ExitCode {
     let started = Instant::now();
     let ending = match Options::parse().command {
         Command::Run(options) => run(*options, started),
+        Command::Doctor { device, json } => doctor(device.as_deref(), json),
         Command::Vfio(command) => vfio(&command),
         Command::TerminalGuard => match terminal::guard() {
             Ok(()) => Ending::PowerOff,
@@ -50,6 +52,27 @@ fn run(options: RunOptions, started: Instant) -> Ending {
             eprintln!("fanlight: {}", error_line(&error));
             Ending::Failed
         }
+    }
+}
+
+fn doctor(device: Option<&str>, json: bool) -> Ending {
+    let device = match device.map(host_devices::find).transpose() {
+        Ok(device) => device,
+        Err(error) => {
+            eprintln!("fanlight: {}", error_line(&error));
+            return Ending::BadInput;
+        }
+    };
+    let report = Report::of(device.as_ref());
+    if json {
+        println!("{:#}", serde_json::json!(report));
+    } else {
+        print!("{}", report.for_people());
+    }
+    if report.ready {
+        Ending::PowerOff
+    } else {
+        Ending::Failed
     }
 }
 

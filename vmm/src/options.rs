@@ -26,6 +26,15 @@ pub enum Command {
     /// Runs a virtual machine until it ends
     #[command(after_help = STATUSES)]
     Run(Box<RunOptions>),
+    /// Says what this host lacks to give a guest a GPU, and what mends it
+    Doctor {
+        /// Looks at this device too, such as 0000:03:00.1
+        #[arg(value_name = "ADDRESS")]
+        device: Option<String>,
+        /// Answers in JSON
+        #[arg(long)]
+        json: bool,
+    },
     /// Shows PCI devices of the host, gives them to user space and takes them back
     #[command(subcommand)]
     Vfio(VfioCommand),

@@ -48,13 +48,15 @@ pub enum L1Device {
     Ivshmem(u32),
     /// A display (1234:1111) whose BAR 0 is 16 MiB of memory.
     BochsDisplay,
+    /// A disk controller (8086:2922) with MSI and INTx, and a disk of 16 MiB.
+    Ahci,
     /// A device for teaching (1234:11e8) with a DMA engine and INTx.
     Edu,
 }
 
 impl L1Device {
-    /// QEMU's arguments for it as L1's device number `number`.
-    fn arguments(self, number: usize) -> Vec<String> {
+    /// QEMU's arguments for it as L1's device number `number`. Files go to `dir`.
+    fn arguments(self, number: usize, dir: &Path) -> Result<Vec<String>> {
         let port = format!("pcie-root-port,id=rp{number},chassis={number},slot={number}");
         let on_port = |device: &str| format!("{device},bus=rp{number}");
         let mut arguments = vec!["-device".into(), port];
@@ -83,10 +85,22 @@ impl L1Device {
                     on_port(&format!("ivshmem-plain,memdev=shm{number}")),
                 );
             }
+            L1Device::Ahci => {
+                let disk = dir.join(format!("disk{number}"));
+                let file = fs::File::create(&disk).context("cannot make a disk")?;
+                file.set_len(16 << 20).context("cannot make a disk")?;
+                let drive = format!("if=none,id=disk{number},format=raw,file={}", disk.display());
+                add("-drive", drive);
+                add("-device", on_port(&format!("ahci,id=ahci{number}")));
+                add(
+                    "-device",
+                    format!("ide-hd,drive=disk{number},bus=ahci{number}.0"),
+                );
+            }
             L1Device::BochsDisplay => add("-device", on_port("bochs-display")),
             L1Device::Edu => add("-device", on_port("edu,dma_mask=0xffffffffffffffff")),
         }
-        arguments
+        Ok(arguments)
     }
 }
 
@@ -164,7 +178,7 @@ impl Bed {
         fs::write(&initrd, root.finish()).context("cannot write L1's root")?;
         let mut command = self.command(image, &initrd, shares);
         for (number, device) in (1..).zip(devices) {
-            command.args(device.arguments(number));
+            command.args(device.arguments(number, dir.path())?);
         }
         let child = command.spawn().context("cannot start QEMU")?;
         watch(child, output)

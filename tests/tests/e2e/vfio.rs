@@ -1,13 +1,17 @@
 //! Devices of the host's in the guest's hands: drivers, data, interrupts, and what is left behind.
 
-use std::{fs, path::Path, process::Command};
+use std::{fs, path::Path, process::Command, thread};
 
 use fanlight_tests::{
     Context, Failure, Result,
     bed::L1Device,
     echo::{self, Address},
+    edu,
     guest::{Assets, Guest, GuestBuilder, ensure, value},
+    pci::Function,
 };
+
+use rustix::process::Signal;
 
 use crate::Test;
 
@@ -18,6 +22,15 @@ pub const TESTS: &[(&str, Test)] = &[
     }),
     ("vfio::igb_over_driver_and_guest_resets", igb_resets),
     ("vfio::virtio_net", virtio_net),
+    ("vfio::a_disk_by_msi", |assets| disk(assets, "", "PCI-MSI")),
+    ("vfio::a_disk_by_intx", |assets| {
+        disk(assets, "pci=nomsi", "IO-APIC")
+    }),
+    ("vfio::level_interrupts_behind_a_port", level_interrupts),
+    ("vfio::peers_through_iommufd", |assets| peers(assets, "on")),
+    ("vfio::peers_through_a_container", |assets| {
+        peers(assets, "off")
+    }),
     ("vfio::nothing_is_left_behind", leaks),
     ("vfio::mistakes_are_named", mistakes),
 ];
@@ -26,34 +39,18 @@ pub const TESTS: &[(&str, Test)] = &[
 pub fn l1_devices(name: &str) -> &'static [L1Device] {
     match name {
         "vfio::virtio_net" => &[L1Device::VirtioNet],
+        _ if name.starts_with("vfio::a_disk") => &[L1Device::Ahci],
+        "vfio::level_interrupts_behind_a_port" => &[L1Device::Edu],
+        _ if name.starts_with("vfio::peers") => &[L1Device::Edu, L1Device::Ivshmem(64)],
         _ if name.starts_with("vfio::") => &[L1Device::Igb],
         _ => &[],
     }
 }
 
 const IGB: &str = "8086:10c9";
+const AHCI: &str = "8086:2922";
 const VIRTIO_NET: &str = "1af4:1041";
 const BYTES: u64 = 2 << 20;
-
-/// Addresses of the host's functions with these ids.
-fn find(ids: &str) -> Result<Vec<String>> {
-    let mut found = Vec::new();
-    for entry in fs::read_dir("/sys/bus/pci/devices").context("cannot list PCI devices")? {
-        let path = entry.context("cannot list PCI devices")?.path();
-        let id = |name| {
-            let text = fs::read_to_string(path.join(name)).unwrap_or_default();
-            text.trim().trim_start_matches("0x").to_owned()
-        };
-        if format!("{}:{}", id("vendor"), id("device")) == ids {
-            found.extend(
-                path.file_name()
-                    .map(|name| name.to_string_lossy().into_owned()),
-            );
-        }
-    }
-    found.sort();
-    Ok(found)
-}
 
 /// Runs a command that must succeed; what it printed.
 fn run(program: &Path, arguments: &[&str]) -> Result<String> {
@@ -75,12 +72,15 @@ fn run(program: &Path, arguments: &[&str]) -> Result<String> {
 
 /// Makes one virtual function of the only function with these ids and binds it to vfio-pci.
 fn virtual_function(assets: &Assets, ids: &str) -> Result<(String, String)> {
-    let functions = find(ids)?;
-    let [physical] = &functions[..] else {
-        return Err(Failure(format!("{functions:?} have ids {ids}")));
-    };
-    let bound = run(&assets.fanlight, &["vfio", "bind", physical, "--vfs", "1"])?;
-    Ok((physical.clone(), bound))
+    let physical = Function::only(ids)?.address();
+    let bound = run(&assets.fanlight, &["vfio", "bind", &physical, "--vfs", "1"])?;
+    Ok((physical, bound))
+}
+
+/// Binds the only function with these ids to vfio-pci.
+fn whole_function(assets: &Assets, ids: &str) -> Result<String> {
+    let function = Function::only(ids)?.address();
+    run(&assets.fanlight, &["vfio", "bind", &function])
 }
 
 fn ip(arguments: &str) -> Result<()> {
@@ -129,9 +129,7 @@ fn igb_data(assets: &Assets, iommufd: &str) -> Result<()> {
     let mut guest = igb_guest(assets, &script, &format!("{vf},iommufd={iommufd}"))?
         .option("--log", "info")
         .start()?;
-    guest.wait_for("driver:")?;
-    let served = echo::serve(&Address::Tcp("10.9.0.1:5000".into()))?;
-    ensure(served == BYTES, format!("{served} bytes came"))?;
+    serve(&mut guest, 1)?;
     echo::call(&Address::Tcp("10.9.0.2:5001".into()), BYTES)?;
     guest.expect_exit(0)?;
     let said = guest.transcript();
@@ -159,6 +157,20 @@ fn igb_data(assets: &Assets, iommufd: &str) -> Result<()> {
         &said,
     )?;
     ensure(said.contains("PCI-MSIX"), &said)
+}
+
+/// Sends back what the guest sends, for the `round`th time. A guest that never calls is heard, not waited
+/// for.
+fn serve(guest: &mut Guest, round: usize) -> Result<()> {
+    let server = thread::spawn(|| echo::serve(&Address::Tcp("10.9.0.1:5000".into())));
+    guest.wait_for_times(&format!("called with {BYTES} bytes"), round)?;
+    let served = server
+        .join()
+        .map_err(|_| Failure("the server panicked".into()))??;
+    ensure(
+        served == BYTES,
+        format!("{served} bytes came in round {round}"),
+    )
 }
 
 /// The counts in the lines of [`INTERRUPTS`], which has one processor.
@@ -230,42 +242,138 @@ fn virtio_net(assets: &Assets) -> Result<()> {
     )
 }
 
-/// Starts and stops many machines in both ways, and asks the kernel what they left.
+/// A disk behind a controller of the host's: what is written is read, and each request interrupts.
+fn disk(assets: &Assets, cmdline: &str, kind: &str) -> Result<()> {
+    let controller = whole_function(assets, AHCI)?;
+    let said = assets
+        .guest(
+            "until [ -b /dev/sda ]; do sleep 0.1; done
+             dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
+             dd if=/tmp/data of=/dev/sda bs=256k conv=fsync 2>/dev/null
+             echo 3 > /proc/sys/vm/drop_caches
+             echo written: $(md5sum < /tmp/data)
+             echo read: $(dd if=/dev/sda bs=256k count=32 2>/dev/null | md5sum)
+             grep ahci /proc/interrupts | sed 's/^/interrupt: /'",
+        )
+        .modules(&["ahci", "sd_mod"])?
+        .cmdline(cmdline)
+        .option("--vfio", controller)
+        .run()?;
+    ensure(value(&said, "read:")? == value(&said, "written:")?, &said)?;
+    ensure(value(&said, "interrupt:")?.contains(kind), &said)?;
+    ensure(
+        interrupt_counts(&said).iter().any(|&count| count > 30),
+        &said,
+    )
+}
+
+/// A device that keeps its line up until it is served, again and again, behind a bridge.
+fn level_interrupts(assets: &Assets) -> Result<()> {
+    let device = whole_function(assets, edu::IDS)?;
+    let said = assets
+        .guest(
+            "echo 1234 11e8 > /sys/bus/pci/drivers/uio_pci_generic/new_id
+             guest-agent interrupts 20
+             grep uio_pci_generic /proc/interrupts | sed 's/^/interrupt: /'",
+        )
+        .modules(&["uio_pci_generic"])?
+        .option("--vfio", format!("{device},port=1"))
+        .run()?;
+    ensure(said.contains("edu interrupted 20 times"), &said)?;
+    ensure(interrupt_counts(&said) == [20], &said)
+}
+
+/// One device's DMA reaches another one's memory where the guest sees it: at first, after that was off,
+/// after a restart, and where the guest moved it.
+fn peers(assets: &Assets, iommufd: &str) -> Result<()> {
+    let edu = whole_function(assets, edu::IDS)?;
+    let memory = whole_function(assets, edu::MEMORY_IDS)?;
+    let guest = |script: &str| {
+        let guest = assets.guest(script);
+        guest
+            .option("--vfio", format!("{edu},iommufd={iommufd}"))
+            .option("--vfio", format!("{memory},iommufd={iommufd}"))
+            .option("--log", "info")
+    };
+    let said = guest(
+        "guest-agent peer; guest-agent mark 7 > /tmp/mark; cat /tmp/mark
+         echo bar: $(sed -n 3p /sys/bus/pci/devices/0000:00:02.0/resource)
+         grep -q 'was 7' /tmp/mark || { reboot -f; sleep 100; }",
+    )
+    .run()?;
+    ensure(said.matches("edu copied 8192 bytes").count() == 2, &said)?;
+    ensure(!said.contains("cannot reach"), &said)?;
+    let moved = guest(
+        "guest-agent peer
+         echo bar: $(sed -n 3p /sys/bus/pci/devices/0000:00:02.0/resource)",
+    )
+    .cmdline("pci=resource_alignment=30@00:02.0")
+    .run()?;
+    ensure(moved.contains("edu copied 8192 bytes"), &moved)?;
+    ensure(value(&said, "bar:")? != value(&moved, "bar:")?, &moved)
+}
+
+/// Machines come and go, in both ways, and one restarts again and again: nothing adds up.
 fn leaks(assets: &Assets) -> Result<()> {
     const TIMES: usize = 25;
-    let (_, vf) = virtual_function(assets, IGB)?;
+    let (physical, vf) = virtual_function(assets, IGB)?;
     for iommufd in ["on", "off"] {
         for _ in 0..TIMES {
-            // Ends before its first instruction: there is no such file of RAM.
-            let mut guest = igb_guest(assets, "", &format!("{vf},iommufd={iommufd}"))?
-                .cmdline("panic=-1 root=/dev/nothing rdinit=/nothing")
-                .option("--on-panic", "exit")
-                .start()?;
-            guest.expect_exit(33)?;
+            let guest = igb_guest(assets, "", &format!("{vf},iommufd={iommufd}"))?;
+            let mut guest = guest.option("--log", "info").start()?;
+            guest.wait_for("the first vCPU is about to run")?;
+            guest.signal(Signal::TERM)?;
+            guest.signal(Signal::TERM)?;
+            guest.expect_exit(34)?;
         }
+        let vf = format!("{vf},iommufd={iommufd}");
+        let mut guest = igb_guest(assets, "echo again; reboot -f; sleep 100", &vf)?.start()?;
+        guest.wait_for_times("again", 2)?;
+        let before = Held::by(&guest)?;
+        guest.wait_for_times("again", 6)?;
+        let after = Held::by(&guest)?;
+        ensure(
+            before == after,
+            format!("{before:?} became {after:?} with iommufd={iommufd}"),
+        )?;
     }
-    let mut guest = igb_guest(assets, "echo ready; sleep 1000", &vf)?.start()?;
-    guest.wait_for("ready")?;
-    let before = held(&guest)?;
-    drop(guest);
-    let _ = before;
-    // What is still open or mapped would keep the function from being taken away.
-    run(&assets.fanlight, &["vfio", "unbind", &find(IGB)?[0]])?;
+    // Only a device that nobody has open can be taken away.
+    run(&assets.fanlight, &["vfio", "unbind", &physical])?;
     ensure(
-        find("8086:10ca")?.is_empty(),
+        Function::find("8086:10ca")?.is_empty(),
         "the virtual function is still there",
     )
 }
 
-/// Descriptors and mappings that a running machine has of its device.
-fn held(guest: &Guest) -> Result<usize> {
-    let maps = fs::read_to_string(format!("/proc/{}/maps", guest.pid())).context("no maps")?;
-    Ok(maps.lines().filter(|line| line.contains("vfio")).count())
+/// What a machine holds of the host.
+#[derive(Debug, PartialEq, Eq)]
+struct Held {
+    descriptors: usize,
+    mappings: usize,
+    locked: Vec<String>,
+}
+
+impl Held {
+    fn by(guest: &Guest) -> Result<Self> {
+        let process = Path::new("/proc").join(guest.pid().to_string());
+        let read =
+            |name| fs::read_to_string(process.join(name)).context("cannot look at a process");
+        let descriptors = fs::read_dir(process.join("fd")).context("cannot list descriptors")?;
+        let locked = |line: &&str| line.starts_with("VmLck") || line.starts_with("VmPin");
+        Ok(Self {
+            descriptors: descriptors.count(),
+            mappings: read("maps")?.matches("vfio").count(),
+            locked: read("status")?
+                .lines()
+                .filter(locked)
+                .map(str::to_owned)
+                .collect(),
+        })
+    }
 }
 
 fn mistakes(assets: &Assets) -> Result<()> {
-    let functions = find(IGB)?;
-    let physical = &functions[0];
+    let physical = &Function::only(IGB)?.address();
     let refused = |vfio: &str| -> Result<String> {
         let mut guest = assets.guest("").option("--vfio", vfio).start()?;
         guest.expect_exit(2)?;
