@@ -276,11 +276,15 @@ impl Machine {
             io: layout::PCI_IO.start.into()..layout::PCI_IO.end.into(),
         })?;
         let ecam_len = layout::ECAM.end - layout::ECAM.start;
-        memory.insert_io(layout::ECAM.start, ecam_len, Arc::new(Ecam(bus.clone())))?;
+        memory.insert_io(
+            layout::ECAM.start,
+            ecam_len,
+            Arc::new(Ecam(Arc::downgrade(&bus))),
+        )?;
         ports.insert_io(
             layout::PCI_CONFIG_ADDRESS_PORT.into(),
             MECHANISM_1_PORTS,
-            Arc::new(ConfigMechanism1::new(bus.clone())),
+            Arc::new(ConfigMechanism1::new(&bus)),
         )?;
         kvm.coalesce_port(layout::PCI_CONFIG_ADDRESS_PORT, 4)?;
 

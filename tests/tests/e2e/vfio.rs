@@ -77,10 +77,11 @@ fn virtual_function(assets: &Assets, ids: &str) -> Result<(String, String)> {
     Ok((physical, bound))
 }
 
-/// Binds the only function with these ids to vfio-pci.
+/// Binds a function with these ids to vfio-pci: the last, since L1's own controllers come first.
 fn whole_function(assets: &Assets, ids: &str) -> Result<String> {
-    let function = Function::only(ids)?.address();
-    run(&assets.fanlight, &["vfio", "bind", &function])
+    let function = Function::find(ids)?.pop();
+    let function = function.ok_or_else(|| Failure(format!("no function has ids {ids}")))?;
+    run(&assets.fanlight, &["vfio", "bind", &function.address()])
 }
 
 fn ip(arguments: &str) -> Result<()> {
