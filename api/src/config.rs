@@ -2,22 +2,25 @@
 
 use std::{path::PathBuf, str::FromStr};
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 use thiserror::Error;
 
 use crate::{
+    gpu::GpuConfig,
+    or_fd::{OrFd, PathOrFd},
     size::ByteSize,
     spec::{self, SpecError},
 };
 
 /// A machine.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct VmConfig {
     /// Kernel image: a bzImage, or an ELF vmlinux with a PVH entry.
-    pub kernel: Option<PathBuf>,
+    pub kernel: Option<PathOrFd>,
     /// Initial RAM disk.
-    pub initrd: Option<PathBuf>,
+    pub initrd: Option<PathOrFd>,
     /// Kernel command line.
     pub cmdline: String,
     /// Who decompresses a bzImage.
@@ -43,10 +46,20 @@ pub struct VmConfig {
     pub console: Option<ConsoleConfig>,
     /// The virtio entropy device.
     pub rng: RngConfig,
+    /// The virtio GPU with a keyboard, a pointer and a touch screen; none if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub gpu: Option<GpuConfig>,
     /// What happens when the guest asks for a restart.
     pub on_reset: OnReset,
     /// What happens when the guest's kernel panics.
     pub on_panic: OnPanic,
+    /// Empty PCIe root ports, where devices can be added while the machine runs: 4 if absent and the
+    /// machine has an API, else none.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub hotplug_ports: Option<u8>,
+    /// The hypervisor: `/dev/kvm` if absent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub kvm: Option<PathOrFd>,
 }
 
 impl Default for VmConfig {
@@ -65,8 +78,11 @@ impl Default for VmConfig {
             serial: CharBackend::default(),
             console: None,
             rng: RngConfig::default(),
+            gpu: None,
             on_reset: OnReset::default(),
             on_panic: OnPanic::default(),
+            hotplug_ports: None,
+            kvm: None,
         }
     }
 }
@@ -78,7 +94,7 @@ impl VmConfig {
 }
 
 /// Who decompresses a bzImage.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KernelUnpack {
     /// Fanlight does, where it knows the format: the guest starts in the kernel proper.
@@ -89,7 +105,7 @@ pub enum KernelUnpack {
 }
 
 /// Guest RAM.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryConfig {
     /// How much.
@@ -116,11 +132,14 @@ impl FromStr for MemoryConfig {
 }
 
 /// A virtio block device.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
     /// Image file or block device.
-    pub path: PathBuf,
+    pub path: PathOrFd,
+    /// Its name for the API: `disk0`, `disk1`, … if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
     /// Whether the guest may only read.
     #[serde(default)]
     pub readonly: bool,
@@ -143,7 +162,7 @@ impl FromStr for DiskConfig {
 }
 
 /// Format of a disk image.
-#[derive(Clone, Copy, Debug, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DiskFormat {
     /// The file's bytes are the disk's.
@@ -153,12 +172,15 @@ pub enum DiskFormat {
 }
 
 /// A virtio network device.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
     /// Name of the host's tap interface.
-    pub tap: String,
-    /// The guest's hardware address; made from the tap's name if absent.
+    pub tap: OrFd<String>,
+    /// Its name for the API: `net0`, `net1`, … if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// The guest's hardware address; made from the tap's name if absent; of a tap given open, new with each process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,
     /// Whether the kernel's vhost-net moves the packets: where it is there, if absent.
@@ -177,7 +199,7 @@ impl FromStr for NetConfig {
 }
 
 /// A PCI device of the host's that is passed through.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct VfioConfig {
     /// Where it is on the host, such as 0000:03:00.1.
@@ -185,7 +207,7 @@ pub struct VfioConfig {
     /// Whether DMA goes through iommufd, or through VFIO's older container.
     #[serde(default)]
     pub iommufd: Iommufd,
-    /// A name for it; its address if absent.
+    /// Its name for the API: `vfio0`, `vfio1`, … if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
     /// PCIe root port to place the device behind; on the root bus if absent.
@@ -201,7 +223,7 @@ impl FromStr for VfioConfig {
 }
 
 /// Whether DMA of passed-through devices goes through iommufd.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Iommufd {
     /// Where the host has it for all devices of the machine.
@@ -214,11 +236,14 @@ pub enum Iommufd {
 }
 
 /// A virtio socket device, served by the host's vhost-vsock.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockConfig {
     /// The guest's context id, from 3 on, unique on the host.
     pub cid: u32,
+    /// The host's device: `/dev/vhost-vsock` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub device: Option<PathOrFd>,
 }
 
 impl FromStr for VsockConfig {
@@ -229,7 +254,7 @@ impl FromStr for VsockConfig {
 }
 
 /// The virtio entropy device.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RngConfig {
     /// Whether the guest has one.
@@ -250,13 +275,13 @@ impl FromStr for RngConfig {
 }
 
 /// Where a console's bytes come from and go to.
-#[derive(Clone, Debug, Default, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CharBackend {
     /// Standard input and output. Ctrl-A x ends the machine.
     #[default]
     Stdio,
-    /// Output is dropped, there is no input.
+    /// Output is dropped, there is no input, but for what `console.attach` connects.
     Null,
     /// Output is appended to a file, there is no input.
     File(PathBuf),
@@ -265,7 +290,7 @@ pub enum CharBackend {
 }
 
 /// The virtio console.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(transparent)]
 pub struct ConsoleConfig(pub CharBackend);
 
@@ -296,7 +321,7 @@ impl FromStr for ConsoleConfig {
 }
 
 /// What happens when the guest asks for a restart.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnReset {
     /// The machine restarts in place.
@@ -307,7 +332,7 @@ pub enum OnReset {
 }
 
 /// What happens when the guest's kernel panics.
-#[derive(Clone, Copy, Debug, Default, Deserialize, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnPanic {
     /// Fanlight ends with a status of its own.
@@ -342,6 +367,7 @@ mod tests {
             serial: "socket=/s".parse().unwrap(),
             console: Some("file=/f".parse().unwrap()),
             rng: "off".parse().unwrap(),
+            gpu: Some("outputs=800x600+640x480,edid-name=a".parse().unwrap()),
             ..VmConfig::default()
         };
         let json = serde_json::to_string(&config).unwrap();

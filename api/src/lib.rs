@@ -1,12 +1,33 @@
-//! The types by which people and programs describe a machine: the command line, `--config` files
-//! and Rust programs share them. Knows neither KVM nor any device.
+//! What people and programs describe and drive a machine with: the types of the command line, of
+//! `--config` files and of the control API; the API's framing, client and server. Knows neither KVM nor
+//! any device.
+//!
+//! `PROTOCOL.md` beside this crate is the page for those who speak the protocol themselves.
 
+pub mod client;
 pub mod config;
+pub mod display;
+pub mod error;
+pub mod gpu;
+pub mod message;
+pub mod methods;
+pub mod or_fd;
+pub mod schema;
+pub mod server;
 pub mod size;
+pub mod socket;
 pub mod spec;
+pub mod stream;
+pub mod types;
 
 pub use config::{
     CharBackend, ConsoleConfig, DiskConfig, DiskFormat, Iommufd, KernelUnpack, MemoryConfig,
     NetConfig, OnPanic, OnReset, RngConfig, VfioConfig, VmConfig, VsockConfig,
 };
+pub use error::{ApiError, ErrorKind};
+pub use gpu::{GpuConfig, OutputMode};
+pub use or_fd::{OrFd, PathOrFd};
 pub use size::ByteSize;
+
+/// Version of the API: major.minor.
+pub const API_VERSION: &str = "1.0";

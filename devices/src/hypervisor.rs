@@ -104,7 +104,8 @@ impl AddedDevice {
     }
 }
 
-#[cfg(test)]
+#[cfg(any(test, feature = "test-util"))]
+#[allow(missing_docs)]
 pub(crate) mod test_util {
     use std::sync::{Mutex, atomic::AtomicUsize};
 

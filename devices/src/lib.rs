@@ -4,6 +4,7 @@
 //! ([`hypervisor::Hypervisor`]) and its own host resources. It knows no KVM ioctl, no command line
 //! and no other device.
 
+pub mod dmabuf;
 pub mod hypervisor;
 pub mod legacy;
 pub mod memory;

@@ -16,7 +16,7 @@ use tempfile::TempDir;
 
 use crate::{
     Context, Failure, Result,
-    bed::{Archive, BedKernel, Emulator, Modules, StockKernel},
+    bed::{ApiClients, Archive, BedKernel, DebianPrograms, Emulator, Modules, StockKernel},
 };
 
 /// A guest that says nothing for so long hangs. Not a measure of speed.
@@ -33,6 +33,8 @@ pub struct Assets {
     pub bed: BedKernel,
     /// QEMU and its tools.
     pub emulator: Emulator,
+    /// Programs that speak to the control API.
+    pub clients: ApiClients,
     /// The guest's root without its test.
     pub guest_archive: PathBuf,
 }
@@ -59,6 +61,11 @@ pub struct GuestBuilder {
 }
 
 impl Assets {
+    /// A guest's root that runs the shell script `script`.
+    pub fn initrd(&self, script: &str) -> Result<Vec<u8>> {
+        self.guest(script).initrd()
+    }
+
     /// A guest with one vCPU, 256 MiB and Debian's kernel that runs the shell script `script`.
     pub fn guest(&self, script: &str) -> GuestBuilder {
         GuestBuilder {
@@ -116,6 +123,16 @@ impl GuestBuilder {
     pub fn modules(mut self, names: &[&str]) -> Result<Self> {
         let modules = Modules::find(&self.assets.stock.modules)?;
         self.archive.modules(&modules, names)?;
+        Ok(self)
+    }
+
+    /// Puts Debian programs into the guest's root: `debian PROGRAM` runs one.
+    pub fn debian(mut self, programs: &DebianPrograms) -> Result<Self> {
+        self.archive.tree("debian", &programs.0)?;
+        let script = "#!/bin/sh\n[ -d /debian/proc ] || { mkdir -p /debian/proc /debian/sys /debian/dev /debian/tmp
+            for d in proc sys dev; do mount --bind /$d /debian/$d; done; }
+            exec chroot /debian \"$@\"\n";
+        self.archive.file("bin/debian", script.as_bytes());
         Ok(self)
     }
 

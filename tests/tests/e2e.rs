@@ -4,6 +4,7 @@
 //! that starts `fanlight` and looks at what guest and host see, and none can disturb another.
 
 mod e2e {
+    pub mod api;
     pub mod boot;
     pub mod console;
     pub mod disk;
@@ -25,8 +26,8 @@ use std::{
 use fanlight_tests::{
     Context, Failure, Result,
     bed::{
-        Bed, Busybox, Cache, Emulator, L1Kernel, Modules, Share, StockKernel, bed_kernel,
-        build_program, guest_archive,
+        ApiClients, Bed, Busybox, Cache, Emulator, L1Kernel, Modules, Share, StockKernel,
+        bed_kernel, build_program, guest_archive, pulse,
     },
     guest::Assets,
     host::{self, Kvm},
@@ -38,6 +39,7 @@ type Test = fn(&Assets) -> Result<()>;
 
 fn tests() -> Vec<(&'static str, Test)> {
     let groups = [
+        e2e::api::TESTS,
         e2e::boot::TESTS,
         e2e::console::TESTS,
         e2e::disk::TESTS,
@@ -86,6 +88,7 @@ fn main() -> ExitCode {
 /// Runs the one test that is named.
 fn in_bed() -> ExitCode {
     let name = std::env::args().nth(1).unwrap_or_default();
+    pulse::watch();
     let result = assets(
         &Cache::at("/cache"),
         Path::new("/share/fanlight"),
@@ -138,6 +141,7 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
         stock: StockKernel::get(cache)?,
         bed: bed_kernel(cache)?,
         emulator: Emulator::get(cache)?,
+        clients: ApiClients::get(cache)?,
         guest_archive: guest_archive.into(),
     })
 }
@@ -145,9 +149,13 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
 /// How often a test is tried whose L1 failed: the emulator crashes now and then under nested guests, and
 /// that says nothing of the test. A test that fails by itself is never tried again.
 const TRIES: usize = 3;
-/// What Fanlight says when L1's KVM met a fault while an interrupt was being delivered
-/// (`KVM_INTERNAL_ERROR_DELIVERY_EV`), which no processor but the emulated one reports of a stock guest.
-const EMULATOR_FAULT: &str = "KVM gave up on the guest (internal error 3)";
+/// What voids a run: a processor of L1 stood still; or, in Fanlight's words, L1's KVM met a fault while an
+/// interrupt was being delivered (`KVM_INTERNAL_ERROR_DELIVERY_EV`), which no processor but the emulated one
+/// reports of a stock guest.
+const EMULATOR_FAULTS: [&str; 2] = [
+    pulse::STANDSTILL,
+    "KVM gave up on the guest (internal error 3)",
+];
 
 /// What the beds of all tests have in common.
 struct Beds {
@@ -161,6 +169,7 @@ impl Beds {
     fn new(cache: &Cache, fanlight: &Path, share: &Path) -> Result<Self> {
         let this = std::env::current_exe().context("cannot find this program")?;
         let kernel = bed_kernel(cache)?;
+        ApiClients::get(cache)?;
         for (from, to) in [(&*this, "e2e"), (fanlight, "fanlight")] {
             fs::copy(from, share.join(to)).context("cannot share a program")?;
         }
@@ -197,10 +206,12 @@ impl Beds {
             tries += 1;
             match result {
                 Ok(0) => return Ok(()),
-                Ok(_) if output.contains(EMULATOR_FAULT) && tries < TRIES => {
-                    eprintln!("fanlight: {name}: {EMULATOR_FAULT}; tried again");
-                }
-                Ok(_) => return Err(Failure(output.into_owned())),
+                Ok(_) => match EMULATOR_FAULTS.iter().find(|fault| output.contains(*fault)) {
+                    Some(fault) if tries < TRIES => {
+                        eprintln!("fanlight: {name}: {fault}; tried again");
+                    }
+                    _ => return Err(Failure(output.into_owned())),
+                },
                 Err(error) if tries == TRIES => return Err(Failure::new(error, output)),
                 Err(error) => eprintln!("fanlight: {name}: {error}; tried again"),
             }

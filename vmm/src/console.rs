@@ -77,7 +77,13 @@ impl HostConsole {
                 Box::new(io::stdout()),
                 Input::Stdin(Escape::default(), RawTerminal::enter()?),
             ),
-            CharBackend::Null => (Box::new(io::sink()), Input::None),
+            CharBackend::Null => {
+                let socket = SocketInput::without_listener()?;
+                (
+                    Box::new(SocketSink(socket.client.clone())),
+                    Input::Socket(socket),
+                )
+            }
             CharBackend::File(path) => (Box::new(append_to(path)?), Input::None),
             CharBackend::Socket(path) => {
                 let socket = SocketInput::listen(path)?;
@@ -126,6 +132,22 @@ impl Input {
             Input::Stdin(..) => vec![io::stdin().as_raw_fd()],
             Input::Socket(socket) => vec![socket.fd()],
         }
+    }
+
+    /// Connects a client, and gives the client's end. `None` if this is no place for one; an error if one
+    /// is there already, or the host fails.
+    pub fn attach(&mut self) -> Option<io::Result<UnixStream>> {
+        let Input::Socket(socket) = self else {
+            return None;
+        };
+        let pair = UnixStream::pair().and_then(|(ours, theirs)| {
+            if socket.take_client(ours) {
+                Ok(theirs)
+            } else {
+                Err(io::ErrorKind::ResourceBusy.into())
+            }
+        });
+        Some(pair)
     }
 
     /// Columns and rows of the terminal, if the input is one.
@@ -188,10 +210,9 @@ impl Escape {
 
 type Client = Arc<Mutex<Option<UnixStream>>>;
 
-/// A listening socket and its client, one at a time.
+/// A client, one at a time, and the socket that it comes through, if there is one.
 pub struct SocketInput {
-    path: PathBuf,
-    listener: UnixListener,
+    listener: Option<(PathBuf, UnixListener)>,
     client: Client,
     /// The listener and the client behind one descriptor, so that the main loop knows only that.
     epoll: std::os::fd::OwnedFd,
@@ -213,19 +234,25 @@ impl SocketInput {
         }
         let listener = UnixListener::bind(path).map_err(error)?;
         listener.set_nonblocking(true).map_err(error)?;
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC).map_err(|e| error(e.into()))?;
+        let mut input = Self::without_listener().map_err(error)?;
         epoll::add(
-            &epoll,
+            &input.epoll,
             &listener,
             epoll::EventData::new_u64(0),
             epoll::EventFlags::IN,
         )
         .map_err(|e| error(e.into()))?;
+        input.listener = Some((path.into(), listener));
+        Ok(input)
+    }
+
+    /// Clients come by [`Input::attach`] only.
+    fn without_listener() -> io::Result<Self> {
+        use rustix::event::epoll;
         Ok(Self {
-            path: path.into(),
-            listener,
+            listener: None,
             client: Arc::default(),
-            epoll,
+            epoll: epoll::create(epoll::CreateFlags::CLOEXEC)?,
         })
     }
 
@@ -234,7 +261,9 @@ impl SocketInput {
     }
 
     fn receive(&mut self, bytes: &mut [u8]) -> Vec<u8> {
-        if let Ok((stream, _)) = self.listener.accept() {
+        if let Some((_, listener)) = &self.listener
+            && let Ok((stream, _)) = listener.accept()
+        {
             self.take_client(stream);
         }
         let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
@@ -255,8 +284,8 @@ impl SocketInput {
         }
     }
 
-    /// A second client is told by a closed connection that the console is taken.
-    fn take_client(&self, stream: UnixStream) {
+    /// Whether the console was free. A second client is told by a closed connection that it is taken.
+    fn take_client(&self, stream: UnixStream) -> bool {
         use rustix::event::epoll;
         let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
         let registered = client.is_none()
@@ -271,12 +300,15 @@ impl SocketInput {
         if registered {
             *client = Some(stream);
         }
+        registered
     }
 }
 
 impl Drop for SocketInput {
     fn drop(&mut self) {
-        let _ = std::fs::remove_file(&self.path);
+        if let Some((path, _)) = &self.listener {
+            let _ = std::fs::remove_file(path);
+        }
     }
 }
 
@@ -338,6 +370,19 @@ mod tests {
         }
         drop(console);
         assert!(!path.exists());
+    }
+
+    #[test]
+    fn a_console_without_a_place_can_be_attached_to() {
+        let mut console = HostConsole::open("test", &CharBackend::Null).unwrap();
+        console.output.write_all(b"lost").unwrap();
+        let mut client = console.input.attach().unwrap().unwrap();
+        assert!(console.input.attach().unwrap().is_err());
+        client.write_all(b"in").unwrap();
+        assert_eq!(console.input.receive(), Received::Bytes(b"in".into()));
+        drop(client);
+        assert_eq!(console.input.receive(), Received::Bytes(vec![]));
+        assert!(console.input.attach().unwrap().is_ok());
     }
 
     #[test]

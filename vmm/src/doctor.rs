@@ -117,7 +117,7 @@ impl Report {
 
 fn kvm_works() -> Check {
     const NAME: &str = "KVM";
-    match kvm::KvmVm::new(1) {
+    match kvm::KvmVm::new(1, None) {
         Ok(_) if kvm::processor_virtualizes() => {
             Check::new(NAME, Verdict::Yes, "/dev/kvm makes virtual machines")
         }
@@ -330,7 +330,7 @@ fn reset(function: &HostFunction) -> Check {
 /// Whether the guest's addresses have room for the device's memory.
 fn bars(function: &HostFunction) -> Check {
     const NAME: &str = "BARs";
-    let cpuid = kvm::KvmVm::new(1).and_then(|kvm| kvm.supported_cpuid());
+    let cpuid = kvm::KvmVm::new(1, None).and_then(|kvm| kvm.supported_cpuid());
     let Ok(cpuid) = cpuid else {
         return Check::new(
             NAME,

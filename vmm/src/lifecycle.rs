@@ -4,7 +4,7 @@ use std::{
     collections::VecDeque,
     io,
     os::{
-        fd::{AsRawFd, RawFd},
+        fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
         unix::net::UnixStream,
     },
     sync::{
@@ -15,18 +15,25 @@ use std::{
 };
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use fanlight_api::{OnPanic, OnReset};
+use fanlight_api::{
+    OnPanic, OnReset,
+    server::Events as Published,
+    types::{EventName, VmState},
+};
 use fanlight_devices::legacy::GuestRequest;
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
     console::{Input, Received},
+    desk::Desk,
     kvm::{VcpuError, processor_virtualizes},
     machine::{Callbacks, Machine, MachineError},
-    resources::Resources,
+    resources::{Consoles, Holdings, Resources},
     status::Ending,
 };
+
+pub mod commands;
 
 /// How long a guest has to shut down after SIGTERM pressed its power button.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(30);
@@ -79,6 +86,8 @@ impl LifeError {
 enum Event {
     Guest(GuestRequest),
     Failed(VcpuError),
+    /// The guest has given up the device of a slot.
+    Ejected(u8),
 }
 
 /// What comes of an event.
@@ -90,18 +99,35 @@ enum Outcome {
 }
 
 /// Runs the machine until its end. `started` is when the process started, for the log.
-pub fn run(mut resources: Resources, started: Instant) -> Result<Ending, LifeError> {
-    let host = |action| move |source| LifeError::Host { action, source };
-    let signals = Signals::catch().map_err(host("catch signals"))?;
+///
+/// When it returns the machine is gone, and everybody who waited for that has been told.
+pub fn run(
+    resources: Resources,
+    signals: &Signals,
+    desk: &mut Desk,
+    started: Instant,
+) -> Result<Ending, LifeError> {
+    let result = run_lives(resources, signals, desk, started);
+    desk.ended(&result);
+    result
+}
+
+fn run_lives(
+    mut resources: Resources,
+    signals: &Signals,
+    desk: &mut Desk,
+    started: Instant,
+) -> Result<Ending, LifeError> {
     let mut restarts = 0;
     loop {
         let begun = Instant::now();
-        let outcome = live(&mut resources, &signals, started)?;
+        let outcome = live(&mut resources, signals, desk, started)?;
         match outcome {
             Outcome::End(ending) => return Ok(ending),
             Outcome::Failed(error) => return Err(error),
             Outcome::Restart => {
-                restarts = if begun.elapsed() < RESTART_LOOP.1 {
+                let asked_for = desk.is_starting();
+                restarts = if begun.elapsed() < RESTART_LOOP.1 && !asked_for {
                     restarts + 1
                 } else {
                     0
@@ -110,6 +136,7 @@ pub fn run(mut resources: Resources, started: Instant) -> Result<Ending, LifeErr
                     return Err(LifeError::RestartLoop);
                 }
                 tracing::info!("the guest restarts");
+                desk.restarting();
                 resources.ram.clear().map_err(MachineError::from)?;
             }
         }
@@ -120,6 +147,7 @@ pub fn run(mut resources: Resources, started: Instant) -> Result<Ending, LifeErr
 fn live(
     resources: &mut Resources,
     signals: &Signals,
+    desk: &mut Desk,
     started: Instant,
 ) -> Result<Outcome, LifeError> {
     let host = |action| move |source| LifeError::Host { action, source };
@@ -128,21 +156,26 @@ fn live(
     let callbacks = callbacks(
         sender,
         wake.try_clone().map_err(host("duplicate a descriptor"))?,
+        desk.events.clone(),
     );
     let mut machine = Machine::build(resources, callbacks)?;
     tracing::info!(after = ?started.elapsed(), "the first vCPU is about to run");
     machine.start()?;
+    desk.started();
 
     let mut manager =
         EventManager::new().map_err(|error| host("wait for events")(io::Error::other(error)))?;
+    let (consoles, holdings) = resources.split();
     let main = manager.add_subscriber(MainLoop {
-        on_reset: resources.config.on_reset,
-        on_panic: resources.config.on_panic,
-        inputs: inputs(resources, &machine),
+        on_reset: holdings.config.on_reset,
+        on_panic: holdings.config.on_panic,
+        inputs: inputs(consoles, &machine),
+        holdings,
         machine,
         events,
         wake,
         signals,
+        desk,
         kill_at: None,
         outcome: None,
     });
@@ -159,16 +192,20 @@ fn live(
         main.check_patience();
         if let Some(outcome) = main.outcome.take() {
             tracing::info!(
-                exits = main.machine.exits.total(),
+                exits = main.machine.total_exits(),
                 ?outcome,
                 "the guest stops"
             );
+            // What the guest was asked to give up does not come back after a reset.
+            for id in main.machine.inventory.removing() {
+                main.removed(&id);
+            }
             return Ok(outcome);
         }
     }
 }
 
-fn callbacks(sender: Sender<Event>, wake: EventFd) -> Callbacks {
+fn callbacks(sender: Sender<Event>, wake: EventFd, published: Published) -> Callbacks {
     let send = Arc::new(move |event| {
         // The receiver is gone only when the machine is going down: nobody is interested then.
         if sender.send(event).is_ok()
@@ -177,10 +214,12 @@ fn callbacks(sender: Sender<Event>, wake: EventFd) -> Callbacks {
             tracing::error!(%error, "cannot wake the main loop");
         }
     });
-    let failed = send.clone();
+    let (failed, ejected) = (send.clone(), send.clone());
     Callbacks {
         requests: Arc::new(move |request| send(Event::Guest(request))),
         failures: Arc::new(move |error| failed(Event::Failed(error))),
+        ejected: Arc::new(move |slot| ejected(Event::Ejected(slot))),
+        device_failed: Arc::new(move |id| published.publish_device(EventName::DeviceError, id)),
     }
 }
 
@@ -197,14 +236,14 @@ struct ConsoleInput<'a> {
     waiting: bool,
 }
 
-fn inputs<'a>(resources: &'a mut Resources, machine: &Machine) -> Vec<ConsoleInput<'a>> {
+fn inputs<'a>(consoles: Consoles<'a>, machine: &Machine) -> Vec<ConsoleInput<'a>> {
     let serial = machine.serial.clone();
     let mut inputs: Vec<(_, Give, _)> = vec![(
-        &mut resources.serial.input,
+        &mut consoles.serial.input,
         Box::new(move |bytes: &[u8]| serial.input(bytes)),
         &machine.serial_room,
     )];
-    if let (Some(host), Some((handle, room))) = (&mut resources.console, &machine.console) {
+    if let (Some(host), Some((handle, room))) = (consoles.console, &machine.console) {
         let handle = handle.clone();
         if let Some((cols, rows)) = host.input.terminal_size() {
             handle.resize(cols, rows);
@@ -246,6 +285,8 @@ impl ConsoleInput<'_> {
 
 struct MainLoop<'a> {
     machine: Machine,
+    holdings: Holdings<'a>,
+    desk: &'a mut Desk,
     on_reset: OnReset,
     on_panic: OnPanic,
     inputs: Vec<ConsoleInput<'a>>,
@@ -260,7 +301,8 @@ struct MainLoop<'a> {
 /// Data of the loop's events. Inputs and the room in their consoles follow, two numbers for each.
 const WAKE: u32 = 0;
 const SIGNAL: u32 = 1;
-const FIRST_INPUT: u32 = 2;
+const COMMAND: u32 = 2;
+const FIRST_INPUT: u32 = 3;
 
 impl MainLoop<'_> {
     fn milliseconds_to_kill(&self) -> i32 {
@@ -286,6 +328,11 @@ impl MainLoop<'_> {
         let _ = self.wake.read();
         while let Ok(event) = self.events.try_recv() {
             match event {
+                Event::Ejected(slot) => {
+                    if let Some(id) = self.machine.inventory.ejected(slot) {
+                        self.removed(&id);
+                    }
+                }
                 Event::Failed(error) => self.end(Outcome::Failed(error.into())),
                 Event::Guest(GuestRequest::PowerOff) => self.end(Outcome::End(Ending::PowerOff)),
                 Event::Guest(GuestRequest::Reset) => self.end(match self.on_reset {
@@ -294,6 +341,7 @@ impl MainLoop<'_> {
                 }),
                 Event::Guest(GuestRequest::Panicked) => {
                     tracing::error!("the guest's kernel panicked");
+                    self.desk.events.publish(EventName::Panic);
                     match self.on_panic {
                         OnPanic::Exit => self.end(Outcome::End(Ending::Panicked)),
                         OnPanic::Restart => self.end(Outcome::Restart),
@@ -302,6 +350,7 @@ impl MainLoop<'_> {
                 }
                 Event::Guest(GuestRequest::CrashLoaded) => {
                     tracing::error!("the guest's kernel panicked and starts its crash kernel");
+                    self.desk.events.publish(EventName::Panic);
                 }
             }
         }
@@ -321,6 +370,11 @@ impl MainLoop<'_> {
     fn terminate(&mut self) {
         if self.kill_at.is_some() {
             return self.end(Outcome::End(Ending::Stopped));
+        }
+        self.desk.leave();
+        if self.desk.state() == VmState::Paused {
+            // A guest that stands still would never know.
+            self.resume_silently();
         }
         tracing::info!("asked the guest to shut down; a second signal stops it at once");
         self.kill_at = Some(Instant::now() + SHUTDOWN_PATIENCE);
@@ -387,6 +441,7 @@ impl MutEventSubscriber for MainLoop<'_> {
         match events.data() {
             WAKE => self.take_events(),
             SIGNAL => self.take_signals(),
+            COMMAND => self.take_commands(),
             data => {
                 let (index, room) = ((data - FIRST_INPUT) / 2, (data - FIRST_INPUT) % 2 == 1);
                 self.move_input(index as usize, !room, ops);
@@ -401,7 +456,8 @@ impl MutEventSubscriber for MainLoop<'_> {
             }
         };
         add(self.wake.as_raw_fd(), WAKE);
-        add(self.signals.fd(), SIGNAL);
+        add(self.signals.as_fd().as_raw_fd(), SIGNAL);
+        add(self.desk.as_fd().as_raw_fd(), COMMAND);
         for (index, input) in (0..).zip(&self.inputs) {
             add(input.room.as_raw_fd(), FIRST_INPUT + 2 * index + 1);
         }
@@ -419,15 +475,23 @@ struct Caught {
 }
 
 /// Signals as bytes in sockets.
-struct Signals {
+pub struct Signals {
     terminate: UnixStream,
     resized: UnixStream,
     /// Both behind one descriptor.
     epoll: std::os::fd::OwnedFd,
 }
 
+/// Readable when a signal has come.
+impl AsFd for Signals {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.epoll.as_fd()
+    }
+}
+
 impl Signals {
-    fn catch() -> io::Result<Self> {
+    /// Catches signals from now on. Once in a process.
+    pub fn catch() -> io::Result<Self> {
         use rustix::event::epoll;
         let pipe = |numbers: &[i32]| {
             let (read, write) = UnixStream::pair()?;
@@ -451,8 +515,9 @@ impl Signals {
         })
     }
 
-    fn fd(&self) -> RawFd {
-        self.epoll.as_raw_fd()
+    /// Whether the process is asked to end.
+    pub fn ask_to_end(&self) -> bool {
+        self.take().terminate > 0
     }
 
     fn take(&self) -> Caught {

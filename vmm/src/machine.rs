@@ -3,7 +3,7 @@
 //!
 //! A reset drops the machine and builds another: nothing of the old guest can be left over.
 
-use std::{collections::BTreeMap, io, sync::Arc};
+use std::{io, os::fd::OwnedFd, sync::Arc};
 
 use fanlight_arch::{
     acpi::{self, AcpiConfig, AcpiError},
@@ -14,23 +14,23 @@ use fanlight_arch::{
     reset_vector,
 };
 use fanlight_devices::{
+    GuestMemory,
     hypervisor::{Hypervisor, MappedSlot},
     legacy::{
         RequestSink, i8042, i8042::I8042, power, power::PowerDevice, pvpanic::PvPanic, rtc,
         rtc::Rtc, serial, serial::SerialPort,
     },
     memory::{AddressSpace, AddressSpaceError, IoHandler, RamError},
-    pci::{
-        ConfigMechanism1, DevFn, Ecam, HostBridge, MECHANISM_1_PORTS, MsixError, PciBus, PciError,
-        PciFunction, RootPort, Windows,
-    },
-    vfio::{DmaMapping, VfioError, VfioFunction},
+    pci::{ConfigMechanism1, Ecam, EjectSink, MECHANISM_1_PORTS, MsixError, PciError, Windows},
+    vfio::{DmaMapping, VfioError},
     virtio::{
         VirtioDevice,
         block::Block,
         console::{Console, ConsoleHandle},
+        gpu::Gpu,
+        input::{Input, Kind},
         net::{Net, VhostNetError},
-        pci::{Environment, VirtioPciFunction},
+        pci::Environment,
         rng::Rng,
         vsock::{Vsock, VsockError},
     },
@@ -40,16 +40,20 @@ use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
-    kvm::{ExitCounts, KvmError, KvmVcpu, KvmVm, VcpuError},
-    passthrough::Passthrough,
-    resources::Resources,
+    inventory::{Inventory, NewDevice},
+    kvm::{ClockState, ExitCounts, KvmError, KvmVcpu, KvmVm, VcpuError},
+    resources::{Disk, Interface, Resources},
     vcpus::{Shared, VcpuThreads},
 };
 
 /// PCI class codes (PCI Code and ID Assignment 1.11).
 const CLASS_MASS_STORAGE_OTHER: u32 = 0x01_8000;
 const CLASS_NETWORK_ETHERNET: u32 = 0x02_0000;
+const CLASS_DISPLAY_OTHER: u32 = 0x03_8000;
 const CLASS_COMMUNICATION_OTHER: u32 = 0x07_8000;
+const CLASS_INPUT_KEYBOARD: u32 = 0x09_0000;
+const CLASS_INPUT_MOUSE: u32 = 0x09_0200;
+const CLASS_INPUT_OTHER: u32 = 0x09_8000;
 const CLASS_OTHER: u32 = 0xff_0000;
 
 /// Why there is no machine.
@@ -126,6 +130,10 @@ pub struct Callbacks {
     pub requests: RequestSink,
     /// A vCPU cannot go on.
     pub failures: Arc<dyn Fn(VcpuError) + Send + Sync>,
+    /// The guest has given up the device of a slot that was asked for.
+    pub ejected: EjectSink,
+    /// The device of this name needs a reset by its driver.
+    pub device_failed: Arc<dyn Fn(&str) + Send + Sync>,
 }
 
 /// A machine, running or about to.
@@ -141,70 +149,18 @@ pub struct Machine {
     /// The virtio console's handle and what is signalled when it has room for input.
     pub console: Option<(ConsoleHandle, EventFd)>,
     power: Arc<PowerDevice>,
-    /// Exits to user space so far.
-    pub exits: Arc<ExitCounts>,
+    /// Exits to user space of each vCPU so far.
+    pub exits: Vec<Arc<ExitCounts>>,
+    /// Its PCI devices.
+    pub inventory: Inventory,
+    kvm: Arc<KvmVm>,
+    /// Clocks, while the machine stands still.
+    paused: Option<ClockState>,
     memory: Arc<AddressSpace>,
     ports: Arc<AddressSpace>,
     callbacks: Callbacks,
-    _bus: Arc<PciBus>,
     _dma: Vec<DmaMapping>,
     _slots: Vec<MappedSlot>,
-}
-
-/// Functions on the root bus and behind ports, as they are added.
-struct Topology {
-    bus: Arc<PciBus>,
-    ports: BTreeMap<u8, (DevFn, Arc<RootPort>)>,
-    environment: Environment,
-}
-
-impl Topology {
-    fn new(environment: Environment) -> Result<Self, MachineError> {
-        let bus = Arc::new(PciBus::default());
-        bus.add(Arc::new(HostBridge::default()))?;
-        Ok(Self {
-            bus,
-            ports: BTreeMap::new(),
-            environment,
-        })
-    }
-
-    fn add(
-        &mut self,
-        device: Box<dyn VirtioDevice>,
-        class: u32,
-        port: Option<u8>,
-    ) -> Result<(), MachineError> {
-        let function = VirtioPciFunction::new(device, class, &self.environment)?;
-        self.add_function(function, port).map(drop)
-    }
-
-    /// Puts a function in its place: device numbers on the root bus, of the function or its port, and
-    /// behind the port.
-    fn add_function(
-        &mut self,
-        function: Arc<dyn PciFunction>,
-        port: Option<u8>,
-    ) -> Result<(u8, u8), MachineError> {
-        match port {
-            None => Ok((self.bus.add(function)?.device(), 0)),
-            Some(number) => {
-                let (place, port) = self.port(number)?;
-                Ok((place.device(), port.bus.add(function)?.device()))
-            }
-        }
-    }
-
-    /// The port of this number, which is made when it is first named.
-    fn port(&mut self, number: u8) -> Result<(DevFn, Arc<RootPort>), MachineError> {
-        if let Some(port) = self.ports.get(&number) {
-            return Ok(port.clone());
-        }
-        let port = Arc::new(RootPort::new(number));
-        let place = self.bus.add_port(port.clone())?;
-        self.ports.insert(number, (place, port.clone()));
-        Ok((place, port))
-    }
 }
 
 impl Machine {
@@ -212,7 +168,7 @@ impl Machine {
     pub fn build(resources: &Resources, callbacks: Callbacks) -> Result<Self, MachineError> {
         let config = &resources.config;
         let ram = &resources.ram;
-        let kvm = Arc::new(KvmVm::new(config.cpus)?);
+        let kvm = Arc::new(KvmVm::new(config.cpus, kvm_device(resources)?)?);
         let host = |action| move |source| MachineError::Host { action, source };
         let (memory, ports) = (Arc::new(AddressSpace::new()), Arc::new(AddressSpace::new()));
 
@@ -249,20 +205,27 @@ impl Machine {
             ports.insert_io(port.into(), count, device)?;
         }
 
-        let mut topology = Topology::new(Environment {
-            hypervisor: kvm.clone(),
-            mem: ram.memory().clone(),
-            memory: memory.clone(),
-            ports: ports.clone(),
-        })?;
+        let mut inventory = Inventory::new(
+            Environment {
+                hypervisor: kvm.clone(),
+                mem: ram.memory().clone(),
+                memory: memory.clone(),
+                ports: ports.clone(),
+            },
+            callbacks.ejected.clone(),
+            callbacks.device_failed.clone(),
+        )?;
         let mut dma = Vec::new();
         if let Some(passthrough) = &resources.passthrough {
             kvm.honour_guest_pat()?;
             dma = passthrough.iommu.map_ram(ram.memory())?;
-            add_passed_through(&mut topology, passthrough)?;
+            for passed in &passthrough.devices {
+                inventory.add_passed_through(passed)?;
+            }
         }
-        let console = add_devices(&mut topology, resources)?;
-        let bus = topology.bus;
+        let console = add_devices(&mut inventory, resources)?;
+        inventory.add_empty_ports(config.hotplug_ports.unwrap_or(0))?;
+        let bus = inventory.bus();
         let cpuid = kvm.supported_cpuid()?;
         let mut address_bits = physical_address_bits(&cpuid);
         if let Some(passthrough) = &resources.passthrough {
@@ -314,11 +277,13 @@ impl Machine {
             serial_room,
             console,
             power,
-            exits: Arc::default(),
+            exits: (0..config.cpus).map(|_| Arc::default()).collect(),
+            inventory,
+            kvm,
+            paused: None,
             memory,
             ports,
             callbacks,
-            _bus: bus,
             _dma: dma,
             _slots: slots,
         })
@@ -341,10 +306,72 @@ impl Machine {
         Ok(())
     }
 
+    /// Exits to user space of all vCPUs so far.
+    pub fn total_exits(&self) -> u64 {
+        self.exits.iter().map(|exits| exits.total()).sum()
+    }
+
+    /// Stops the vCPUs and the guest's clocks. Does nothing to a machine that stands still.
+    pub fn pause(&mut self) -> Result<(), MachineError> {
+        if let (Some(vcpus), None) = (&self.vcpus, self.paused) {
+            vcpus.pause();
+            match self.kvm.clock() {
+                Ok(clock) => self.paused = Some(clock),
+                Err(error) => {
+                    vcpus.resume();
+                    return Err(error.into());
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// Lets the machine go on; its clocks go on from where they stood.
+    pub fn resume(&mut self) -> Result<(), MachineError> {
+        if let (Some(vcpus), Some(clock)) = (&self.vcpus, self.paused) {
+            // The time stamp counters first: the paravirtual clock is set in terms of them.
+            vcpus.skip_cycles(clock.cycles_since());
+            self.kvm.set_clock(&clock)?;
+            self.paused = None;
+            vcpus.resume();
+        }
+        Ok(())
+    }
+
     /// Presses the power button: a guest that listens shuts down.
     pub fn press_power_button(&self) -> io::Result<()> {
         self.power.press_power_button()
     }
+}
+
+/// The hypervisor's descriptor, if it was given open.
+fn kvm_device(resources: &Resources) -> Result<Option<OwnedFd>, MachineError> {
+    let device = resources.kvm.as_ref().map(OwnedFd::try_clone);
+    device.transpose().map_err(|source| MachineError::Host {
+        action: "duplicate a descriptor",
+        source,
+    })
+}
+
+/// A disk's device.
+pub fn block_device(disk: &Disk, cpus: u32) -> NewDevice {
+    NewDevice {
+        id: disk.id.clone(),
+        device: Box::new(Block::new(disk.image.clone(), disk.serial.clone(), cpus)),
+        class: CLASS_MASS_STORAGE_OTHER,
+        port: disk.port,
+    }
+}
+
+/// A network interface's device.
+pub fn net_device(interface: &Interface, mem: &GuestMemory) -> Result<NewDevice, MachineError> {
+    let net = Net::new(interface.tap.clone(), interface.mac, interface.vhost, mem)?;
+    Ok(NewDevice {
+        id: interface.id.clone(),
+        device: Box::new(net),
+        class: CLASS_NETWORK_ETHERNET,
+        port: interface.port,
+    })
 }
 
 /// Loads the kernel into clean memory; the first vCPU's state.
@@ -377,53 +404,56 @@ fn load(resources: &Resources, rsdp: u64) -> Result<InitialState, MachineError> 
     Ok(InitialState::prepare(mem, entry)?)
 }
 
-fn add_passed_through(
-    topology: &mut Topology,
-    passthrough: &Passthrough,
-) -> Result<(), MachineError> {
-    for (passed, number) in passthrough.devices.iter().zip(0..) {
-        let function = VfioFunction::new(passed.device.clone(), number, &topology.environment)?;
-        let (device, rotated) = topology.add_function(function.clone(), passed.port)?;
-        if let Some(pin) = function.interrupt_pin() {
-            let gsi = layout::pci_irq(device, (pin + rotated) % 4);
-            function.connect_pin(&*topology.environment.hypervisor, gsi);
-        }
-    }
-    Ok(())
-}
-
 /// One entry for each kind of device: adding one is adding it here.
 fn add_devices(
-    topology: &mut Topology,
+    inventory: &mut Inventory,
     resources: &Resources,
 ) -> Result<Option<(ConsoleHandle, EventFd)>, MachineError> {
     let config = &resources.config;
     let mem = resources.ram.memory();
     for disk in &resources.disks {
-        let block = Block::new(disk.image.clone(), disk.serial.clone(), config.cpus);
-        topology.add(Box::new(block), CLASS_MASS_STORAGE_OTHER, disk.port)?;
+        inventory.add(block_device(disk, config.cpus))?;
     }
     for interface in &resources.interfaces {
-        let net = Net::new(interface.tap.clone(), interface.mac, interface.vhost, mem)?;
-        topology.add(Box::new(net), CLASS_NETWORK_ETHERNET, interface.port)?;
+        inventory.add(net_device(interface, mem)?)?;
     }
-    if let Some(vsock) = &config.vsock {
-        let vsock = Vsock::new(vsock.cid, mem)?;
-        topology.add(Box::new(vsock), CLASS_COMMUNICATION_OTHER, None)?;
+    let map = inventory.address_space();
+    let mut add = |id: &str, device: Box<dyn VirtioDevice>, class, port| {
+        inventory.add(NewDevice {
+            id: id.into(),
+            device,
+            class,
+            port,
+        })
+    };
+    let host = |action| move |source| MachineError::Host { action, source };
+    if let (Some(config), Some(file)) = (&config.vsock, &resources.vsock) {
+        let file = file.try_clone().map_err(host("duplicate a descriptor"))?;
+        let vsock = Vsock::new(config.cid, file, mem)?;
+        add("vsock", Box::new(vsock), CLASS_COMMUNICATION_OTHER, None)?;
     }
     if config.rng.enabled {
-        topology.add(Box::new(Rng::default()), CLASS_OTHER, None)?;
+        add("rng", Box::<Rng>::default(), CLASS_OTHER, None)?;
+    }
+    if let Some(graphics) = &resources.graphics {
+        let gpu = Gpu::new(graphics.display.clone(), map);
+        add("gpu", Box::new(gpu), CLASS_DISPLAY_OTHER, graphics.port)?;
+        for handle in &graphics.inputs {
+            let (id, class) = match handle.kind() {
+                Kind::Keyboard => ("keyboard", CLASS_INPUT_KEYBOARD),
+                Kind::Pointer => ("pointer", CLASS_INPUT_MOUSE),
+                Kind::Touch => ("touch", CLASS_INPUT_OTHER),
+            };
+            add(id, Box::new(Input::new(handle)), class, None)?;
+        }
     }
     let Some(console) = &resources.console else {
         return Ok(None);
     };
-    let host = |source| MachineError::Host {
-        action: "make an event descriptor",
-        source,
-    };
-    let room = EventFd::new(EFD_NONBLOCK).map_err(host)?;
+    let room = EventFd::new(EFD_NONBLOCK).map_err(host("make an event descriptor"))?;
+    let signal = room.try_clone().map_err(host("duplicate a descriptor"))?;
     let (device, handle) =
-        Console::new(console.output.clone(), room.try_clone().map_err(host)?).map_err(host)?;
-    topology.add(Box::new(device), CLASS_COMMUNICATION_OTHER, None)?;
+        Console::new(console.output.clone(), signal).map_err(host("make an event descriptor"))?;
+    add("console", Box::new(device), CLASS_COMMUNICATION_OTHER, None)?;
     Ok(Some((handle, room)))
 }

@@ -1,20 +1,24 @@
 //! The `fanlight` program.
 
+mod ctl;
 mod options;
 
-use std::{process::ExitCode, time::Instant};
+use std::{path::PathBuf, process::ExitCode, time::Instant};
 
-use clap::Parser;
+use clap::{CommandFactory, Parser};
 use fanlight::{
+    desk::{Desk, SetLog},
     doctor::Report,
     host_devices::{self, HostDeviceError},
-    lifecycle,
+    lifecycle::{self, LifeError, Signals},
     resources::Resources,
+    serve::{self, with_api_defaults},
     status::Ending,
-    terminal,
+    terminal, view,
 };
+use fanlight_api::{server::Server, socket::Descriptors};
 use fanlight_devices::error_line;
-use options::{Command, Options, RunOptions, VfioCommand};
+use options::{ApiOptions, Command, Options, RunOptions, ServeOptions, VfioCommand};
 
 fn main() -> ExitCode {
     let started = Instant::now();
@@ -22,6 +26,20 @@ fn main() -> ExitCode {
         Command::Run(options) => run(*options, started),
         Command::Doctor { device, json } => doctor(device.as_deref(), json),
         Command::Vfio(command) => vfio(&command),
+        Command::Serve(options) => serve(options),
+        Command::Ctl(options) => return ctl::run(&options),
+        Command::View(options) => {
+            let _ = options::start_log(&options.log.level);
+            match view::run(&options.socket, options.output) {
+                Ok(()) => Ending::PowerOff,
+                Err(error) => failed(&error),
+            }
+        }
+        Command::Completions { shell } => {
+            let mut command = Options::command();
+            clap_complete::generate(shell, &mut command, "fanlight", &mut std::io::stdout());
+            Ending::PowerOff
+        }
         Command::TerminalGuard => match terminal::guard() {
             Ok(()) => Ending::PowerOff,
             Err(_) => Ending::Failed,
@@ -30,28 +48,72 @@ fn main() -> ExitCode {
     ending.into()
 }
 
-fn run(options: RunOptions, started: Instant) -> Ending {
-    options::start_log(&options.log);
-    let bad_input = |error: &dyn std::error::Error| {
-        eprintln!("fanlight: {}", error_line(error));
-        Ending::BadInput
-    };
+fn bad_input(error: &dyn std::error::Error) -> Ending {
+    eprintln!("fanlight: {}", error_line(error));
+    Ending::BadInput
+}
+
+fn failed(error: &dyn std::error::Error) -> Ending {
+    eprintln!("fanlight: {}", error_line(error));
+    Ending::Failed
+}
+
+fn run(mut options: RunOptions, started: Instant) -> Ending {
+    let set_log = options::start_log(&options.log.level);
+    let socket = options.api_socket.take();
+    let settings = socket.map(|path| (path, options.api.clone()));
     let config = match options.into_config() {
+        Ok(config) if settings.is_some() => with_api_defaults(config),
         Ok(config) => config,
         Err(error) => return bad_input(&error),
     };
-    let resources = match Resources::open(config) {
+    let resources = match Resources::open(config, &Descriptors::Inherited) {
         Ok(resources) => resources,
         Err(error) => return bad_input(&error),
     };
-    match lifecycle::run(resources, started) {
+    with_desk(set_log, settings, |signals, desk| {
+        desk.created(&resources);
+        lifecycle::run(resources, signals, desk, started)
+    })
+}
+
+fn serve(options: ServeOptions) -> Ending {
+    let set_log = options::start_log(&options.log.level);
+    let settings = (options.api_socket, options.api);
+    with_desk(set_log, Some(settings), serve::serve)
+}
+
+/// Runs `life` with signals caught and, if there are settings for it, the API served.
+fn with_desk(
+    set_log: SetLog,
+    settings: Option<(PathBuf, ApiOptions)>,
+    life: impl FnOnce(&Signals, &mut Desk) -> Result<Ending, LifeError>,
+) -> Ending {
+    let host = |action| move |source| LifeError::Host { action, source };
+    let signals = match Signals::catch().map_err(host("catch signals")) {
+        Ok(signals) => signals,
+        Err(error) => return failed(&error),
+    };
+    let (mut desk, handler) = match Desk::new(set_log).map_err(host("make an event descriptor")) {
+        Ok(desk) => desk,
+        Err(error) => return failed(&error),
+    };
+    let server = settings
+        .map(|(path, api)| Server::start(&api.settings(path), desk.events.clone(), handler))
+        .transpose();
+    let server = match server {
+        Ok(server) => server,
+        Err(error) => return bad_input(&error),
+    };
+    let result = life(&signals, &mut desk);
+    // Whoever still waits is answered, and the answers are sent.
+    drop(desk);
+    drop(server);
+    match result {
         Ok(ending) => ending,
         // By now the terminal is itself again: the machine and its consoles are gone.
         Err(error) if error.is_bad_input() => bad_input(&error),
-        Err(error) => {
-            eprintln!("fanlight: {}", error_line(&error));
-            Ending::Failed
-        }
+        Err(error) => failed(&error),
     }
 }
 

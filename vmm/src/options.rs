@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
+use fanlight::desk::SetLog;
 use fanlight_api::{
-    CharBackend, ConsoleConfig, DiskConfig, KernelUnpack, MemoryConfig, NetConfig, OnPanic,
-    OnReset, RngConfig, VfioConfig, VmConfig, VsockConfig,
+    CharBackend, ConsoleConfig, DiskConfig, GpuConfig, KernelUnpack, MemoryConfig, NetConfig,
+    OnPanic, OnReset, PathOrFd, RngConfig, VfioConfig, VmConfig, VsockConfig, server::Settings,
 };
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -38,6 +39,19 @@ pub enum Command {
     /// Shows PCI devices of the host, gives them to user space and takes them back
     #[command(subcommand)]
     Vfio(VfioCommand),
+    /// Serves the control API; a program creates and boots the machine
+    Serve(ServeOptions),
+    /// Calls a method of the control API
+    #[command(disable_help_flag = true, after_help = CTL_HELP)]
+    Ctl(CtlOptions),
+    /// Shows an output of a machine's display in a Wayland window; Ctrl-Alt-G gives the keyboard back
+    View(ViewOptions),
+    /// Prints shell completions
+    Completions {
+        /// For which shell
+        #[arg(value_enum)]
+        shell: clap_complete::Shell,
+    },
     /// Restores the terminal when the process on standard input ends
     #[command(name = fanlight::terminal::GUARD_COMMAND, hide = true)]
     TerminalGuard,
@@ -65,6 +79,19 @@ pub enum VfioCommand {
     },
 }
 
+/// Options of `fanlight view`.
+#[derive(Args, Debug)]
+pub struct ViewOptions {
+    /// Socket of the machine's control API
+    #[arg(value_name = "SOCKET")]
+    pub socket: PathBuf,
+    /// The output's number
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub output: u32,
+    #[command(flatten)]
+    pub log: LogOptions,
+}
+
 const STATUSES: &str = "\
 Exit status:
   0   the guest powered itself off
@@ -77,6 +104,77 @@ Exit status:
 Signals: SIGTERM, SIGINT and SIGHUP press the guest's power button; a second one stops it at once.
 Lists in an option are written key=value,key=value; a comma within a value is written twice.";
 
+const CTL_HELP: &str = "\
+fanlight ctl S --help lists the methods of the server at socket S. Parameters are one JSON object, or
+key=value pairs: a value that is JSON is that, else text; a.b=value is a field of a field. The result is
+JSON, or a table where standard output is a terminal. console.attach connects the console to standard
+input and output; events.subscribe prints events until the server ends.
+
+Exit status: 0 the method is done, 1 it is not (standard error says why), 2 the command line is wrong.";
+
+/// Options of `fanlight ctl`.
+#[derive(Args, Debug)]
+pub struct CtlOptions {
+    /// The server's socket
+    #[arg(value_name = "S", value_hint = clap::ValueHint::FilePath)]
+    pub socket: Option<PathBuf>,
+    /// The method, such as vm.info
+    #[arg(value_name = "METHOD")]
+    pub method: Option<String>,
+    /// The method's parameters
+    #[arg(value_name = "JSON|key=value", allow_hyphen_values = true)]
+    pub params: Vec<String>,
+    /// Print JSON on a terminal too
+    #[arg(long)]
+    pub json: bool,
+    /// List the server's methods, or describe the one that is named
+    #[arg(short, long)]
+    pub help: bool,
+}
+
+/// Whom the API is served to.
+#[derive(Args, Clone, Debug)]
+pub struct ApiOptions {
+    /// User that may use the socket besides this one and root; may be given several times
+    #[arg(long, value_name = "UID")]
+    api_allow_uid: Vec<u32>,
+}
+
+impl ApiOptions {
+    /// The server's settings.
+    pub fn settings(&self, path: PathBuf) -> Settings {
+        Settings {
+            path,
+            allow_uids: self.api_allow_uid.clone(),
+        }
+    }
+}
+
+/// Options of `fanlight serve`.
+#[derive(Args, Debug)]
+pub struct ServeOptions {
+    /// UNIX socket to serve the control API on
+    #[arg(long, value_name = "S", value_hint = clap::ValueHint::FilePath)]
+    pub api_socket: PathBuf,
+    #[command(flatten)]
+    pub api: ApiOptions,
+    #[command(flatten)]
+    pub log: LogOptions,
+}
+
+/// What is logged.
+#[derive(Args, Debug)]
+pub struct LogOptions {
+    /// What to log to standard error: error, warn, info, debug, or module=level pairs
+    #[arg(
+        long = "log",
+        value_name = "LEVEL",
+        env = "FANLIGHT_LOG",
+        default_value = "warn"
+    )]
+    pub level: String,
+}
+
 /// Options of `fanlight run`.
 #[derive(Args, Debug)]
 pub struct RunOptions {
@@ -86,10 +184,10 @@ pub struct RunOptions {
     config: Option<PathBuf>,
     /// Kernel: a bzImage, or an ELF vmlinux with a PVH entry
     #[arg(long, value_name = "FILE")]
-    kernel: Option<PathBuf>,
+    kernel: Option<PathOrFd>,
     /// Initial RAM disk [default: none]
     #[arg(long, value_name = "FILE")]
-    initrd: Option<PathBuf>,
+    initrd: Option<PathOrFd>,
     /// Kernel command line [default: "console=ttyS0 panic=-1"]
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true)]
     cmdline: Option<String>,
@@ -129,20 +227,34 @@ pub struct RunOptions {
     /// Virtio entropy device: on or off [default: on]
     #[arg(long, value_name = "on|off")]
     rng: Option<RngConfig>,
+    /// Virtio GPU with a keyboard, a pointer and a touch screen. outputs are the screens plugged in at
+    /// first, up to 16 [default: none; of a GPU: outputs=1280x800,edid-name=Fanlight,max-resource-memory=256M]
+    #[arg(
+        long,
+        value_name = "outputs=WxH[+WxH...][,edid-name=TEXT][,max-resource-memory=SIZE][,port=N]",
+        num_args = 0..=1,
+        default_missing_value = ""
+    )]
+    gpu: Option<GpuConfig>,
     /// When the guest asks for a reset: restart or exit [default: restart]
     #[arg(long, value_name = "WHAT", value_parser = word::<OnReset>)]
     on_reset: Option<OnReset>,
     /// When the guest's kernel panics: exit, restart or continue [default: exit]
     #[arg(long, value_name = "WHAT", value_parser = word::<OnPanic>)]
     on_panic: Option<OnPanic>,
-    /// What to log to standard error: error, warn, info, debug, or module=level pairs
-    #[arg(
-        long,
-        value_name = "LEVEL",
-        env = "FANLIGHT_LOG",
-        default_value = "warn"
-    )]
-    pub log: String,
+    /// Empty PCIe root ports for devices that are added later [default: 4 with --api-socket, else 0]
+    #[arg(long, value_name = "N")]
+    hotplug_ports: Option<u8>,
+    /// The hypervisor, or fd:N [default: /dev/kvm]
+    #[arg(long, value_name = "FILE")]
+    kvm: Option<PathOrFd>,
+    /// UNIX socket to serve the control API on [default: none]
+    #[arg(long, value_name = "S", value_hint = clap::ValueHint::FilePath)]
+    pub api_socket: Option<PathBuf>,
+    #[command(flatten)]
+    pub api: ApiOptions,
+    #[command(flatten)]
+    pub log: LogOptions,
 }
 
 /// Reads one of an enumeration's words by its serde names.
@@ -205,20 +317,29 @@ impl RunOptions {
         set(&mut config.serial, self.serial);
         set(&mut config.console, self.console.map(Some));
         set(&mut config.rng, self.rng);
+        set(&mut config.gpu, self.gpu.map(Some));
         set(&mut config.on_reset, self.on_reset);
         set(&mut config.on_panic, self.on_panic);
+        set(&mut config.hotplug_ports, self.hotplug_ports.map(Some));
+        set(&mut config.kvm, self.kvm.map(Some));
         Ok(config)
     }
 }
 
-/// Logs to standard error what `filter` lets through.
-pub fn start_log(filter: &str) {
+/// Logs to standard error what `filter` lets through; gives what changes that.
+pub fn start_log(filter: &str) -> SetLog {
     let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("warn"));
-    tracing_subscriber::fmt()
+    let builder = tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)
         .with_target(false)
-        .init();
+        .with_filter_reloading();
+    let handle = builder.reload_handle();
+    builder.init();
+    Box::new(move |level| {
+        let filter = EnvFilter::try_new(level).map_err(|error| format!("{level:?}: {error}"))?;
+        handle.reload(filter).map_err(|error| error.to_string())
+    })
 }
 
 #[cfg(test)]
@@ -251,6 +372,32 @@ mod tests {
         assert_eq!(config.kernel, Some("a".into()));
         assert_eq!(config.cpus, 2);
         assert_eq!(config.disk.len(), 2);
+    }
+
+    #[test]
+    fn completions_are_made_for_every_shell() {
+        use clap::{CommandFactory, ValueEnum};
+        for shell in clap_complete::Shell::value_variants() {
+            let mut text = Vec::new();
+            clap_complete::generate(*shell, &mut Options::command(), "fanlight", &mut text);
+            assert!(
+                String::from_utf8(text).unwrap().contains("api-socket"),
+                "{shell}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_gpu_needs_no_value() {
+        let plain = parse(&["--gpu", "--cpus", "2"]).unwrap();
+        assert_eq!(plain.gpu, Some(GpuConfig::default()));
+        let two = parse(&["--gpu", "outputs=640x480+800x600"]).unwrap();
+        assert_eq!(two.gpu.unwrap().outputs.0.len(), 2);
+        assert!(
+            parse(&["--gpu", "outputs=big"])
+                .unwrap_err()
+                .contains("1920x1080")
+        );
     }
 
     #[test]

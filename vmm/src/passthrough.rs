@@ -18,9 +18,6 @@ pub enum PassthroughError {
     /// One device twice.
     #[error("{0}: given twice")]
     Twice(PciAddress),
-    /// One name twice.
-    #[error("id={0}: given twice; every device needs a name of its own")]
-    TwiceNamed(String),
     /// Both interfaces at once.
     #[error(
         "iommufd=on for one device and iommufd=off for another: a machine uses one of them for all, so \
@@ -53,23 +50,17 @@ pub struct Passthrough {
 }
 
 impl Passthrough {
-    /// Opens what `configs` name; nothing if they are none.
+    /// Opens what `configs` name, each of which has a name of its own; nothing if they are none.
     pub fn open(configs: &[VfioConfig]) -> Result<Option<Self>, PassthroughError> {
         if configs.is_empty() {
             return Ok(None);
         }
         let mut functions: Vec<HostFunction> = Vec::new();
-        let mut ids: Vec<String> = Vec::new();
         for config in configs {
             let address: PciAddress = config.device.parse()?;
             if functions.iter().any(|other| other.address == address) {
                 return Err(PassthroughError::Twice(address));
             }
-            let id = config.id.clone().unwrap_or_else(|| address.to_string());
-            if ids.contains(&id) {
-                return Err(PassthroughError::TwiceNamed(id));
-            }
-            ids.push(id);
             functions.push(HostFunction::find(address).ok_or(VfioError::NoDevice(address))?);
         }
         for function in &functions {
@@ -79,8 +70,8 @@ impl Passthrough {
         let devices = functions
             .iter()
             .zip(configs)
-            .zip(ids)
-            .map(|((function, config), id)| {
+            .map(|(function, config)| {
+                let id = config.id.clone().unwrap_or_default();
                 let device = HostDevice::open(function, iommu.clone())?;
                 tracing::info!(address = %function.address, %id, iommu = iommu.name(), "passed through");
                 Ok(PassedThrough {

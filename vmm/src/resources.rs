@@ -1,24 +1,23 @@
 //! What a machine uses of the host: opened once, before anything starts, and kept over resets.
 
-use std::{
-    fs::File,
-    io,
-    path::{Path, PathBuf},
-    sync::Arc,
-};
+use std::{collections::BTreeSet, fs::File, io, os::fd::OwnedFd, path::PathBuf, sync::Arc};
 
-use fanlight_api::{CharBackend, DiskConfig, NetConfig, VmConfig};
+use fanlight_api::{
+    ApiError, CharBackend, DiskConfig, NetConfig, OrFd, PathOrFd, VmConfig, socket::Descriptors,
+};
 use fanlight_devices::{
     memory::{GuestRam, HugePageSize, RamError},
     virtio::{
         block::{DiskError, DiskFormat, DiskImage},
         net::{Mac, MacError, Tap, TapError},
+        vsock::{HOST_DEVICE, Vsock, VsockError},
     },
 };
 use thiserror::Error;
 
 use crate::{
     console::{ConsoleError, HostConsole},
+    graphics::{Graphics, GraphicsError},
     passthrough::{Passthrough, PassthroughError},
 };
 
@@ -68,6 +67,9 @@ pub enum ConfigError {
     /// A passed-through device.
     #[error("--vfio")]
     Vfio(#[from] PassthroughError),
+    /// The GPU.
+    #[error("--gpu")]
+    Graphics(#[from] GraphicsError),
     /// Both consoles want the terminal.
     #[error(
         "--serial and --console both use stdio: give one of them another place, such as --serial null"
@@ -76,10 +78,32 @@ pub enum ConfigError {
     /// A console.
     #[error("console")]
     Console(#[from] ConsoleError),
+    /// The host's socket device.
+    #[error(transparent)]
+    Vsock(#[from] VsockError),
+    /// A descriptor.
+    #[error("{option}: {source}")]
+    Descriptor {
+        /// The option that names it.
+        option: &'static str,
+        /// The cause.
+        source: ApiError,
+    },
+    /// Not a name for a device.
+    #[error("id {0:?}: a device's name has 1 to 32 of a-z, A-Z, 0-9, -, _ and .")]
+    Id(String),
+    /// Two devices of one name.
+    #[error("id {0:?}: another device has this name; give another")]
+    IdTaken(String),
+    /// Not a slot.
+    #[error("port={0}: ports have numbers from 1 on")]
+    Port(u8),
 }
 
 /// A disk of the machine.
 pub struct Disk {
+    /// Its name.
+    pub id: String,
     /// The open image.
     pub image: Arc<DiskImage>,
     /// What the guest reads as its identity.
@@ -90,6 +114,8 @@ pub struct Disk {
 
 /// A network interface of the machine.
 pub struct Interface {
+    /// Its name.
+    pub id: String,
     /// The open tap.
     pub tap: Arc<Tap>,
     /// The guest's address.
@@ -106,6 +132,10 @@ pub struct Resources {
     pub config: VmConfig,
     /// The kernel's path and file.
     pub kernel: (PathBuf, File),
+    /// The hypervisor, if it was given open.
+    pub kvm: Option<OwnedFd>,
+    /// The host's socket device.
+    pub vsock: Option<File>,
     /// The initial RAM disk's.
     pub initrd: Option<(PathBuf, File)>,
     /// Guest RAM.
@@ -116,21 +146,86 @@ pub struct Resources {
     pub interfaces: Vec<Interface>,
     /// Passed-through devices.
     pub passthrough: Option<Passthrough>,
+    /// The display and what is typed and pointed at, if there is a GPU.
+    pub graphics: Option<Graphics>,
     /// The serial port's host side.
     pub serial: HostConsole,
     /// The virtio console's, if there is one.
     pub console: Option<HostConsole>,
 }
 
+/// The host's sides of consoles.
+pub struct Consoles<'a> {
+    /// The serial port's.
+    pub serial: &'a mut HostConsole,
+    /// The virtio console's, if there is one.
+    pub console: Option<&'a mut HostConsole>,
+}
+
+/// What changes as devices come and go.
+pub struct Holdings<'a> {
+    /// What the machine is made of now.
+    pub config: &'a mut VmConfig,
+    /// Guest RAM.
+    pub ram: &'a GuestRam,
+    /// Disks.
+    pub disks: &'a mut Vec<Disk>,
+    /// Network interfaces.
+    pub interfaces: &'a mut Vec<Interface>,
+}
+
 impl Resources {
-    /// Opens everything that `config` names. The terminal comes last: no message is lost to its raw mode.
-    pub fn open(config: VmConfig) -> Result<Self, ConfigError> {
-        let kernel = config.kernel.as_deref().ok_or(ConfigError::NoKernel)?;
-        let kernel = open_file("--kernel", kernel)?;
+    /// Consoles, and the rest that a running machine changes.
+    pub fn split(&mut self) -> (Consoles<'_>, Holdings<'_>) {
+        let consoles = Consoles {
+            serial: &mut self.serial,
+            console: self.console.as_mut(),
+        };
+        let holdings = Holdings {
+            config: &mut self.config,
+            ram: &self.ram,
+            disks: &mut self.disks,
+            interfaces: &mut self.interfaces,
+        };
+        (consoles, holdings)
+    }
+
+    /// Opens everything that `config` names; descriptors that it names come from `descriptors`. The
+    /// terminal comes last: no message is lost to its raw mode.
+    pub fn open(mut config: VmConfig, descriptors: &Descriptors) -> Result<Self, ConfigError> {
+        let kernel = config.kernel.as_ref().ok_or(ConfigError::NoKernel)?;
+        let kernel = open_file("--kernel", kernel, descriptors)?;
         let initrd = config
             .initrd
-            .as_deref()
-            .map(|path| open_file("--initrd", path))
+            .as_ref()
+            .map(|path| open_file("--initrd", path, descriptors))
+            .transpose()?;
+        let kvm = match &config.kvm {
+            None => None,
+            Some(OrFd::Fd(number)) => Some(take("kvm", descriptors, *number)?),
+            Some(OrFd::Named(path)) => Some(
+                std::fs::OpenOptions::new()
+                    .read(true)
+                    .write(true)
+                    .open(path)
+                    .map_err(|source| ConfigError::Open {
+                        option: "kvm",
+                        path: path.clone(),
+                        source,
+                    })?
+                    .into(),
+            ),
+        };
+        let vsock = config
+            .vsock
+            .as_ref()
+            .map(|vsock| match &vsock.device {
+                Some(OrFd::Fd(number)) => {
+                    take("--vsock device", descriptors, *number).map(File::from)
+                }
+                Some(OrFd::Named(path)) => Ok(Vsock::open_host_device(path)?),
+                None => Ok(Vsock::open_host_device(HOST_DEVICE.as_ref())?),
+            })
             .transpose()?;
         let hugepages = match config.memory.hugepages {
             None => None,
@@ -139,18 +234,22 @@ impl Resources {
             Some(size) => return Err(ConfigError::HugePages(size)),
         };
         let ram = GuestRam::new(config.memory.size.0, hugepages)?;
+        name_devices(&mut config)?;
         let disks = config
             .disk
             .iter()
-            .zip(0..)
-            .map(|(disk, index)| open_disk(disk, index))
+            .map(|disk| Disk::open(disk, descriptors))
             .collect::<Result<_, _>>()?;
         let interfaces = config
             .net
             .iter()
-            .map(open_interface)
+            .map(|net| Interface::open(net, descriptors))
             .collect::<Result<_, _>>()?;
+        for device in &config.vfio {
+            check_port(device.port)?;
+        }
         let passthrough = Passthrough::open(&config.vfio)?;
+        let graphics = config.gpu.as_ref().map(Graphics::new).transpose()?;
         let console = config.console.as_ref().map(|console| &console.0);
         if config.serial == CharBackend::Stdio && console == Some(&CharBackend::Stdio) {
             return Err(ConfigError::TwoConsoles);
@@ -162,64 +261,172 @@ impl Resources {
             serial: HostConsole::open("serial", &config.serial)?,
             console,
             kernel,
+            kvm,
+            vsock,
             initrd,
             ram,
             disks,
             interfaces,
             passthrough,
+            graphics,
             config,
         })
     }
 }
 
-fn open_file(option: &'static str, path: &Path) -> Result<(PathBuf, File), ConfigError> {
+fn take(
+    option: &'static str,
+    descriptors: &Descriptors,
+    number: u32,
+) -> Result<OwnedFd, ConfigError> {
+    descriptors
+        .take(number)
+        .map_err(|source| ConfigError::Descriptor { option, source })
+}
+
+fn open_file(
+    option: &'static str,
+    file: &PathOrFd,
+    descriptors: &Descriptors,
+) -> Result<(PathBuf, File), ConfigError> {
+    let path = PathBuf::from(file.to_string());
     let error = |source| ConfigError::Open {
         option,
-        path: path.into(),
+        path: path.clone(),
         source,
     };
-    let file = File::open(path).map_err(error)?;
-    if !file.metadata().map_err(error)?.is_file() {
-        return Err(ConfigError::NotAFile {
-            option,
-            path: path.into(),
-        });
-    }
-    Ok((path.into(), file))
-}
-
-fn open_disk(config: &DiskConfig, index: u32) -> Result<Disk, ConfigError> {
-    /// What the protocol has room for.
-    const SERIAL_MAX: usize = 20;
-    let format = config.format.map(|format| match format {
-        fanlight_api::DiskFormat::Raw => DiskFormat::Raw,
-        fanlight_api::DiskFormat::Qcow2 => DiskFormat::Qcow2,
-    });
-    let serial = config
-        .serial
-        .clone()
-        .unwrap_or_else(|| format!("fanlight-{index}"));
-    if serial.len() > SERIAL_MAX || !serial.bytes().all(|b| (b' '..=b'~').contains(&b)) {
-        return Err(ConfigError::Serial(serial));
-    }
-    Ok(Disk {
-        image: Arc::new(DiskImage::open(&config.path, config.readonly, format)?),
-        serial,
-        port: config.port,
-    })
-}
-
-fn open_interface(config: &NetConfig) -> Result<Interface, ConfigError> {
-    let mac = match &config.mac {
-        Some(text) => text.parse()?,
-        None => Mac::for_name(&config.tap),
+    let file = match file {
+        OrFd::Named(path) => File::open(path).map_err(error)?,
+        OrFd::Fd(number) => take(option, descriptors, *number)?.into(),
     };
-    Ok(Interface {
-        tap: Arc::new(Tap::open(&config.tap)?),
-        mac,
-        vhost: config.vhost,
-        port: config.port,
-    })
+    if !file.metadata().map_err(error)?.is_file() {
+        return Err(ConfigError::NotAFile { option, path });
+    }
+    Ok((path, file))
+}
+
+/// Gives every device a name of its own.
+fn name_devices(config: &mut VmConfig) -> Result<(), ConfigError> {
+    let mut taken = BTreeSet::new();
+    let given = config.disk.iter().map(|disk| &disk.id);
+    let given = given.chain(config.net.iter().map(|net| &net.id));
+    let given = given.chain(config.vfio.iter().map(|device| &device.id));
+    for id in given.flatten() {
+        check_id(id)?;
+        if !taken.insert(id.clone()) {
+            return Err(ConfigError::IdTaken(id.clone()));
+        }
+    }
+    for (kind, id) in config
+        .disk
+        .iter_mut()
+        .map(|disk| ("disk", &mut disk.id))
+        .chain(config.net.iter_mut().map(|net| ("net", &mut net.id)))
+        .chain(
+            config
+                .vfio
+                .iter_mut()
+                .map(|device| ("vfio", &mut device.id)),
+        )
+    {
+        if id.is_none() {
+            let name = free_id(kind, |name| taken.contains(name));
+            taken.insert(name.clone());
+            *id = Some(name);
+        }
+    }
+    Ok(())
+}
+
+/// Whether a device can have this name.
+pub fn check_id(id: &str) -> Result<(), ConfigError> {
+    const MAX: usize = 32;
+    let valid = |b: u8| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'_' | b'.');
+    if (1..=MAX).contains(&id.len()) && id.bytes().all(valid) {
+        Ok(())
+    } else {
+        Err(ConfigError::Id(id.into()))
+    }
+}
+
+/// The first name of its kind that is not taken: `disk0`, `disk1`, …
+pub fn free_id(kind: &str, taken: impl Fn(&str) -> bool) -> String {
+    let mut number = 0;
+    loop {
+        let name = format!("{kind}{number}");
+        if !taken(&name) {
+            return name;
+        }
+        number += 1;
+    }
+}
+
+fn check_port(port: Option<u8>) -> Result<Option<u8>, ConfigError> {
+    match port {
+        Some(0) => Err(ConfigError::Port(0)),
+        port => Ok(port),
+    }
+}
+
+impl Disk {
+    /// Opens the image of a disk that has a name.
+    pub fn open(config: &DiskConfig, descriptors: &Descriptors) -> Result<Self, ConfigError> {
+        /// What the protocol has room for.
+        const SERIAL_MAX: usize = 20;
+        let id = config.id.clone().unwrap_or_default();
+        let format = config.format.map(|format| match format {
+            fanlight_api::DiskFormat::Raw => DiskFormat::Raw,
+            fanlight_api::DiskFormat::Qcow2 => DiskFormat::Qcow2,
+        });
+        let serial = config.serial.clone().unwrap_or_else(|| {
+            let default = format!("fanlight-{}", id.trim_start_matches("disk"));
+            default.chars().take(SERIAL_MAX).collect()
+        });
+        if serial.len() > SERIAL_MAX || !serial.bytes().all(|b| (b' '..=b'~').contains(&b)) {
+            return Err(ConfigError::Serial(serial));
+        }
+        let image = match &config.path {
+            OrFd::Named(path) => DiskImage::open(path, config.readonly, format)?,
+            OrFd::Fd(number) => {
+                let file = take("--disk", descriptors, *number)?.into();
+                let name = PathBuf::from(config.path.to_string());
+                DiskImage::from_file(file, &name, config.readonly, format)?
+            }
+        };
+        Ok(Self {
+            id,
+            image: Arc::new(image),
+            serial,
+            port: check_port(config.port)?,
+        })
+    }
+}
+
+impl Interface {
+    /// Opens the tap of an interface that has a name.
+    pub fn open(config: &NetConfig, descriptors: &Descriptors) -> Result<Self, ConfigError> {
+        let id = config.id.clone().unwrap_or_default();
+        let mac = match (&config.mac, &config.tap) {
+            (Some(text), _) => text.parse()?,
+            (None, OrFd::Named(tap)) => Mac::for_name(tap),
+            // Two machines may well be given descriptors of one number.
+            (None, OrFd::Fd(_)) => Mac::for_name(&format!("{id}@{}", std::process::id())),
+        };
+        let tap = match &config.tap {
+            OrFd::Named(name) => Tap::open(name)?,
+            OrFd::Fd(number) => {
+                let fd = take("--net", descriptors, *number)?;
+                Tap::from_fd(fd, &config.tap.to_string())?
+            }
+        };
+        Ok(Self {
+            id,
+            tap: Arc::new(tap),
+            mac,
+            vhost: config.vhost,
+            port: check_port(config.port)?,
+        })
+    }
 }
 
 #[cfg(test)]
@@ -228,10 +435,24 @@ mod tests {
 
     fn error(json: &str) -> String {
         let config = serde_json::from_str(json).unwrap();
-        match Resources::open(config) {
+        match Resources::open(config, &Descriptors::Inherited) {
             Ok(_) => panic!("{json} is accepted"),
             Err(error) => fanlight_devices::error_line(&error),
         }
+    }
+
+    #[test]
+    fn devices_have_names_of_their_own() {
+        let mut config: VmConfig =
+            serde_json::from_str(r#"{"disk": [{"path": "a"}, {"path": "b", "id": "disk0"}]}"#)
+                .unwrap();
+        name_devices(&mut config).unwrap();
+        let ids: Vec<_> = config.disk.iter().map(|d| d.id.as_deref()).collect();
+        assert_eq!(ids, [Some("disk1"), Some("disk0")]);
+        config.disk[0].id = Some("disk0".into());
+        assert!(name_devices(&mut config).is_err());
+        config.disk[0].id = Some("a b".into());
+        assert!(name_devices(&mut config).is_err());
     }
 
     #[test]

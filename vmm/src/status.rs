@@ -2,6 +2,8 @@
 
 use std::process::ExitCode;
 
+use fanlight_api::types::VmEnding;
+
 /// How the machine ended. The numbers are part of the command line's interface.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
@@ -18,6 +20,19 @@ pub enum Ending {
     Panicked = 33,
     /// The user ended the machine without the guest's consent.
     Stopped = 34,
+}
+
+impl Ending {
+    /// The same for the API.
+    pub fn for_api(self) -> VmEnding {
+        match self {
+            Ending::PowerOff => VmEnding::PowerOff,
+            Ending::Reset => VmEnding::Reset,
+            Ending::Panicked => VmEnding::Panicked,
+            Ending::Stopped => VmEnding::Stopped,
+            Ending::Failed | Ending::BadInput => VmEnding::Failed,
+        }
+    }
 }
 
 impl From<Ending> for ExitCode {

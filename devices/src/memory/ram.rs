@@ -42,7 +42,7 @@ impl HugePageSize {
 pub enum RamError {
     /// Not a size that RAM can have.
     #[error(
-        "{size:#x} bytes of memory: give a multiple of {unit:#x} bytes, at least {MIN_SIZE:#x}"
+        "{size} bytes of memory: give a multiple of {}K, at least {}M", unit >> 10, MIN_SIZE >> 20
     )]
     BadSize {
         /// What was asked for, in bytes.

@@ -106,6 +106,19 @@ impl IoHandler for Part {
     }
 }
 
+/// A BAR as it is now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct BarReport {
+    /// Register index.
+    pub index: usize,
+    /// What it decodes.
+    pub kind: BarKind,
+    /// Size in bytes.
+    pub size: u64,
+    /// Where it lies in the address map, if it does.
+    pub address: Option<u64>,
+}
+
 struct Bar {
     index: usize,
     kind: BarKind,
@@ -184,6 +197,19 @@ impl Bars {
         self.bars
             .iter()
             .map(|bar| (bar.index, bar.kind, bar.size))
+            .collect()
+    }
+
+    /// What each is and where it lies.
+    pub fn report(&self) -> Vec<BarReport> {
+        self.bars
+            .iter()
+            .map(|bar| BarReport {
+                index: bar.index,
+                kind: bar.kind,
+                size: bar.size,
+                address: bar.address(),
+            })
             .collect()
     }
 

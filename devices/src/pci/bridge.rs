@@ -3,14 +3,23 @@
 //!
 //! Configuration accesses are routed by the bus numbers that the guest programs. Its windows are kept
 //! for the guest to read back; what functions behind it decode follows from their own BARs alone.
+//!
+//! Behind the port is a slot with native hot-plug (PCI Express 5.0, 6.7). What is in it shows on the bus
+//! while the guest has its power on. Putting something in, or asking for it back, presses the attention
+//! button; the guest turns power on, or gives the card up and turns power off, which is when a card that
+//! was asked for leaves.
 
 use std::{
     ops::RangeInclusive,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
+use thiserror::Error;
+
+use crate::hypervisor::MsiVector;
+
 use super::{
-    BarKind, Capability, ConfigSpace, Identity, PciBus, PciFunction,
+    BarKind, Capability, ConfigSpace, DevFn, Identity, Msi, PciBus, PciError, PciFunction,
     config::{COMMAND_BUS_MASTER, COMMAND_IO, COMMAND_MEMORY, reg},
 };
 
@@ -28,24 +37,96 @@ const CAP_ID_PCI_EXPRESS: u8 = 0x10;
 const EXPRESS_ROOT_PORT: u16 = 2 | 4 << 4 | 1 << 8;
 /// Link Capabilities and Status: 2.5 GT/s, one lane.
 const LINK_SPEED_WIDTH: u16 = 1 | 1 << 4;
-/// Slot Status: presence detect state. What is behind the port was there from the start.
-const SLOT_PRESENCE: u16 = 1 << 6;
+/// Link Capabilities: Link Status tells whether the link is up.
+const LINK_ACTIVE_REPORTING: u32 = 1 << 20;
+
+/// Registers of the PCI Express capability (PCI Express 5.0, 7.5.3).
+const EXPRESS_FLAGS: usize = 0x02;
+const LINK_CAPABILITIES: usize = 0x0c;
+const LINK_STATUS: usize = 0x12;
+const SLOT_CAPABILITIES: usize = 0x14;
+const SLOT_CONTROL: usize = 0x18;
+const SLOT_STATUS: usize = 0x1a;
+const EXPRESS_SIZE: usize = 0x3c;
+
+/// Link Status: Data Link Layer Link Active.
+const LINK_ACTIVE: u16 = 1 << 13;
+
+/// Slot Capabilities: attention button, power controller, attention and power indicators, surprise
+/// removal, hot-plug.
+const SLOT_FEATURES: u32 = 1 << 0 | 1 << 1 | 1 << 3 | 1 << 4 | 1 << 5 | 1 << 6;
+/// Position of Physical Slot Number in Slot Capabilities.
+const SLOT_NUMBER_SHIFT: u32 = 19;
+
+/// Events of Slot Status, which a write of 1 clears.
+const ATTENTION_BUTTON_PRESSED: u16 = 1 << 0;
+const PRESENCE_DETECT_CHANGED: u16 = 1 << 3;
+const COMMAND_COMPLETED: u16 = 1 << 4;
+const LINK_STATE_CHANGED: u16 = 1 << 8;
+const SLOT_EVENTS: u16 = 0b1_1111 | LINK_STATE_CHANGED;
+/// Slot Status: Presence Detect State.
+const PRESENCE: u16 = 1 << 6;
+
+/// Slot Control: each event's enable bit is at the event's place in Slot Status, but for the last.
+const LINK_STATE_CHANGED_ENABLE: u16 = 1 << 12;
+const HOTPLUG_INTERRUPT_ENABLE: u16 = 1 << 5;
+/// Slot Control: Power Indicator Control.
+const POWER_INDICATOR: u16 = 0b11 << 8;
+const POWER_INDICATOR_ON: u16 = 0b01 << 8;
+const POWER_INDICATOR_BLINK: u16 = 0b10 << 8;
+const POWER_INDICATOR_OFF: u16 = 0b11 << 8;
+/// Slot Control: Attention Indicator Control, off.
+const ATTENTION_INDICATOR_OFF: u16 = 0b11 << 6;
+/// Slot Control: power is off.
+const POWER_OFF: u16 = 1 << 10;
+const SLOT_CONTROL_WRITABLE: u16 = 0x7ff | LINK_STATE_CHANGED_ENABLE;
 
 /// Granularity of memory windows.
 const MEMORY_UNIT: u64 = 1 << 20;
 /// Low bits of the prefetchable window's registers: 64 bits.
 const PREFETCHABLE_64: u16 = 1;
 
+/// Told the slot's number when a card that was asked for has left, on a vCPU thread; must not block.
+pub type EjectSink = Arc<dyn Fn(u8) + Send + Sync>;
+
+/// Why a slot does not do what it is asked for.
+#[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
+pub enum SlotError {
+    /// Something is in it.
+    #[error("slot {0} is in use: take its device out first, or use another")]
+    Occupied(u8),
+    /// Nothing is in it.
+    #[error("slot {0} is empty")]
+    Empty(u8),
+    /// The guest has not done what it was asked for last.
+    #[error("the guest is still busy with slot {0}: try again in some seconds")]
+    Busy(u8),
+}
+
+struct State {
+    config: ConfigSpace,
+    msi: Msi,
+    /// Where the PCI Express capability is.
+    express: usize,
+    /// What is in the slot, whether power is on or off.
+    card: Vec<Arc<dyn PciFunction>>,
+    /// The guest was asked to give the card up.
+    removing: bool,
+    /// An event is set and enabled: the next interrupt comes when that was not so in between.
+    asserted: bool,
+}
+
 /// A root port and the bus behind it.
 pub struct RootPort {
-    config: Mutex<ConfigSpace>,
-    /// The bus behind the port.
-    pub bus: Arc<PciBus>,
+    state: Mutex<State>,
+    bus: Arc<PciBus>,
+    slot: u8,
+    ejected: EjectSink,
 }
 
 impl RootPort {
-    /// The port of physical slot `slot`, with nothing behind it.
-    pub fn new(slot: u8) -> Self {
+    /// The port of physical slot `slot`, with nothing behind it. It interrupts by `vector`.
+    pub fn new(slot: u8, vector: Arc<dyn MsiVector>, ejected: EjectSink) -> Self {
         let mut config = ConfigSpace::new(1, IDENTITY);
         config.set_writable(reg::PRIMARY_BUS, &[0xff; 3]);
         config.set_writable(reg::IO_BASE, &[0xf0, 0xf0]);
@@ -56,29 +137,144 @@ impl RootPort {
         config.set_writable(reg::PREFETCHABLE_BASE_UPPER, &[0xff; 8]);
         // SERR, VGA and reset bits mean nothing here, but software may set them.
         config.set_writable(reg::BRIDGE_CONTROL, &[0x4f, 0]);
-        config.add_capability(&express(slot));
+        let express = config.add_capability(&express(slot));
+        let msi = Msi::new(&mut config, vector);
         let port = Self {
-            config: Mutex::new(config),
+            state: Mutex::new(State {
+                config,
+                msi,
+                express,
+                card: Vec::new(),
+                removing: false,
+                asserted: false,
+            }),
             bus: Arc::default(),
+            slot,
+            ejected,
         };
         port.set_windows(None, None);
         port
     }
 
-    fn lock(&self) -> MutexGuard<'_, ConfigSpace> {
-        self.config.lock().unwrap_or_else(PoisonError::into_inner)
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The bus behind the port.
+    pub fn bus(&self) -> &PciBus {
+        &self.bus
+    }
+
+    /// Puts a function behind the port before the guest runs: it is there from the start, with power on.
+    pub fn insert(&self, function: Arc<dyn PciFunction>) -> Result<DevFn, PciError> {
+        let state = &mut *self.lock();
+        let place = self.bus.add(function.clone())?;
+        state.card.push(function);
+        state.set_status(PRESENCE, 0);
+        let control = state.slot_control() & !(POWER_OFF | POWER_INDICATOR) | POWER_INDICATOR_ON;
+        state.set_register(SLOT_CONTROL, control);
+        state.set_register(LINK_STATUS, LINK_SPEED_WIDTH | LINK_ACTIVE);
+        Ok(place)
+    }
+
+    /// Whether nothing is in the slot.
+    pub fn is_empty(&self) -> bool {
+        self.lock().card.is_empty()
+    }
+
+    /// Whether the guest was asked to give up what is in the slot.
+    pub fn is_removing(&self) -> bool {
+        self.lock().removing
+    }
+
+    /// Puts a function into the slot and tells the guest.
+    pub fn plug(&self, function: Arc<dyn PciFunction>) -> Result<(), SlotError> {
+        let state = &mut *self.lock();
+        if !state.card.is_empty() {
+            return Err(SlotError::Occupied(self.slot));
+        }
+        state.card.push(function);
+        // The button with the card: the guest need not wait for a person to change their mind.
+        state.set_status(
+            PRESENCE | PRESENCE_DETECT_CHANGED | ATTENTION_BUTTON_PRESSED,
+            0,
+        );
+        if state.slot_control() & POWER_OFF == 0 {
+            self.power_on(state);
+        }
+        state.interrupt();
+        Ok(())
+    }
+
+    /// Asks the guest to give up what is in the slot.
+    pub fn ask_back(&self) -> Result<(), SlotError> {
+        let state = &mut *self.lock();
+        if state.card.is_empty() {
+            return Err(SlotError::Empty(self.slot));
+        }
+        if state.slot_control() & POWER_OFF != 0 {
+            // The guest does not use it.
+            state.removing = true;
+            self.eject(state);
+            state.interrupt();
+            return Ok(());
+        }
+        // A second press would take the first one back.
+        let pressed = state.slot_status() & ATTENTION_BUTTON_PRESSED != 0;
+        let blinks = state.slot_control() & POWER_INDICATOR == POWER_INDICATOR_BLINK;
+        if pressed || blinks {
+            return Err(SlotError::Busy(self.slot));
+        }
+        state.removing = true;
+        state.set_status(ATTENTION_BUTTON_PRESSED, 0);
+        state.interrupt();
+        Ok(())
+    }
+
+    fn power_on(&self, state: &mut State) {
+        for function in &state.card {
+            if let Err(error) = self.bus.add(function.clone()) {
+                tracing::error!(%error, slot = self.slot, "a card has too many functions");
+            }
+        }
+        if !state.card.is_empty() {
+            state.set_register(LINK_STATUS, LINK_SPEED_WIDTH | LINK_ACTIVE);
+            state.set_status(LINK_STATE_CHANGED, 0);
+        }
+    }
+
+    fn power_off(&self, state: &mut State) {
+        self.bus.clear();
+        for function in &state.card {
+            function.reset();
+        }
+        if !state.card.is_empty() {
+            state.set_register(LINK_STATUS, LINK_SPEED_WIDTH);
+            state.set_status(LINK_STATE_CHANGED, 0);
+        }
+        self.eject(state);
+    }
+
+    /// Takes the card out, if it was asked for.
+    fn eject(&self, state: &mut State) {
+        if std::mem::take(&mut state.removing) {
+            state.card.clear();
+            state.set_status(PRESENCE_DETECT_CHANGED, PRESENCE);
+            (self.ejected)(self.slot);
+        }
     }
 
     /// The buses whose configuration accesses the port forwards; its secondary bus is the first.
     pub fn forwarded_buses(&self) -> RangeInclusive<u8> {
-        let config = self.lock();
-        let [secondary, subordinate] = config.u16(reg::SECONDARY_BUS).to_le_bytes();
+        let state = self.lock();
+        let [secondary, subordinate] = state.config.u16(reg::SECONDARY_BUS).to_le_bytes();
         secondary..=subordinate
     }
 
     /// Numbers the buses. For the machine, before the guest runs.
     pub fn set_buses(&self, primary: u8, secondary: u8, subordinate: u8) {
         self.lock()
+            .config
             .set(reg::PRIMARY_BUS, &[primary, secondary, subordinate]);
     }
 
@@ -87,7 +283,7 @@ impl RootPort {
         /// A window whose limit is below its base is closed.
         const CLOSED: (u64, u64) = (MEMORY_UNIT, MEMORY_UNIT);
         let field = |address: u64| ((address >> 16) as u16 & 0xfff0).to_le_bytes();
-        let mut config = self.lock();
+        let config = &mut self.lock().config;
         let (base, end) = memory.unwrap_or(CLOSED);
         config.write(reg::MEMORY_BASE, &field(base));
         config.write(reg::MEMORY_LIMIT, &field(end - MEMORY_UNIT));
@@ -109,33 +305,98 @@ impl RootPort {
     }
 }
 
-/// The PCI Express capability of a root port (PCI Express 5.0, 7.5.3).
+impl State {
+    fn register(&self, offset: usize) -> u16 {
+        self.config.u16(self.express + offset)
+    }
+
+    fn set_register(&mut self, offset: usize, value: u16) {
+        self.config.set(self.express + offset, &value.to_le_bytes());
+    }
+
+    fn slot_control(&self) -> u16 {
+        self.register(SLOT_CONTROL)
+    }
+
+    fn slot_status(&self) -> u16 {
+        self.register(SLOT_STATUS)
+    }
+
+    fn set_status(&mut self, set: u16, clear: u16) {
+        let status = self.slot_status() & !clear | set;
+        self.set_register(SLOT_STATUS, status);
+    }
+
+    /// Raises the interrupt when the first event comes (PCI Express 5.0, 6.7.3.4).
+    fn interrupt(&mut self) {
+        let control = self.slot_control();
+        let mut enabled = control & SLOT_EVENTS & !LINK_STATE_CHANGED;
+        if control & LINK_STATE_CHANGED_ENABLE != 0 {
+            enabled |= LINK_STATE_CHANGED;
+        }
+        let asserted = control & HOTPLUG_INTERRUPT_ENABLE != 0 && self.slot_status() & enabled != 0;
+        if asserted && !self.asserted {
+            self.msi.raise();
+        }
+        self.asserted = asserted;
+    }
+}
+
+/// The PCI Express capability of a root port with an empty slot.
 fn express(slot: u8) -> Capability {
-    const SIZE: usize = 0x3c;
-    let mut body = vec![0; SIZE - 2];
+    let mut body = vec![0; EXPRESS_SIZE - 2];
     let mut put = |offset: usize, bytes: &[u8]| {
         body[offset - 2..offset - 2 + bytes.len()].copy_from_slice(bytes);
     };
-    put(0x02, &EXPRESS_ROOT_PORT.to_le_bytes());
-    let port = u32::from(slot) << 24;
-    put(0x0c, &(u32::from(LINK_SPEED_WIDTH) | port).to_le_bytes());
-    put(0x12, &LINK_SPEED_WIDTH.to_le_bytes());
-    put(0x14, &(u32::from(slot) << 19).to_le_bytes());
-    put(0x1a, &SLOT_PRESENCE.to_le_bytes());
+    put(EXPRESS_FLAGS, &EXPRESS_ROOT_PORT.to_le_bytes());
+    let link = u32::from(LINK_SPEED_WIDTH) | LINK_ACTIVE_REPORTING | u32::from(slot) << 24;
+    put(LINK_CAPABILITIES, &link.to_le_bytes());
+    put(LINK_STATUS, &LINK_SPEED_WIDTH.to_le_bytes());
+    let capabilities = SLOT_FEATURES | u32::from(slot) << SLOT_NUMBER_SHIFT;
+    put(SLOT_CAPABILITIES, &capabilities.to_le_bytes());
+    let control = POWER_OFF | POWER_INDICATOR_OFF | ATTENTION_INDICATOR_OFF;
+    put(SLOT_CONTROL, &control.to_le_bytes());
+    let [low, high] = SLOT_CONTROL_WRITABLE.to_le_bytes();
     Capability {
         id: CAP_ID_PCI_EXPRESS,
         body,
-        writable: vec![],
+        writable: vec![(SLOT_CONTROL - 2, low), (SLOT_CONTROL - 1, high)],
     }
 }
 
 impl PciFunction for RootPort {
     fn read_config(&self, offset: u16, data: &mut [u8]) {
-        self.lock().read(offset.into(), data);
+        self.lock().config.read(offset.into(), data);
     }
 
     fn write_config(&self, offset: u16, data: &[u8]) {
-        self.lock().write(offset.into(), data);
+        let state = &mut *self.lock();
+        let offset = usize::from(offset);
+        let powered = state.slot_control() & POWER_OFF == 0;
+        state.config.write(offset, data);
+        if state.msi.touched(offset, data.len()) {
+            state.msi.update(&state.config);
+        }
+        let control = state.express + SLOT_CONTROL;
+        let written = offset..offset + data.len();
+        // A write of 1 clears an event.
+        for (at, byte) in written.clone().zip(data) {
+            let clear = match at.checked_sub(control + 2) {
+                Some(0) => u16::from(*byte),
+                Some(1) => u16::from(*byte) << 8,
+                _ => continue,
+            };
+            state.set_status(0, clear & SLOT_EVENTS);
+        }
+        if written.contains(&control) || written.contains(&(control + 1)) {
+            match (powered, state.slot_control() & POWER_OFF == 0) {
+                (false, true) => self.power_on(state),
+                (true, false) => self.power_off(state),
+                _ => {}
+            }
+            state.set_status(COMMAND_COMPLETED, 0);
+        }
+        state.interrupt();
     }
 
     fn bars(&self) -> Vec<(usize, BarKind, u64)> {
@@ -146,27 +407,5 @@ impl PciFunction for RootPort {
 }
 
 #[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn windows_read_back_as_programmed() {
-        let port = RootPort::new(1);
-        port.set_windows(
-            Some((0xc010_0000, 0xc030_0000)),
-            Some((0x80_0000_0000, 0x81_0000_0000)),
-        );
-        let config = port.lock();
-        assert_eq!(config.u32(reg::MEMORY_BASE), 0xc020_c010);
-        assert_eq!(config.u32(reg::PREFETCHABLE_BASE), 0xfff1_0001);
-        assert_eq!(config.u32(reg::PREFETCHABLE_BASE_UPPER), 0x80);
-        assert_eq!(config.u32(reg::PREFETCHABLE_LIMIT_UPPER), 0x80);
-    }
-
-    #[test]
-    fn a_new_port_forwards_nothing() {
-        let config = RootPort::new(1).config.into_inner().unwrap();
-        assert!(config.u16(reg::MEMORY_BASE) > config.u16(reg::MEMORY_LIMIT));
-        assert!(config.u16(reg::PREFETCHABLE_BASE) > config.u16(reg::PREFETCHABLE_LIMIT));
-    }
-}
+#[path = "bridge_tests.rs"]
+mod tests;

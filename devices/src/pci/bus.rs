@@ -16,6 +16,10 @@ const DEVICES: u8 = 32;
 /// Granularity of bridge windows.
 const WINDOW_UNIT: u64 = 1 << 20;
 
+/// What the windows of an empty slot have room for: any virtio device.
+const SLOT_MEMORY32: u64 = 2 << 20;
+const SLOT_MEMORY64: u64 = 64 << 20;
+
 /// Why a bus cannot take a function, or a function has no addresses.
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum PciError {
@@ -84,6 +88,11 @@ impl PciBus {
         self.insert(Node::Endpoint(function))
     }
 
+    /// Takes every function off the bus.
+    pub fn clear(&self) {
+        self.lock().clear();
+    }
+
     /// Adds a root port.
     pub fn add_port(&self, port: Arc<RootPort>) -> Result<DevFn, PciError> {
         self.insert(Node::Port(port))
@@ -115,7 +124,7 @@ impl PciBus {
         // port, so this ends all the same.
         if let Some(port) = port {
             let secondary = *port.forwarded_buses().start();
-            port.bus.with_function(secondary, bus, place, access);
+            port.bus().with_function(secondary, bus, place, access);
         }
     }
 
@@ -145,7 +154,7 @@ impl PciBus {
                 Node::Endpoint(function) => free.place(std::slice::from_ref(function))?,
                 Node::Port(port) => {
                     let functions: Vec<_> = port
-                        .bus
+                        .bus()
                         .lock()
                         .values()
                         .filter_map(|node| match node {
@@ -156,6 +165,9 @@ impl PciBus {
                     free.align(WINDOW_UNIT);
                     let before = (free.memory32.start, free.memory64.start);
                     free.place(&functions)?;
+                    if functions.is_empty() {
+                        free.reserve(SLOT_MEMORY32, SLOT_MEMORY64);
+                    }
                     free.align(WINDOW_UNIT);
                     let window = |from, to| (from != to).then_some((from, to));
                     port.set_buses(0, next_bus, next_bus);
@@ -190,6 +202,15 @@ impl Free {
     fn align(&mut self, unit: u64) {
         self.memory32.start = self.memory32.start.next_multiple_of(unit);
         self.memory64.start = self.memory64.start.next_multiple_of(unit);
+    }
+
+    /// Leaves room for what may come, as far as there is any.
+    fn reserve(&mut self, memory32: u64, memory64: u64) {
+        let take = |window: &mut Range<u64>, size| {
+            window.start = window.start.saturating_add(size).min(window.end);
+        };
+        take(&mut self.memory32, memory32);
+        take(&mut self.memory64, memory64);
     }
 
     /// Places the BARs of `functions`, the largest first, so that alignment wastes nothing.
@@ -262,10 +283,10 @@ mod tests {
     #[test]
     fn accesses_follow_the_bus_numbers() {
         let bus = PciBus::default();
-        let port = Arc::new(RootPort::new(1));
+        let port = RootPort::for_tests(1);
         bus.add(function(0x11, &[])).unwrap();
         bus.add_port(port.clone()).unwrap();
-        port.bus.add(function(0x22, &[])).unwrap();
+        port.bus().add(function(0x22, &[])).unwrap();
         assert_eq!(bus.assign(&windows()), Ok(1));
         assert_eq!(read(&bus, 0, 0), 0x11);
         assert_eq!(read(&bus, 1, 0), 0x22);
@@ -280,11 +301,11 @@ mod tests {
     #[test]
     fn bars_are_aligned_and_behind_their_ports_window() {
         let bus = PciBus::default();
-        let port = Arc::new(RootPort::new(1));
+        let port = RootPort::for_tests(1);
         let (near, far) = (function(1, &[0x4000]), function(2, &[1 << 14, 1 << 34]));
         bus.add(near.clone()).unwrap();
         bus.add_port(port.clone()).unwrap();
-        port.bus.add(far.clone()).unwrap();
+        port.bus().add(far.clone()).unwrap();
         bus.assign(&windows()).unwrap();
         assert_eq!(*near.1.lock().unwrap(), [1 << 39]);
         let far = far.1.lock().unwrap().clone();

@@ -9,17 +9,19 @@ mod bridge;
 mod bus;
 mod config;
 mod host_bridge;
+mod msi;
 mod msix;
 
 pub use access::{ConfigMechanism1, Ecam, MECHANISM_1_PORTS};
-pub use bar::{BarContent, BarHandler, BarKind, Bars, Piece, ROM_INDEX};
-pub use bridge::RootPort;
+pub use bar::{BarContent, BarHandler, BarKind, BarReport, Bars, Piece, ROM_INDEX};
+pub use bridge::{EjectSink, RootPort, SlotError};
 pub use bus::{PciBus, PciError, Windows};
 pub use config::{
     COMMAND_BUS_MASTER, COMMAND_INTX_DISABLE, COMMAND_IO, COMMAND_MEMORY, CONFIG_SPACE_SIZE,
     Capability, ConfigSpace, Identity, reg,
 };
 pub use host_bridge::HostBridge;
+pub use msi::Msi;
 pub use msix::{Msix, MsixError, PBA_ENTRY, TABLE_ENTRY};
 
 use std::fmt;
@@ -60,4 +62,8 @@ pub trait PciFunction: Send + Sync {
 
     /// Puts a BAR at an address. For the machine, before the guest runs.
     fn place_bar(&self, index: usize, address: u64);
+
+    /// Back to how it was made (Conventional Reset, PCI Express 5.0, 6.6.1): nothing is decoded, no
+    /// interrupt is raised, no thread works for it. What cannot be put into a slot need not do anything.
+    fn reset(&self) {}
 }

@@ -126,6 +126,15 @@ impl Msix {
         }
     }
 
+    /// Back to how it was made: all vectors masked, no messages.
+    pub fn reset(&mut self) {
+        for entry in &mut self.entries {
+            entry.message = MsiMessage::default();
+            entry.control = VECTOR_MASKED;
+        }
+        self.set_control(0);
+    }
+
     /// The guest reads the table.
     pub fn read_table(&self, offset: u64, data: &mut [u8]) {
         let entry = usize::try_from(offset / TABLE_ENTRY)

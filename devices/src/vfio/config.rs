@@ -100,6 +100,8 @@ pub struct Consequences {
 pub struct VirtualConfig {
     /// Registers that are ours, and a copy of COMMAND, by which BARs are decoded.
     pub space: ConfigSpace,
+    /// How `space` was before the guest changed it.
+    kept: Option<ConfigSpace>,
     /// Which bytes the guest is answered from `space`.
     ours: Box<[bool; CONFIG_SPACE_SIZE]>,
     /// The state that the guest put the function into; D0 is 0.
@@ -127,6 +129,7 @@ impl VirtualConfig {
             msi: find(CAP_ID_MSI),
             msix: find(CAP_ID_MSIX).and_then(|at| msix_capability(&device[..], at)),
             space: ConfigSpace::from_bytes(device),
+            kept: None,
             ours: Box::new([false; CONFIG_SPACE_SIZE]),
             power_state: 0,
         };
@@ -141,6 +144,19 @@ impl VirtualConfig {
         }
         config.hide_extended();
         config
+    }
+
+    /// Remembers the registers as they are now, for [`VirtualConfig::reset`].
+    pub fn keep(&mut self) {
+        self.kept = Some(self.space.clone());
+    }
+
+    /// Sets the registers back to how they were kept.
+    pub fn reset(&mut self) {
+        if let Some(kept) = &self.kept {
+            self.space = kept.clone();
+        }
+        self.power_state = 0;
     }
 
     fn own(&mut self, offset: usize, len: usize) {
@@ -474,6 +490,19 @@ mod tests {
             data: 0x41,
         };
         assert_eq!(config.msi(), Some(setting));
+    }
+
+    #[test]
+    fn a_reset_brings_back_what_was_kept() {
+        let mut config = config();
+        config.keep();
+        config.write(reg::COMMAND, &[6, 0]);
+        config.write(0xb2, &[0, 0xc0]);
+        config.write(0x44, &[3]);
+        config.reset();
+        assert_eq!(config.space.command(), 0);
+        assert_eq!(config.space.u16(0xb2), 2);
+        assert!(!config.asleep());
     }
 
     proptest! {

@@ -22,8 +22,8 @@ use crate::{
     hypervisor::{AddedDevice, Hypervisor},
     memory::{Backing, BackingKind, IoHandler},
     pci::{
-        BarContent, BarHandler, BarKind, Bars, CONFIG_SPACE_SIZE, PBA_ENTRY, PciFunction, Piece,
-        ROM_INDEX, TABLE_ENTRY, reg,
+        BarContent, BarHandler, BarKind, BarReport, Bars, COMMAND_BUS_MASTER, CONFIG_SPACE_SIZE,
+        PBA_ENTRY, PciFunction, Piece, ROM_INDEX, TABLE_ENTRY, reg,
     },
     virtio::pci::Environment,
 };
@@ -130,10 +130,21 @@ impl VfioFunction {
                 _added: added,
             }
         });
-        match failed {
-            Some(error) => Err(error),
-            None => Ok(function),
+        if let Some(error) = failed {
+            return Err(error);
         }
+        function.lock().config.keep();
+        Ok(function)
+    }
+
+    /// Its BARs as they are now.
+    pub fn report(&self) -> Vec<BarReport> {
+        self.lock().bars.report()
+    }
+
+    /// Whether a driver lets the device do DMA.
+    pub fn is_enabled(&self) -> bool {
+        self.lock().config.space.command() & COMMAND_BUS_MASTER != 0
     }
 
     /// The pin that the function interrupts with, 0 for INTA; none if it has no use for one.
@@ -158,6 +169,17 @@ impl VfioFunction {
 
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the device answer nothing and reach nothing.
+    fn stop(&self) {
+        let command = reg::COMMAND as u64;
+        if let Err(error) = self
+            .device
+            .write(VFIO_PCI_CONFIG_REGION_INDEX, command, &[0; 2])
+        {
+            tracing::warn!(%error, device = %self.device.address, "cannot stop the device's DMA");
+        }
     }
 
     fn forward(&self, writes: &[(usize, Vec<u8>)]) {
@@ -322,6 +344,17 @@ impl PciFunction for VfioFunction {
         bars.place(&mut config.space, index, address);
         bars.update(&config.space);
     }
+
+    fn reset(&self) {
+        let state = &mut *self.lock();
+        state.config.reset();
+        state.bars.update(&state.config.space);
+        state.interrupts.reset();
+        self.stop();
+        if let Err(error) = self.device.reset() {
+            tracing::info!(%error, address = %self.device.address, "the device cannot be reset");
+        }
+    }
 }
 
 impl IoHandler for Registers {
@@ -374,16 +407,10 @@ impl BarHandler for Registers {
 impl Drop for VfioFunction {
     /// The device reaches no memory of this machine's after: the next one's may lie there.
     fn drop(&mut self) {
-        let command = reg::COMMAND as u64;
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
         state.bars.set_asleep(true);
         state.bars.withdraw(&state.config.space);
-        if let Err(error) = self
-            .device
-            .write(VFIO_PCI_CONFIG_REGION_INDEX, command, &[0; 2])
-        {
-            tracing::warn!(%error, device = %self.device.address, "cannot stop the device's DMA");
-        }
+        self.stop();
     }
 }
 

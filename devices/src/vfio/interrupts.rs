@@ -180,6 +180,19 @@ impl Interrupts {
         self.resume_intx();
     }
 
+    /// Everything off, as at first.
+    pub fn reset(&mut self) {
+        if let Some(msix) = &mut self.msix {
+            msix.reset();
+        }
+        self.update_msix();
+        self.update_msi(MsiSetting {
+            vectors: 0,
+            address: 0,
+            data: 0,
+        });
+    }
+
     fn disable(&self, index: u32) {
         if let Err(error) = ioctls::disable_irqs(&*self.device, index) {
             tracing::warn!(%error, index, device = %self.device.address, "cannot switch interrupts off");

@@ -6,6 +6,8 @@
 
 pub mod block;
 pub mod console;
+pub mod gpu;
+pub mod input;
 pub mod net;
 pub mod pci;
 pub mod queue;
@@ -16,8 +18,8 @@ pub mod vsock;
 use std::{
     fmt,
     sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
 };
 
@@ -114,6 +116,8 @@ pub struct ActiveQueue {
     pub kick: EventFd,
     /// The queue's MSI-X vector; `None` when the driver chose NO_VECTOR or MSI-X is off.
     pub vector: Option<Arc<dyn MsiVector>>,
+    /// Counts what passes.
+    pub counters: Arc<queue::QueueCounters>,
 }
 
 /// Reads `data.len()` bytes at `offset` of a device's configuration structure; what lies beyond it stays
@@ -142,6 +146,21 @@ struct SharedStatus {
     config_vector: std::sync::Mutex<Option<Arc<dyn MsiVector>>>,
     /// Bumped with each change of device configuration (Virtio 1.3, 4.1.4.3: config_generation).
     generation: std::sync::atomic::AtomicU8,
+    /// How often the device was broken.
+    errors: AtomicU64,
+    on_error: OnErrorSlot,
+}
+
+/// Told when a device breaks, on whatever thread; must not block.
+pub type OnError = Box<dyn Fn() + Send + Sync>;
+
+#[derive(Default)]
+struct OnErrorSlot(OnceLock<OnError>);
+
+impl fmt::Debug for OnErrorSlot {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("OnError")
+    }
 }
 
 impl Default for DeviceStatus {
@@ -160,8 +179,22 @@ impl DeviceStatus {
 
     /// Marks the device broken: the driver broke the rules. Sets DEVICE_NEEDS_RESET and tells the driver.
     pub fn set_needs_reset(&self) {
+        self.shared.errors.fetch_add(1, Ordering::Relaxed);
         self.shared.needs_reset.store(true, Ordering::Release);
         self.signal_config();
+        if let Some(on_error) = self.shared.on_error.0.get() {
+            on_error();
+        }
+    }
+
+    /// How often the device was broken since it was made.
+    pub fn errors(&self) -> u64 {
+        self.shared.errors.load(Ordering::Relaxed)
+    }
+
+    /// Has `on_error` called when the device breaks. The first one stays.
+    pub fn set_on_error(&self, on_error: OnError) {
+        let _ = self.shared.on_error.0.set(on_error);
     }
 
     /// Whether the device is broken since its last reset.
@@ -209,5 +242,5 @@ impl DeviceStatus {
     }
 }
 
-#[cfg(test)]
-pub(crate) mod test_util;
+#[cfg(any(test, feature = "test-util"))]
+pub mod test_util;

@@ -3,12 +3,16 @@
 //! One 64-bit BAR holds everything: common configuration, ISR status, device configuration, doorbells,
 //! MSI-X table and pending bits.
 
+mod report;
+
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{ActivateError, Activation, ActiveQueue, DeviceStatus, VirtioDevice};
+use super::{
+    ActivateError, Activation, ActiveQueue, DeviceStatus, VirtioDevice, queue::QueueCounters,
+};
 use crate::{
     GuestMemory,
     hypervisor::Hypervisor,
@@ -18,6 +22,8 @@ use crate::{
         PBA_ENTRY, PciFunction, TABLE_ENTRY,
     },
 };
+
+pub use report::FunctionReport;
 
 const VENDOR_ID: u16 = 0x1af4;
 /// Modern devices have their virtio device id on top of this.
@@ -109,6 +115,9 @@ pub struct VirtioPciFunction {
     state: Mutex<State>,
     /// One for each queue, for the life of the function.
     kicks: Vec<EventFd>,
+    counters: Vec<Arc<QueueCounters>>,
+    /// The configuration space of a function that nobody has touched.
+    initial_config: ConfigSpace,
     /// Address of the BAR for which doorbells are registered.
     doorbells: Mutex<Option<u64>>,
     device_status: DeviceStatus,
@@ -190,6 +199,7 @@ impl VirtioPciFunction {
             .map(|_| EventFd::new(EFD_NONBLOCK))
             .collect::<Result<_, _>>()
             .map_err(|source| MsixError::Vector { index: 0, source })?;
+        let counters = queues.iter().map(|_| Arc::default()).collect();
         Ok(Arc::new_cyclic(|this: &Weak<Self>| {
             let mut bars = Bars::new(environment.memory.clone(), environment.ports.clone());
             bars.add(
@@ -199,6 +209,7 @@ impl VirtioPciFunction {
                 BAR_SIZE,
                 BarContent::Registers(Arc::new(Registers(this.clone()))),
             );
+            let initial_config = config.clone();
             Self {
                 name: device.name(),
                 state: Mutex::new(State {
@@ -217,6 +228,8 @@ impl VirtioPciFunction {
                     queues,
                     active: false,
                 }),
+                counters,
+                initial_config,
                 kicks,
                 doorbells: Mutex::new(None),
                 device_status: DeviceStatus::new(),
@@ -402,6 +415,7 @@ impl VirtioPciFunction {
                 queue,
                 kick,
                 vector: state.msix.vector(registers.vector),
+                counters: self.counters[usize::from(index)].clone(),
             }));
         }
         state.device.activate(Activation {
@@ -590,6 +604,14 @@ impl PciFunction for VirtioPciFunction {
         let State { bars, config, .. } = &mut *self.lock();
         bars.place(config, index, address);
         bars.update(config);
+    }
+
+    fn reset(&self) {
+        let state = &mut *self.lock();
+        self.reset_device(state);
+        state.config = self.initial_config.clone();
+        state.msix.reset();
+        state.bars.update(&state.config);
     }
 }
 

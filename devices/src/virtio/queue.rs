@@ -9,7 +9,7 @@ use std::{
     os::fd::{AsRawFd, RawFd},
     sync::{
         Arc,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU64, Ordering},
     },
     thread::JoinHandle,
 };
@@ -52,6 +52,17 @@ pub enum QueueError {
         #[source]
         source: io::Error,
     },
+}
+
+/// What a queue has done since its function was made.
+#[derive(Debug, Default)]
+pub struct QueueCounters {
+    /// Requests given back.
+    pub requests: AtomicU64,
+    /// Bytes that the driver gave.
+    pub from_guest: AtomicU64,
+    /// Bytes that the driver got.
+    pub to_guest: AtomicU64,
 }
 
 /// A queue with the memory that its descriptors point to.
@@ -147,6 +158,9 @@ impl DeviceQueue {
         if !complete {
             return Err(self.broken("a chain does not end"));
         }
+        let given = request.readable.len();
+        let counters = &self.active.counters;
+        counters.from_guest.fetch_add(given, Ordering::Relaxed);
         Ok(Some(request))
     }
 
@@ -162,6 +176,11 @@ impl DeviceQueue {
             .queue
             .add_used(&self.mem, head, written)
             .map_err(ring)?;
+        let counters = &self.active.counters;
+        counters.requests.fetch_add(1, Ordering::Relaxed);
+        counters
+            .to_guest
+            .fetch_add(written.into(), Ordering::Relaxed);
         let ring = self.ring();
         if self
             .active
@@ -239,23 +258,23 @@ impl Buffers {
 
     /// Takes the first `count` bytes off, or as many as there are.
     pub fn take_front(&mut self, count: u64) -> Buffers {
-        let mut taken = Vec::new();
         let mut left = count;
-        while left > 0
+        let whole = self.0.iter().take_while(|span| {
+            let fits = u64::from(span.len) <= left;
+            left -= if fits { u64::from(span.len) } else { 0 };
+            fits
+        });
+        let whole = whole.count();
+        let mut taken: Vec<_> = self.0.drain(..whole).collect();
+        if left > 0
             && let Some(first) = self.0.first_mut()
         {
-            let part = u64::from(first.len).min(left) as u32;
             taken.push(Span {
                 address: first.address,
-                len: part,
+                len: left as u32,
             });
-            left -= u64::from(part);
-            if part == first.len {
-                self.0.remove(0);
-            } else {
-                first.address = GuestAddress(first.address.0 + u64::from(part));
-                first.len -= part;
-            }
+            first.address = GuestAddress(first.address.0 + left);
+            first.len -= left as u32;
         }
         Buffers(taken)
     }

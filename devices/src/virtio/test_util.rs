@@ -1,5 +1,7 @@
 //! A driver for unit tests: queues in memory, requests made of raw descriptors.
 
+#![allow(missing_docs)]
+
 use std::{
     sync::Arc,
     time::{Duration, Instant},
@@ -40,8 +42,14 @@ pub struct Driver {
 
 impl Driver {
     pub fn new(queues: usize) -> Self {
+        let mem = GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
+        Self::with_memory(queues, mem)
+    }
+
+    /// A driver in the memory of a machine, of which the first megabyte is the queues'.
+    pub fn with_memory(queues: usize, mem: GuestMemory) -> Self {
         Self {
-            mem: GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap(),
+            mem,
             status: DeviceStatus::new(),
             kicks: (0..queues)
                 .map(|_| EventFd::new(EFD_NONBLOCK).unwrap())
@@ -73,6 +81,7 @@ impl Driver {
                 queue,
                 kick: kick.try_clone().unwrap(),
                 vector: Some(self.hypervisor.msi_vector().unwrap()),
+                counters: Arc::default(),
             })
         });
         Activation {

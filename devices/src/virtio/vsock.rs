@@ -1,14 +1,17 @@
 //! Socket device (Virtio 1.3, 5.10): the host kernel's vhost-vsock moves the data.
 
-use std::{io, sync::Arc};
+use std::{
+    fs::File,
+    io,
+    os::fd::{AsRawFd, RawFd},
+    sync::Arc,
+};
 
 use thiserror::Error;
-use vhost::{VhostBackend, vhost_kern::vsock::Vsock as VhostVsock, vsock::VhostVsock as _};
+use vhost::{VhostBackend, vhost_kern::VhostKernBackend};
+use vmm_sys_util::ioctl::ioctl_with_ref;
 
-use super::{
-    ActivateError, Activation, ActiveQueue, VirtioDevice, read_bytes,
-    vhost::{host_error, set_up},
-};
+use super::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_bytes, vhost::set_up};
 use crate::GuestMemory;
 
 /// Context ids below are the hypervisor's, reserved, and the host's (`include/uapi/linux/vm_sockets.h`).
@@ -26,9 +29,16 @@ pub enum VsockError {
     Cid(u32),
     /// The host's device is missing or closed to us.
     #[error(
-        "--vsock: cannot open /dev/vhost-vsock; load it with `modprobe vhost_vsock`, and see that you may write it"
+        "--vsock: cannot open {}; load it with `modprobe vhost_vsock`, and see that you may write it",
+        path.display()
     )]
-    Open(#[source] io::Error),
+    Open {
+        /// The device.
+        path: std::path::PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
     /// Another guest has the id.
     #[error("--vsock cid={0}: another guest has this id; give another")]
     CidInUse(u32),
@@ -43,9 +53,57 @@ pub enum VsockError {
     },
 }
 
+mod ioctls {
+    vmm_sys_util::ioctl_iow_nr!(VHOST_VSOCK_SET_GUEST_CID, 0xaf, 0x60, u64);
+    vmm_sys_util::ioctl_iow_nr!(VHOST_VSOCK_SET_RUNNING, 0xaf, 0x61, libc::c_int);
+}
+use ioctls::{VHOST_VSOCK_SET_GUEST_CID, VHOST_VSOCK_SET_RUNNING};
+
+/// Path of the host's device.
+pub const HOST_DEVICE: &str = "/dev/vhost-vsock";
+
+/// The host's device (`include/uapi/linux/vhost.h`). The crate's own type opens a path, always.
+struct Backend {
+    file: File,
+    mem: Arc<GuestMemory>,
+}
+
+impl Backend {
+    fn set_guest_cid(&self, cid: u64) -> io::Result<()> {
+        // SAFETY: the ioctl reads one u64.
+        match unsafe { ioctl_with_ref(&self.file, VHOST_VSOCK_SET_GUEST_CID(), &cid) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+
+    fn set_running(&self, running: bool) -> io::Result<()> {
+        let running = libc::c_int::from(running);
+        // SAFETY: the ioctl reads one int.
+        match unsafe { ioctl_with_ref(&self.file, VHOST_VSOCK_SET_RUNNING(), &running) } {
+            0 => Ok(()),
+            _ => Err(io::Error::last_os_error()),
+        }
+    }
+}
+
+impl AsRawFd for Backend {
+    fn as_raw_fd(&self) -> RawFd {
+        self.file.as_raw_fd()
+    }
+}
+
+impl VhostKernBackend for Backend {
+    type AS = Arc<GuestMemory>;
+
+    fn mem(&self) -> &Arc<GuestMemory> {
+        &self.mem
+    }
+}
+
 /// The socket device.
 pub struct Vsock {
-    backend: VhostVsock<Arc<GuestMemory>>,
+    backend: Backend,
     cid: u64,
     backend_features: u64,
     running: bool,
@@ -58,28 +116,36 @@ impl std::fmt::Debug for Vsock {
 }
 
 impl Vsock {
-    /// A device with context id `cid`. The id is taken at once.
-    pub fn new(cid: u32, mem: &GuestMemory) -> Result<Self, VsockError> {
+    /// A device with context id `cid`, on the host's device `file`. The id is taken at once.
+    pub fn new(cid: u32, file: File, mem: &GuestMemory) -> Result<Self, VsockError> {
         if !(MIN_CID..u32::MAX).contains(&cid) {
             return Err(VsockError::Cid(cid));
         }
-        let backend = VhostVsock::new(Arc::new(mem.clone()))
-            .map_err(|e| VsockError::Open(io::Error::other(e)))?;
         let fail = |action| {
             move |error| VsockError::Host {
                 action,
                 source: io::Error::other(error),
             }
         };
-        backend.set_owner().map_err(fail("be owned"))?;
+        let backend = Backend {
+            file,
+            mem: Arc::new(mem.clone()),
+        };
+        match backend.set_owner() {
+            // It is ours from before the machine's last reset.
+            Err(vhost::Error::IoctlError(error)) if error.kind() == io::ErrorKind::ResourceBusy => {
+            }
+            result => result.map_err(fail("be owned"))?,
+        }
         let backend_features = backend.get_features().map_err(fail("tell its features"))?;
         backend
             .set_guest_cid(cid.into())
-            .map_err(|error| match error {
-                vhost::Error::IoctlError(e) if e.kind() == io::ErrorKind::AddrInUse => {
-                    VsockError::CidInUse(cid)
-                }
-                other => fail("take the context id")(other),
+            .map_err(|source| match source.kind() {
+                io::ErrorKind::AddrInUse => VsockError::CidInUse(cid),
+                _ => VsockError::Host {
+                    action: "take the context id",
+                    source,
+                },
             })?;
         Ok(Self {
             backend,
@@ -87,6 +153,20 @@ impl Vsock {
             backend_features,
             running: false,
         })
+    }
+
+    /// Opens the host's device at `path`.
+    pub fn open_host_device(path: &std::path::Path) -> Result<File, VsockError> {
+        use std::os::unix::fs::OpenOptionsExt;
+        std::fs::OpenOptions::new()
+            .read(true)
+            .write(true)
+            .custom_flags(libc::O_NONBLOCK)
+            .open(path)
+            .map_err(|source| VsockError::Open {
+                path: path.into(),
+                source,
+            })
     }
 }
 
@@ -130,15 +210,19 @@ impl VirtioDevice for Vsock {
             &queues,
         )?;
         self.backend
-            .start()
-            .map_err(|error| host_error("vsock", "start vhost", error))?;
+            .set_running(true)
+            .map_err(|source| ActivateError::Host {
+                device: "vsock",
+                action: "start vhost".into(),
+                source,
+            })?;
         self.running = true;
         Ok(())
     }
 
     fn reset(&mut self) {
         if std::mem::take(&mut self.running)
-            && let Err(error) = self.backend.stop()
+            && let Err(error) = self.backend.set_running(false)
         {
             tracing::error!(%error, "cannot stop vhost-vsock");
         }

@@ -39,6 +39,7 @@ pub struct Archive {
 
 const DIRECTORY: u32 = 0o040_755;
 const PROGRAM: u32 = 0o100_755;
+const LINK: u32 = 0o120_777;
 const CONSOLE: u32 = 0o020_600;
 
 impl Archive {
@@ -87,6 +88,26 @@ impl Archive {
     pub fn host_file(&mut self, path: &str, from: &Path) -> Result<()> {
         let content = fs::read(from).context(format!("cannot read {}", from.display()))?;
         self.file(path, &content);
+        Ok(())
+    }
+
+    /// Adds a directory of the host's with all that is in it.
+    pub fn tree(&mut self, path: &str, from: &Path) -> Result<()> {
+        self.entry(path, DIRECTORY, (0, 0), &[]);
+        for entry in fs::read_dir(from).context(format!("cannot list {}", from.display()))? {
+            let entry = entry.context("cannot list a directory")?;
+            let (from, kind) = (entry.path(), entry.file_type().context("cannot look")?);
+            let path = format!("{path}/{}", entry.file_name().display());
+            if kind.is_dir() {
+                self.tree(&path, &from)?;
+            } else if kind.is_symlink() {
+                let target = fs::read_link(&from).context("cannot read a link")?;
+                self.entry(&path, LINK, (0, 0), target.as_os_str().as_encoded_bytes());
+            } else {
+                let content = fs::read(&from).context(format!("cannot read {}", from.display()))?;
+                self.entry(&path, PROGRAM, (0, 0), &content);
+            }
+        }
         Ok(())
     }
 

@@ -2,12 +2,12 @@
 
 use std::{
     fs,
-    io::{BufRead, BufReader, Read, Write},
+    io::{self, BufRead, BufReader, Read, Write},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
-        Arc,
+        Arc, Mutex, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread,
@@ -24,8 +24,10 @@ const KVM_MODULES: &[&str] = &["kvm", "kvm_amd", "tun", "vhost_net", "vhost_vsoc
 /// L1's clock ticks: the emulator now and then loses a one-shot timer while a nested guest runs, after
 /// which a tickless L1, or a guest in it, sleeps until something else happens.
 const L1_CMDLINE: &str = "console=ttyS0 panic=-1 loglevel=1 intel_iommu=on nohz=off highres=off";
-/// No run takes this long: one that does hangs.
-const WATCHDOG: Duration = Duration::from_secs(45 * 60);
+/// L1 gives a sign of life every ten seconds (`resources/bed/init`), which is [`ALIVE`]: one that is silent
+/// for so long hangs.
+const SILENCE: Duration = Duration::from_secs(120);
+const ALIVE: u8 = 0;
 
 /// Which kernel L1 boots.
 #[derive(Debug)]
@@ -234,13 +236,18 @@ fn watch(mut child: Child, to: &mut dyn Write) -> Result<i32> {
     };
     let errors = thread::spawn(move || emulator_errors(errors));
     let ended = Arc::new(AtomicBool::new(false));
+    let heard = Arc::new(Mutex::new(Instant::now()));
+    let output = Listening {
+        output,
+        heard: heard.clone(),
+    };
     let watchdog = thread::spawn({
         let ended = ended.clone();
         let pid = rustix::process::Pid::from_child(&child);
         move || {
-            let start = Instant::now();
             while !ended.load(Ordering::Acquire) {
-                if start.elapsed() > WATCHDOG {
+                let heard = *heard.lock().unwrap_or_else(PoisonError::into_inner);
+                if heard.elapsed() > SILENCE {
                     let _ = rustix::process::kill_process(pid, rustix::process::Signal::KILL);
                     return true;
                 }
@@ -258,12 +265,38 @@ fn watch(mut child: Child, to: &mut dyn Write) -> Result<i32> {
     match status {
         Some(status) => Ok(status),
         None if killed => Err(Failure(format!(
-            "the bed was stopped after {WATCHDOG:?}: it hangs"
+            "the bed was stopped: it was silent for {SILENCE:?}"
         ))),
         None => Err(Failure::new(
             format!("the bed ended without a result (QEMU: {exit})"),
             errors.trim(),
         )),
+    }
+}
+
+/// L1's output without its signs of life, of which it takes note.
+struct Listening<R> {
+    output: R,
+    heard: Arc<Mutex<Instant>>,
+}
+
+impl<R: Read> Read for Listening<R> {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        loop {
+            let read = self.output.read(bytes)?;
+            *self.heard.lock().unwrap_or_else(PoisonError::into_inner) = Instant::now();
+            let mut kept = 0;
+            for at in 0..read {
+                if bytes[at] != ALIVE {
+                    bytes[kept] = bytes[at];
+                    kept += 1;
+                }
+            }
+            // Nothing would mean the end.
+            if kept > 0 || read == 0 {
+                return Ok(kept);
+            }
+        }
     }
 }
 

@@ -7,10 +7,11 @@ mod kernel;
 mod machine;
 mod modules;
 mod packages;
+pub mod pulse;
 
 pub use cache::Cache;
 pub use initramfs::{Archive, guest_archive};
 pub use kernel::{BedKernel, bed_kernel};
 pub use machine::{Bed, L1Device, L1Kernel, Share, build_program};
 pub use modules::Modules;
-pub use packages::{Busybox, Emulator, StockKernel};
+pub use packages::{ApiClients, Busybox, DebianPrograms, Emulator, StockKernel};

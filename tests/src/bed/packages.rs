@@ -284,6 +284,35 @@ pub fn kernel_source(cache: &Cache) -> Result<PathBuf> {
         .ok_or_else(|| Failure("the kernel's source has no archive".into()))
 }
 
+/// Unpacks packages with all that they need, as a system that programs can run in.
+fn unpack_system(packages: &[&str], at: &Path) -> Result<()> {
+    with_apt(at, |apt| apt.unpack_closure(packages, at))?;
+    // Programs look for themselves where base-files would have put links.
+    for (link, target) in [
+        ("lib64", "usr/lib64"),
+        ("lib", "usr/lib"),
+        ("bin", "usr/bin"),
+    ] {
+        if !at.join(link).exists() {
+            symlink(target, at.join(link)).context("cannot make a link")?;
+        }
+    }
+    Ok(())
+}
+
+/// Debian programs that guests run, in a root directory of their own.
+#[derive(Clone, Debug)]
+pub struct DebianPrograms(pub PathBuf);
+
+impl DebianPrograms {
+    /// The packages `packages`, from the cache under the name `key` or from the archive.
+    pub fn get(cache: &Cache, key: &str, packages: &[&str]) -> Result<Self> {
+        let what = format!("downloading {}", packages.join(", "));
+        let root = cache.entry(key, &what, |at| unpack_system(packages, at))?;
+        Ok(Self(root))
+    }
+}
+
 /// QEMU and its tools, run through their own libraries whatever the machine has.
 #[derive(Clone, Debug)]
 pub struct Emulator {
@@ -294,18 +323,7 @@ impl Emulator {
     /// From the cache or the archive.
     pub fn get(cache: &Cache) -> Result<Self> {
         let root = cache.entry("emulator-1", "downloading QEMU", |at| {
-            with_apt(at, |apt| apt.unpack_closure(EMULATOR, at))?;
-            // Programs look for themselves where base-files would have put links.
-            for (link, target) in [
-                ("lib64", "usr/lib64"),
-                ("lib", "usr/lib"),
-                ("bin", "usr/bin"),
-            ] {
-                if !at.join(link).exists() {
-                    symlink(target, at.join(link)).context("cannot make a link")?;
-                }
-            }
-            Ok(())
+            unpack_system(EMULATOR, at)
         })?;
         Ok(Self { root })
     }
@@ -348,6 +366,48 @@ impl Emulator {
             }
         }
         command
+    }
+}
+
+/// Programs that speak to the control API.
+const CLIENTS: &[&str] = &["socat", "python3"];
+
+/// socat and Python, run through their own libraries whatever the machine has.
+#[derive(Clone, Debug)]
+pub struct ApiClients {
+    root: PathBuf,
+}
+
+impl ApiClients {
+    /// From the cache or the archive.
+    pub fn get(cache: &Cache) -> Result<Self> {
+        let root = cache.entry("api-clients-1", "downloading socat and Python", |at| {
+            with_apt(at, |apt| apt.unpack_closure(CLIENTS, at))
+        })?;
+        Ok(Self { root })
+    }
+
+    /// Puts scripts named `socat` and `python3` that run the programs into `dir`.
+    pub fn scripts(&self, dir: &Path) -> Result<()> {
+        use std::os::unix::fs::PermissionsExt;
+        let libraries = self.root.join(LIBRARIES);
+        for name in ["socat", "python3"] {
+            // Names may be links of the archive's alternatives; these two are the programs themselves.
+            let program = fs::canonicalize(self.root.join("usr/bin").join(name))
+                .context(format!("no {name} in the archive's packages"))?;
+            let text = format!(
+                "#!/bin/sh\nPYTHONHOME={} exec {} --library-path {} {} \"$@\"\n",
+                self.root.join("usr").display(),
+                libraries.join("ld-linux-x86-64.so.2").display(),
+                libraries.display(),
+                program.display(),
+            );
+            let path = dir.join(name);
+            fs::write(&path, text).context("cannot write a script")?;
+            fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
+                .context("cannot make a script runnable")?;
+        }
+        Ok(())
     }
 }
 

@@ -8,7 +8,7 @@ mod vfio;
 
 use std::{
     io,
-    os::fd::BorrowedFd,
+    os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd},
     path::Path,
     sync::{Arc, Mutex},
 };
@@ -19,7 +19,8 @@ use fanlight_devices::{
     memory::SlotMapping,
 };
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_CAP_DISABLE_QUIRKS2, KVM_MAX_CPUID_ENTRIES, kvm_enable_cap,
+    CpuId, KVM_API_VERSION, KVM_CAP_DISABLE_QUIRKS2, KVM_MAX_CPUID_ENTRIES, kvm_clock_data,
+    kvm_enable_cap,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use thiserror::Error;
@@ -43,6 +44,9 @@ pub enum KvmError {
     /// The device node may not be opened.
     #[error("no permission on /dev/kvm: join its group, `usermod -aG kvm $USER`, and log in again")]
     Permission,
+    /// A descriptor of something else.
+    #[error("the descriptor given for /dev/kvm is of something else")]
+    NotKvm,
     /// KVM answers, but not the interface that Linux has had since 2.6.22.
     #[error(
         "/dev/kvm speaks version {0} of its interface, not {KVM_API_VERSION}: update the host's kernel"
@@ -105,9 +109,9 @@ pub struct KvmVm {
 }
 
 impl KvmVm {
-    /// Opens `/dev/kvm` and creates a machine for `cpus` vCPUs.
-    pub fn new(cpus: u32) -> Result<Self, KvmError> {
-        let kvm = open()?;
+    /// Creates a machine for `cpus` vCPUs, on `/dev/kvm` if it is not given open.
+    pub fn new(cpus: u32, device: Option<OwnedFd>) -> Result<Self, KvmError> {
+        let kvm = open(device)?;
         let max = u32::try_from(kvm.get_max_vcpus())
             .unwrap_or(u32::MAX)
             .min(layout::MAX_CPUS);
@@ -176,6 +180,29 @@ impl KvmVm {
             .map_err(ioctl("honour the guest's memory types"))
     }
 
+    /// What the guest's clocks show now. No vCPU may run.
+    pub fn clock(&self) -> Result<ClockState, KvmError> {
+        let clock = self
+            .vm
+            .get_clock()
+            .map_err(ioctl("tell the guest's clock"))?;
+        Ok(ClockState {
+            nanoseconds: clock.clock,
+            host_cycles: host_cycles(),
+        })
+    }
+
+    /// Sets the paravirtual clock to what it was. No vCPU may run.
+    pub fn set_clock(&self, state: &ClockState) -> Result<(), KvmError> {
+        let clock = kvm_clock_data {
+            clock: state.nanoseconds,
+            ..Default::default()
+        };
+        self.vm
+            .set_clock(&clock)
+            .map_err(ioctl("set the guest's clock"))
+    }
+
     /// Has KVM keep the guest's writes to the PCI address port to itself until the access to the data
     /// port that follows: one exit an access instead of two (`KVM_CAP_COALESCED_PIO`). Does nothing
     /// where the host cannot.
@@ -189,8 +216,34 @@ impl KvmVm {
     }
 }
 
-fn open() -> Result<Kvm, KvmError> {
-    let kvm = Kvm::new().map_err(|error| {
+/// Clocks of a machine that stands still.
+#[derive(Clone, Copy, Debug)]
+pub struct ClockState {
+    /// The paravirtual clock.
+    nanoseconds: u64,
+    /// The host's time stamp counter when the clock was read.
+    host_cycles: u64,
+}
+
+impl ClockState {
+    /// Cycles of the host since.
+    pub fn cycles_since(&self) -> u64 {
+        host_cycles().wrapping_sub(self.host_cycles)
+    }
+}
+
+fn host_cycles() -> u64 {
+    // SAFETY: every x86-64 processor has the instruction, and Linux lets user space use it.
+    unsafe { std::arch::x86_64::_rdtsc() }
+}
+
+fn open(device: Option<OwnedFd>) -> Result<Kvm, KvmError> {
+    let opened = match device {
+        // SAFETY: the descriptor is open and given away. One that is not of KVM fails its first ioctl.
+        Some(device) => Ok(unsafe { Kvm::from_raw_fd(device.into_raw_fd()) }),
+        None => Kvm::new(),
+    };
+    let kvm = opened.map_err(|error| {
         let source = io::Error::from_raw_os_error(error.errno());
         match source.kind() {
             io::ErrorKind::NotFound => KvmError::Missing,
@@ -202,6 +255,7 @@ fn open() -> Result<Kvm, KvmError> {
         }
     })?;
     match kvm.get_api_version() {
+        ..0 => Err(KvmError::NotKvm),
         version if version == KVM_API_VERSION as i32 => Ok(kvm),
         version => Err(KvmError::Version(version)),
     }

@@ -13,13 +13,41 @@ use fanlight_arch::regs::InitialState;
 use fanlight_devices::memory::AddressSpace;
 use kvm_bindings::{
     CpuId, KVM_EXIT_IO_OUT, KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_RESET,
-    KVM_SYSTEM_EVENT_SHUTDOWN, Msrs,
+    KVM_SYSTEM_EVENT_SHUTDOWN, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_device_attr,
 };
 use kvm_ioctls::{VcpuExit, VcpuFd};
 use thiserror::Error;
-use vmm_sys_util::signal::{SIGRTMIN, register_signal_handler};
+use vmm_sys_util::{
+    ioctl::ioctl_with_ref,
+    signal::{SIGRTMIN, register_signal_handler},
+};
 
 use super::{KvmError, ioctl};
+
+/// `KVM_SET_DEVICE_ATTR` and `KVM_GET_DEVICE_ATTR` of a vCPU, which kvm-ioctls has for other processors.
+mod ioctls {
+    use kvm_bindings::{KVMIO, kvm_device_attr};
+    vmm_sys_util::ioctl_iow_nr!(KVM_SET_DEVICE_ATTR, KVMIO, 0xe1, kvm_device_attr);
+    vmm_sys_util::ioctl_iow_nr!(KVM_GET_DEVICE_ATTR, KVMIO, 0xe2, kvm_device_attr);
+}
+use ioctls::{KVM_GET_DEVICE_ATTR, KVM_SET_DEVICE_ATTR};
+
+/// The attribute `KVM_VCPU_TSC_OFFSET` (`Documentation/virt/kvm/devices/vcpu.rst`, 4.1), at `value`.
+fn tsc_offset(value: &AtomicU64) -> kvm_device_attr {
+    kvm_device_attr {
+        group: KVM_VCPU_TSC_CTRL,
+        attr: KVM_VCPU_TSC_OFFSET.into(),
+        addr: value.as_ptr() as u64,
+        ..Default::default()
+    }
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    match result {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
 
 /// Why a vCPU cannot go on.
 #[derive(Debug, Error)]
@@ -66,10 +94,16 @@ pub enum Exit {
 /// Exits to user space, by reason.
 #[derive(Debug, Default)]
 pub struct ExitCounts {
-    /// Port input and output.
-    pub io: AtomicU64,
-    /// Memory-mapped input and output.
-    pub mmio: AtomicU64,
+    /// Reads of ports.
+    pub io_in: AtomicU64,
+    /// Writes to ports.
+    pub io_out: AtomicU64,
+    /// Reads of device memory.
+    pub mmio_read: AtomicU64,
+    /// Writes to device memory.
+    pub mmio_write: AtomicU64,
+    /// Somebody wanted the thread.
+    pub interrupted: AtomicU64,
     /// Everything else.
     pub other: AtomicU64,
 }
@@ -77,10 +111,17 @@ pub struct ExitCounts {
 impl ExitCounts {
     /// All exits.
     pub fn total(&self) -> u64 {
-        [&self.io, &self.mmio, &self.other]
-            .iter()
-            .map(|count| count.load(Ordering::Relaxed))
-            .sum()
+        [
+            &self.io_in,
+            &self.io_out,
+            &self.mmio_read,
+            &self.mmio_write,
+            &self.interrupted,
+            &self.other,
+        ]
+        .iter()
+        .map(|count| count.load(Ordering::Relaxed))
+        .sum()
     }
 }
 
@@ -169,12 +210,12 @@ impl KvmVcpu {
                 (None, Some((port, data.as_ptr().cast_mut(), data.len())))
             }
             Ok(VcpuExit::MmioRead(gpa, data)) => {
-                counts.mmio.fetch_add(1, Ordering::Relaxed);
+                counts.mmio_read.fetch_add(1, Ordering::Relaxed);
                 memory.read(gpa, data);
                 return Ok(Exit::Handled);
             }
             Ok(VcpuExit::MmioWrite(gpa, data)) => {
-                counts.mmio.fetch_add(1, Ordering::Relaxed);
+                counts.mmio_write.fetch_add(1, Ordering::Relaxed);
                 memory.write(gpa, data);
                 return Ok(Exit::Handled);
             }
@@ -201,7 +242,6 @@ impl KvmVcpu {
             },
         };
         if let Some((port, data, len)) = access {
-            counts.io.fetch_add(1, Ordering::Relaxed);
             self.replay_coalesced(ports);
             // SAFETY: KVM filled the `io` member for this exit, and `data` with `len` bytes lies in the
             // vCPU's kvm_run mapping, which lives as long as `self.fd`, apart from the fields read.
@@ -211,6 +251,12 @@ impl KvmVcpu {
                     std::slice::from_raw_parts_mut(data, len),
                 )
             };
+            let count = if u32::from(io.direction) == KVM_EXIT_IO_OUT {
+                &counts.io_out
+            } else {
+                &counts.io_in
+            };
+            count.fetch_add(1, Ordering::Relaxed);
             // A string instruction is one exit with many accesses to one port.
             for element in data.chunks_mut(usize::from(io.size).max(1)) {
                 if u32::from(io.direction) == KVM_EXIT_IO_OUT {
@@ -221,8 +267,31 @@ impl KvmVcpu {
             }
             return Ok(Exit::Handled);
         }
-        counts.other.fetch_add(1, Ordering::Relaxed);
+        let count = match exit {
+            Some(Ok(Exit::Interrupted)) => &counts.interrupted,
+            _ => &counts.other,
+        };
+        count.fetch_add(1, Ordering::Relaxed);
         exit.unwrap_or_else(|| Err(self.internal_error()))
+    }
+
+    /// What the guest's time stamp counter is ahead of the host's, in cycles.
+    pub fn tsc_offset(&self) -> io::Result<u64> {
+        let offset = AtomicU64::new(0);
+        // SAFETY: the ioctl writes the u64 that the attribute points to.
+        check(unsafe { ioctl_with_ref(&self.fd, KVM_GET_DEVICE_ATTR(), &tsc_offset(&offset)) })?;
+        Ok(offset.into_inner())
+    }
+
+    /// Sets what the guest's time stamp counter is ahead of the host's, and tells the guest that it was
+    /// stopped, so that its watchdogs take no notice.
+    pub fn resume_clock(&self, offset: u64) -> io::Result<()> {
+        let offset = AtomicU64::new(offset);
+        // SAFETY: the ioctl reads the u64 that the attribute points to.
+        check(unsafe { ioctl_with_ref(&self.fd, KVM_SET_DEVICE_ATTR(), &tsc_offset(&offset)) })?;
+        // A guest without a paravirtual clock has nothing to be told.
+        let _ = self.fd.kvmclock_ctrl();
+        Ok(())
     }
 
     /// Hands devices the writes that KVM kept to itself, in their order.

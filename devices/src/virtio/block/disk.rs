@@ -5,12 +5,16 @@ use std::{
     io::{self, ErrorKind},
     os::{fd::AsRawFd, unix::fs::FileExt},
     path::{Path, PathBuf},
-    sync::{PoisonError, RwLock, RwLockReadGuard},
+    sync::{
+        PoisonError, RwLock, RwLockReadGuard,
+        atomic::{AtomicU64, Ordering},
+    },
 };
 
 use imago::{
     DenyImplicitOpenGate, FormatAccess, FormatDriverBuilder,
     file::File as ImageFile,
+    format::PreallocateMode,
     io_buffers::{IoVector, IoVectorMut},
     qcow2::Qcow2,
     raw::Raw,
@@ -80,7 +84,7 @@ pub enum DiskError {
 pub struct DiskImage {
     /// Discarding needs it exclusively: it may give a cluster away that another request is about to use.
     access: RwLock<FormatAccess<ImageFile>>,
-    size: u64,
+    size: AtomicU64,
     readonly: bool,
 }
 
@@ -105,7 +109,8 @@ impl DiskImage {
         Self::from_file(file, path, readonly, format)
     }
 
-    fn from_file(
+    /// Takes over an open image and locks it; `path` is what messages call it.
+    pub fn from_file(
         file: File,
         path: &Path,
         readonly: bool,
@@ -153,14 +158,35 @@ impl DiskImage {
         }
         Ok(Self {
             access: RwLock::new(access),
-            size,
+            size: size.into(),
             readonly,
         })
     }
 
     /// Size of the disk in bytes.
     pub fn size(&self) -> u64 {
-        self.size
+        self.size.load(Ordering::Acquire)
+    }
+
+    /// Makes the disk `size` bytes large, which must be whole sectors and not less than it has. Of a block
+    /// device the new size must be there.
+    pub fn grow(&self, size: u64) -> io::Result<()> {
+        let invalid = |text| io::Error::new(ErrorKind::InvalidInput, text);
+        if self.readonly {
+            return Err(invalid("the disk may only be read"));
+        }
+        if !size.is_multiple_of(SECTOR_SIZE) {
+            return Err(invalid("its size must be a multiple of 512 bytes"));
+        }
+        let access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+        if size < access.size() {
+            return Err(invalid("it cannot be made smaller"));
+        }
+        access.resize_grow(size, PreallocateMode::None)?;
+        // The image's header is part of what was promised.
+        access.flush()?;
+        self.size.store(access.size(), Ordering::Release);
+        Ok(())
     }
 
     /// Whether the disk may only be read.
@@ -282,6 +308,22 @@ mod tests {
             DiskImage::open(raw.path(), false, Some(DiskFormat::Qcow2)),
             Err(DiskError::NotQcow2(_))
         ));
+    }
+
+    #[test]
+    fn a_disk_grows_by_whole_sectors_and_never_shrinks() {
+        let file = image(&[1; 1024]);
+        let disk = DiskImage::open(file.path(), false, None).unwrap();
+        disk.grow(4096).unwrap();
+        assert_eq!(disk.size(), 4096);
+        assert_eq!(file.as_file().metadata().unwrap().len(), 4096);
+        for bad in [512, 4097] {
+            assert!(disk.grow(bad).is_err());
+        }
+        assert_eq!(disk.size(), 4096);
+        drop(disk);
+        let disk = DiskImage::open(file.path(), true, None).unwrap();
+        assert!(disk.grow(8192).is_err());
     }
 
     #[test]

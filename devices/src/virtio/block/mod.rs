@@ -129,7 +129,12 @@ impl VirtioDevice for Block {
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
-        super::read_bytes(self.config.as_bytes(), offset, data);
+        // The disk may have grown.
+        let config = Config {
+            capacity: (self.image.size() / SECTOR_SIZE).into(),
+            ..self.config.clone()
+        };
+        super::read_bytes(config.as_bytes(), offset, data);
     }
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}

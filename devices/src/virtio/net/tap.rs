@@ -3,13 +3,16 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, ErrorKind},
-    os::{fd::AsRawFd, unix::fs::OpenOptionsExt},
+    os::{
+        fd::{AsRawFd, OwnedFd},
+        unix::fs::OpenOptionsExt,
+    },
 };
 
 use thiserror::Error;
 use vmm_sys_util::{
     ioctl::{ioctl_with_mut_ref, ioctl_with_ref, ioctl_with_val},
-    ioctl_iow_nr,
+    ioctl_ior_nr, ioctl_iow_nr,
 };
 
 /// `struct virtio_net_hdr_v1`, in front of every frame.
@@ -17,6 +20,7 @@ pub const HEADER_LEN: usize = 12;
 
 ioctl_iow_nr!(TUNSETIFF, b'T' as u32, 202, libc::c_int);
 ioctl_iow_nr!(TUNSETOFFLOAD, b'T' as u32, 208, libc::c_uint);
+ioctl_ior_nr!(TUNGETIFF, b'T' as u32, 210, libc::c_uint);
 ioctl_iow_nr!(TUNSETVNETHDRSZ, b'T' as u32, 216, libc::c_int);
 
 /// Why there is no tap interface.
@@ -46,6 +50,11 @@ pub enum TapError {
     /// An interface of another kind.
     #[error("--net tap={0}: that interface is not a tap; give the name of one")]
     NotATap(String),
+    /// A descriptor that is not an interface, or not set up as one that a guest can use.
+    #[error(
+        "--net tap={0}: not a tap with IFF_NO_PI and IFF_VNET_HDR; open /dev/net/tun and attach it so"
+    )]
+    NotATapDescriptor(String),
     /// The kernel refused something else.
     #[error("--net tap={name}: cannot {action}")]
     Host {
@@ -118,6 +127,33 @@ impl Tap {
                 },
             },
         )?;
+        Self::attached(file, name)
+    }
+
+    /// Takes over an interface that somebody has attached; `name` is what messages call it.
+    pub fn from_fd(fd: OwnedFd, name: &str) -> Result<Self, TapError> {
+        let file = File::from(fd);
+        // SAFETY: all-zero bytes are a valid `ifreq`: it holds integers and arrays of them.
+        let mut request: libc::ifreq = unsafe { std::mem::zeroed() };
+        let bad = || TapError::NotATapDescriptor(name.into());
+        // SAFETY: TUNGETIFF writes one `ifreq`.
+        check(unsafe { ioctl_with_mut_ref(&file, TUNGETIFF(), &mut request) })
+            .map_err(|_| bad())?;
+        let wanted = libc::IFF_TAP | libc::IFF_NO_PI | libc::IFF_VNET_HDR;
+        // SAFETY: TUNGETIFF filled this member.
+        let flags = libc::c_int::from(unsafe { request.ifr_ifru.ifru_flags });
+        if flags & (wanted | libc::IFF_TUN) != wanted {
+            return Err(bad());
+        }
+        rustix::io::ioctl_fionbio(&file, true).map_err(|source| TapError::Host {
+            name: name.into(),
+            action: "make it not block",
+            source: source.into(),
+        })?;
+        Self::attached(file, name)
+    }
+
+    fn attached(file: File, name: &str) -> Result<Self, TapError> {
         let length = HEADER_LEN as libc::c_int;
         // SAFETY: TUNSETVNETHDRSZ reads one int.
         check(unsafe { ioctl_with_ref(&file, TUNSETVNETHDRSZ(), &length) }).map_err(|source| {
@@ -169,6 +205,15 @@ fn check(result: libc::c_int) -> io::Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_descriptor_that_is_no_tap_is_refused() {
+        let file = tempfile::tempfile().unwrap();
+        assert!(matches!(
+            Tap::from_fd(file.into(), "fd:0"),
+            Err(TapError::NotATapDescriptor(_))
+        ));
+    }
 
     #[test]
     fn names_that_are_none_are_refused_before_the_kernel_sees_them() {

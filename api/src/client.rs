@@ -1,0 +1,176 @@
+//! A client: one connection, one request at a time; events wait until they are asked for.
+
+use std::{
+    collections::VecDeque,
+    io,
+    os::{
+        fd::{BorrowedFd, OwnedFd},
+        unix::net::UnixStream,
+    },
+    path::Path,
+};
+
+use serde::Deserialize;
+use serde_json::{Value, json, value::RawValue};
+use thiserror::Error;
+
+use crate::{
+    error::ApiError,
+    message::{Id, line},
+    methods::Method,
+    socket::{LineReader, Progress, send},
+    types::Event,
+};
+
+/// Why a call has no result.
+#[derive(Debug, Error)]
+pub enum ClientError {
+    /// The socket.
+    #[error("cannot {action}")]
+    Io {
+        /// What was tried.
+        action: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// The server closed the connection.
+    #[error("the server closed the connection")]
+    Closed,
+    /// The server said something that is no answer.
+    #[error("the server's answer cannot be read")]
+    Answer(#[from] serde_json::Error),
+    /// The server refused.
+    #[error(transparent)]
+    Refused(#[from] ApiError),
+}
+
+/// What a server sends: an answer or a notification.
+#[derive(Deserialize)]
+struct Message {
+    id: Option<Id>,
+    method: Option<String>,
+    params: Option<Event>,
+    result: Option<Box<RawValue>>,
+    error: Option<ApiError>,
+}
+
+/// A connection to a server.
+#[derive(Debug)]
+pub struct Client {
+    socket: UnixStream,
+    reader: LineReader,
+    events: VecDeque<Event>,
+    next_id: u64,
+}
+
+impl Client {
+    /// Connects to the socket at `path`.
+    pub fn connect(path: &Path) -> Result<Self, ClientError> {
+        let socket = UnixStream::connect(path).map_err(io_error("connect"))?;
+        Ok(Self {
+            socket,
+            reader: LineReader::default(),
+            events: VecDeque::new(),
+            next_id: 1,
+        })
+    }
+
+    /// Calls a method.
+    pub fn call<M: Method>(&mut self, params: &M::Params) -> Result<M::Result, ClientError> {
+        self.call_with::<M>(params, &[]).map(|(result, _)| result)
+    }
+
+    /// Calls a method with descriptors; the result, and the descriptors that came with it.
+    pub fn call_with<M: Method>(
+        &mut self,
+        params: &M::Params,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(M::Result, Vec<OwnedFd>), ClientError> {
+        let params = serde_json::to_value(params)?;
+        let (result, fds) = self.call_json(M::NAME, &params, fds)?;
+        Ok((serde_json::from_value(result)?, fds))
+    }
+
+    /// Calls a method by name.
+    pub fn call_json(
+        &mut self,
+        method: &str,
+        params: &Value,
+        fds: &[BorrowedFd<'_>],
+    ) -> Result<(Value, Vec<OwnedFd>), ClientError> {
+        let id = self.next_id;
+        self.next_id += 1;
+        let request = json!({"jsonrpc": "2.0", "id": id, "method": method, "params": params});
+        self.write(&line(&request), fds)?;
+        loop {
+            let (message, fds) = self.message()?;
+            match message.id {
+                // An error without an id is about a line that could not be read: ours.
+                Some(Id::Number(number)) if number.as_u64() == Some(id) => {}
+                Some(Id::Null) => {}
+                _ => continue,
+            }
+            if let Some(error) = message.error {
+                return Err(error.into());
+            }
+            let result = match message.result {
+                Some(result) => serde_json::from_str(result.get())?,
+                None => Value::Null,
+            };
+            return Ok((result, fds));
+        }
+    }
+
+    /// The next event of a subscription; waits for it.
+    pub fn next_event(&mut self) -> Result<Event, ClientError> {
+        loop {
+            if let Some(event) = self.events.pop_front() {
+                return Ok(event);
+            }
+            self.message()?;
+        }
+    }
+
+    /// The next answer; events before it are kept.
+    fn message(&mut self) -> Result<(Message, Vec<OwnedFd>), ClientError> {
+        let (line, fds) = self.read_line()?;
+        let mut message: Message = serde_json::from_slice(&line)?;
+        if message.method.as_deref() == Some("event") {
+            self.events.extend(message.params.take());
+        }
+        Ok((message, fds))
+    }
+
+    fn write(&mut self, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> Result<(), ClientError> {
+        let mut sent = send(&self.socket, bytes, fds).map_err(io_error("send"))?;
+        while sent < bytes.len() {
+            sent += send(&self.socket, &bytes[sent..], &[]).map_err(io_error("send"))?;
+        }
+        Ok(())
+    }
+
+    /// The next line with its descriptors.
+    pub fn read_line(&mut self) -> Result<(Vec<u8>, Vec<OwnedFd>), ClientError> {
+        loop {
+            if let Some((line, fds)) = self.reader.next_line() {
+                return Ok((line.to_vec(), fds));
+            }
+            match self.reader.receive(&self.socket) {
+                Ok(Progress::More) => {}
+                Ok(Progress::End | Progress::TooManyFds) => return Err(ClientError::Closed),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(io_error("receive")(error)),
+            }
+        }
+    }
+
+    /// The connection, for what this type does not do.
+    pub fn socket(&self) -> &UnixStream {
+        &self.socket
+    }
+}
+
+fn io_error(action: &'static str) -> impl FnOnce(io::Error) -> ClientError {
+    move |source| ClientError::Io { action, source }
+}

@@ -1,0 +1,78 @@
+//! Events, and who gets them.
+
+use std::sync::{Arc, Mutex, PoisonError, Weak};
+
+use rustix::time::{ClockId, clock_gettime};
+
+use super::connection::Connection;
+use crate::types::{Event, EventName, VmEnding};
+
+/// Publishes events. Clones share subscribers and numbers.
+#[derive(Clone, Debug, Default)]
+pub struct Events(Arc<Mutex<State>>);
+
+#[derive(Debug, Default)]
+struct State {
+    sequence: u64,
+    subscribers: Vec<Weak<Connection>>,
+}
+
+impl Events {
+    /// Something happened.
+    pub fn publish(&self, event: EventName) {
+        self.publish_with(event, None, None);
+    }
+
+    /// Something happened to a device.
+    pub fn publish_device(&self, event: EventName, device: &str) {
+        self.publish_with(event, Some(device.to_owned()), None);
+    }
+
+    /// The machine ended.
+    pub fn publish_ending(&self, ending: VmEnding) {
+        self.publish_with(EventName::Shutdown, None, Some(ending));
+    }
+
+    fn publish_with(&self, event: EventName, device: Option<String>, ending: Option<VmEnding>) {
+        // Numbers, times and the order on every connection agree: one lock for all.
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        state.sequence += 1;
+        let event = Event {
+            sequence: state.sequence,
+            monotonic_ns: monotonic_ns(),
+            lost: 0,
+            event,
+            device,
+            ending,
+        };
+        state.subscribers.retain(|subscriber| {
+            let subscriber = subscriber.upgrade();
+            if let Some(connection) = &subscriber {
+                connection.event(&event);
+            }
+            subscriber.is_some()
+        });
+    }
+
+    /// Sends `connection` what happens from now on; `answer` gets the number of the last event before, and
+    /// is called before the next.
+    pub(super) fn subscribe(
+        &self,
+        connection: &Arc<Connection>,
+        events: Option<Vec<EventName>>,
+        answer: impl FnOnce(u64),
+    ) {
+        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let known = Arc::downgrade(connection);
+        if !state.subscribers.iter().any(|other| other.ptr_eq(&known)) {
+            state.subscribers.push(known);
+        }
+        connection.subscribe(events);
+        answer(state.sequence);
+    }
+}
+
+fn monotonic_ns() -> u64 {
+    let now = clock_gettime(ClockId::Monotonic);
+    (now.tv_sec as u64) * 1_000_000_000 + now.tv_nsec as u64
+}

@@ -1,0 +1,133 @@
+//! The server: transport and policy. What methods do is its [`Handler`]'s.
+//!
+//! One thread serves all clients. A client that sends half a line, floods, stops reading or dies costs the
+//! others nothing: what it may make the server keep is bounded, and beyond that it is disconnected.
+
+mod clients;
+mod connection;
+mod events;
+mod listener;
+
+use std::{
+    io,
+    path::{Path, PathBuf},
+    sync::Arc,
+    thread::JoinHandle,
+};
+
+use thiserror::Error;
+
+use crate::{methods::Call, socket::Descriptors};
+
+pub use connection::Reply;
+pub use events::Events;
+
+use clients::Clients;
+use connection::Wake;
+use listener::Listener;
+
+/// The longest line that a client may send, its end included.
+pub const MAX_LINE: usize = 1 << 20;
+/// What the server keeps for a client that does not read its answers.
+pub const MAX_OUTPUT: usize = 4 << 20;
+/// Above so much unread output a subscriber's events are dropped, and counted.
+pub const MAX_EVENTS: usize = 256 << 10;
+/// Requests of one client that wait for their answers; more are not read before one has come.
+pub const MAX_PENDING: usize = 256;
+/// Connections at a time.
+pub const MAX_CLIENTS: usize = 256;
+
+/// Does what methods say. Called on the server's thread: what takes time is done elsewhere, and the reply
+/// is sent from there.
+pub trait Handler: Send + Sync + 'static {
+    /// Handles a call. Of the methods `api.version`, `api.schema` and `events.subscribe` are the server's
+    /// own.
+    fn call(&self, call: Call, descriptors: Descriptors, reply: Reply);
+}
+
+/// Where to listen, and for whom.
+#[derive(Clone, Debug)]
+pub struct Settings {
+    /// Path of the socket.
+    pub path: PathBuf,
+    /// Users that may connect besides the server's own and root. With any, the socket's mode is 0666, and
+    /// the peer's credentials alone decide.
+    pub allow_uids: Vec<u32>,
+}
+
+/// Why there is no server.
+#[derive(Debug, Error)]
+pub enum ServerError {
+    /// Somebody listens there.
+    #[error("--api-socket {}: another process serves it; give another path", .0.display())]
+    InUse(PathBuf),
+    /// Something that is no socket is there.
+    #[error("--api-socket {}: it exists and is not a socket; give another path", .0.display())]
+    NotASocket(PathBuf),
+    /// The host refused.
+    #[error("--api-socket {}: cannot {action}", path.display())]
+    Host {
+        /// The socket.
+        path: PathBuf,
+        /// What was tried.
+        action: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+}
+
+/// A running server. Dropping it sends what is answered, for a bounded time, and removes the socket.
+#[derive(Debug)]
+pub struct Server {
+    wake: Arc<Wake>,
+    thread: Option<JoinHandle<()>>,
+    path: PathBuf,
+}
+
+impl Server {
+    /// Listens, and serves on a thread of its own.
+    pub fn start(
+        settings: &Settings,
+        events: Events,
+        handler: Arc<dyn Handler>,
+    ) -> Result<Self, ServerError> {
+        let host = |action| {
+            move |source| ServerError::Host {
+                path: settings.path.clone(),
+                action,
+                source,
+            }
+        };
+        let listener = Listener::bind(settings)?;
+        let wake = Arc::new(Wake::new().map_err(host("make an event descriptor"))?);
+        let mut clients = Clients::new(listener, wake.clone(), events, handler)
+            .map_err(host("wait for events"))?;
+        let thread = std::thread::Builder::new()
+            .name("api".into())
+            .spawn(move || clients.run())
+            .map_err(host("start a thread"))?;
+        Ok(Self {
+            wake,
+            thread: Some(thread),
+            path: settings.path.clone(),
+        })
+    }
+
+    /// Path of the socket.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.wake.stop();
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests;

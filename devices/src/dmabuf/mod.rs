@@ -1,0 +1,131 @@
+//! Memory as dma-bufs: how a frame leaves without a copy.
+//!
+//! The road is one for every blob: a driver's entries → [`AddressSpace`](crate::memory::AddressSpace) →
+//! [`ScatterList`], the files and offsets behind them → [`Exporter`] → [`Dmabuf`]. What kind of memory a piece
+//! is says which exporter takes it; nothing is found out by trying. Pages of a memfd go through
+//! [`Udmabuf`]; a device's BAR is refused, by name, until there is an exporter for it.
+
+mod buffer;
+mod scatter;
+mod udmabuf;
+
+use std::{
+    fs::File,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+    sync::Arc,
+};
+
+use thiserror::Error;
+
+pub use buffer::{Buffer, BufferError};
+pub use scatter::{MemoryEntry, ScatterError, ScatterList};
+pub use udmabuf::{Limits, Udmabuf, UdmabufError, UdmabufItem};
+
+use crate::memory::BackingKind;
+
+/// A dma-buf of this process's.
+#[derive(Debug)]
+pub struct Dmabuf(OwnedFd);
+
+impl Dmabuf {
+    /// A descriptor of one's own, to be passed on.
+    pub fn try_clone(&self) -> std::io::Result<OwnedFd> {
+        self.0.try_clone()
+    }
+}
+
+impl AsFd for Dmabuf {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.0.as_fd()
+    }
+}
+
+/// A piece of a file: what is exported is made of these, in order.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    /// What kind of memory it is.
+    pub kind: BackingKind,
+    /// The file.
+    pub file: Arc<File>,
+    /// Where in the file it starts, in bytes.
+    pub offset: u64,
+    /// Its length in bytes, never zero.
+    pub len: u64,
+}
+
+/// Why memory does not become a dma-buf.
+#[derive(Clone, Debug, Error)]
+pub enum ExportError {
+    /// No exporter takes this kind of memory.
+    #[error("piece {index} is {kind:?}, of which no dma-buf can be made")]
+    Kind {
+        /// Which piece.
+        index: usize,
+        /// What it is.
+        kind: BackingKind,
+    },
+    /// Pieces start and end where pages do not.
+    #[error(
+        "piece {index}, {len:#x} bytes at {offset:#x}, does not start and end at pages: dma-bufs are made of whole pages"
+    )]
+    Unaligned {
+        /// Which piece.
+        index: usize,
+        /// Where it starts in its file.
+        offset: u64,
+        /// Its length.
+        len: u64,
+    },
+    /// udmabuf.
+    #[error(transparent)]
+    Udmabuf(#[from] UdmabufError),
+}
+
+/// What makes dma-bufs on this host. Opened once.
+#[derive(Debug)]
+pub struct Exporter {
+    udmabuf: Result<Udmabuf, UdmabufError>,
+}
+
+impl Exporter {
+    /// Opens what the host has. A host without udmabuf is no error before something is exported.
+    pub fn open() -> Self {
+        Self {
+            udmabuf: Udmabuf::open(),
+        }
+    }
+
+    /// An exporter of a host without udmabuf: every export fails.
+    pub fn none() -> Self {
+        Self {
+            udmabuf: Err(UdmabufError::Open(rustix::io::Errno::NOENT)),
+        }
+    }
+
+    /// Why nothing can be exported, if nothing can.
+    pub fn problem(&self) -> Option<&UdmabufError> {
+        self.udmabuf.as_ref().err()
+    }
+
+    /// Makes one dma-buf of `pieces`, in their order.
+    pub fn export(&self, pieces: &[Piece]) -> Result<Dmabuf, ExportError> {
+        let mut items = Vec::with_capacity(pieces.len());
+        for (index, piece) in pieces.iter().enumerate() {
+            if piece.kind != BackingKind::Ram {
+                let kind = piece.kind;
+                return Err(ExportError::Kind { index, kind });
+            }
+            let page = fanlight_arch::layout::PAGE_SIZE;
+            if !(piece.offset | piece.len).is_multiple_of(page) {
+                return Err(ExportError::Unaligned {
+                    index,
+                    offset: piece.offset,
+                    len: piece.len,
+                });
+            }
+            items.push(UdmabufItem::new(&piece.file, piece.offset, piece.len));
+        }
+        let udmabuf = self.udmabuf.as_ref().map_err(|&error| error)?;
+        Ok(Dmabuf(udmabuf.create_list(&items)?))
+    }
+}

@@ -1,0 +1,228 @@
+//! The first half of the road: a driver's entries, looked up in the map of memory.
+
+use thiserror::Error;
+
+use super::Piece;
+use crate::memory::{AddressSpace, AddressSpaceError, BackingKind, Segment};
+
+/// A range of guest-physical memory as a driver names it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct MemoryEntry {
+    /// Guest-physical address of the first byte.
+    pub address: u64,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// Why entries are not memory.
+#[derive(Clone, Debug, Error, PartialEq, Eq)]
+pub enum ScatterError {
+    /// An entry lies where no memory is.
+    #[error("entry {index}, {len:#x} bytes at {address:#x}", len = entry.len, address = entry.address)]
+    NotMemory {
+        /// Which entry.
+        index: usize,
+        /// What it says.
+        entry: MemoryEntry,
+        /// What the map says.
+        #[source]
+        source: AddressSpaceError,
+    },
+    /// An entry is memory, but none that can be used here.
+    #[error(
+        "entry {index}, {len:#x} bytes at {address:#x}, lies in {kind:?}, not in the guest's RAM",
+        len = entry.len,
+        address = entry.address
+    )]
+    NotRam {
+        /// Which entry.
+        index: usize,
+        /// What it says.
+        entry: MemoryEntry,
+        /// What lies there.
+        kind: BackingKind,
+    },
+    /// The entries hold less than what is to lie in them.
+    #[error("{have:#x} bytes of memory for {need:#x}")]
+    TooShort {
+        /// Bytes in all entries.
+        have: u64,
+        /// Bytes needed.
+        need: u64,
+    },
+}
+
+/// What lies behind a list of entries: ranges of files, in order; entries that continue each other are one.
+#[derive(Clone, Debug, Default)]
+pub struct ScatterList {
+    segments: Vec<Segment>,
+    len: u64,
+}
+
+impl ScatterList {
+    /// Looks up `entries` until `size` bytes are found; what they hold beyond is left out. Empty entries
+    /// are skipped.
+    pub fn resolve(
+        map: &AddressSpace,
+        entries: impl IntoIterator<Item = MemoryEntry>,
+        size: u64,
+    ) -> Result<Self, ScatterError> {
+        let mut list = Self::default();
+        for (index, entry) in entries.into_iter().enumerate() {
+            let len = entry.len.min(size - list.len);
+            if len == 0 {
+                continue;
+            }
+            let segments =
+                map.resolve(entry.address, len)
+                    .map_err(|source| ScatterError::NotMemory {
+                        index,
+                        entry,
+                        source,
+                    })?;
+            for segment in segments {
+                if segment.backing.kind != BackingKind::Ram {
+                    let kind = segment.backing.kind;
+                    return Err(ScatterError::NotRam { index, entry, kind });
+                }
+                list.push(segment);
+            }
+        }
+        if list.len < size {
+            return Err(ScatterError::TooShort {
+                have: list.len,
+                need: size,
+            });
+        }
+        list.segments.shrink_to_fit();
+        Ok(list)
+    }
+
+    fn push(&mut self, segment: Segment) {
+        self.len += segment.len;
+        if let Some(last) = self.segments.last_mut()
+            && last.backing.kind == segment.backing.kind
+            && std::sync::Arc::ptr_eq(&last.backing.file, &segment.backing.file)
+            && last.backing.offset + last.len == segment.backing.offset
+            && last.gpa + last.len == segment.gpa
+        {
+            last.len += segment.len;
+        } else {
+            self.segments.push(segment);
+        }
+    }
+
+    /// Bytes in all.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether there is not a single byte.
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// The ranges, in order.
+    pub fn segments(&self) -> &[Segment] {
+        &self.segments
+    }
+
+    /// The ranges as pieces of files.
+    pub fn pieces(&self) -> Vec<Piece> {
+        let segments = self.segments.iter();
+        segments
+            .map(|segment| Piece {
+                kind: segment.backing.kind,
+                file: segment.backing.file.clone(),
+                offset: segment.backing.offset,
+                len: segment.len,
+            })
+            .collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::Arc;
+
+    use super::*;
+    use crate::memory::Backing;
+
+    fn map() -> AddressSpace {
+        let map = AddressSpace::new();
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        let backing = |kind, offset| Backing {
+            kind,
+            file: file.clone(),
+            offset,
+        };
+        let bar = BackingKind::Bar {
+            device: 3,
+            region: 2,
+        };
+        for (gpa, kind, offset) in [
+            (0, BackingKind::Ram, 0),
+            (0x2_0000, BackingKind::Ram, 0x1_0000),
+            (0x8_0000, bar, 0),
+        ] {
+            map.insert_backed(gpa, 0x1_0000, backing(kind, offset))
+                .unwrap();
+        }
+        map
+    }
+
+    fn entries(list: &[(u64, u64)]) -> Vec<MemoryEntry> {
+        let list = list.iter();
+        list.map(|&(address, len)| MemoryEntry { address, len })
+            .collect()
+    }
+
+    fn resolve(list: &[(u64, u64)], size: u64) -> Result<Vec<(u64, u64)>, ScatterError> {
+        let list = ScatterList::resolve(&map(), entries(list), size)?;
+        assert_eq!(list.len(), size);
+        let pieces = list.pieces();
+        Ok(pieces.iter().map(|p| (p.offset, p.len)).collect())
+    }
+
+    #[test]
+    fn adjacent_entries_are_one_piece() {
+        let got = resolve(
+            &[(0x1000, 0x1000), (0x2000, 0x3000), (0x9000, 0x1000)],
+            0x5000,
+        );
+        assert_eq!(got.unwrap(), [(0x1000, 0x4000), (0x9000, 0x1000)]);
+    }
+
+    #[test]
+    fn order_is_kept_and_what_is_not_needed_is_left_out() {
+        let got = resolve(
+            &[(0x2000, 0x1000), (0, 0), (0x1000, 0x1000), (0x7000, 1)],
+            0x1800,
+        );
+        assert_eq!(got.unwrap(), [(0x2000, 0x1000), (0x1000, 0x800)]);
+    }
+
+    #[test]
+    fn the_entry_at_fault_is_named() {
+        let error = resolve(&[(0, 0x1000), (0xf000, 0x2000)], 0x3000).unwrap_err();
+        assert!(
+            error
+                .to_string()
+                .starts_with("entry 1, 0x2000 bytes at 0xf000")
+        );
+        let error = resolve(&[(0x8_0000, 0x1000)], 0x1000).unwrap_err();
+        assert!(
+            error.to_string().contains("Bar { device: 3, region: 2 }"),
+            "{error}"
+        );
+        let error = resolve(&[(0, 0x1000)], 0x1001).unwrap_err();
+        assert_eq!(
+            error,
+            ScatterError::TooShort {
+                have: 0x1000,
+                need: 0x1001
+            }
+        );
+        assert!(resolve(&[(u64::MAX, u64::MAX)], 8).is_err());
+    }
+}

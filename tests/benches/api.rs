@@ -1,0 +1,260 @@
+//! Round trips a second and their 99th percentile on one connection to a machine whose guest is busy:
+//! Fanlight's `vm.info` beside QEMU's QMP `query-status`, in one run, in turn. Prints the README's table.
+
+use std::{
+    fs,
+    io::{BufRead, BufReader, Write},
+    os::unix::{net::UnixStream, process::CommandExt},
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+use fanlight_tests::{
+    Context, Failure, Result,
+    bed::{
+        Archive, Bed, Busybox, Cache, Emulator, L1Kernel, Share, StockKernel, bed_kernel,
+        build_program, guest_archive,
+    },
+    guest::Guest,
+    host::{self, Kvm},
+};
+use rustix::process::Signal;
+
+/// Rounds; medians are of so many.
+const ROUNDS: usize = 5;
+/// Round trips in a round, after as many to warm up as a tenth of them.
+const CALLS: usize = 3000;
+const CMDLINE: &str = "console=ttyS0 panic=-1 quiet";
+/// What the guest says before it is busy for good.
+const MARK: &str = "measure: busy";
+
+fn main() -> ExitCode {
+    match run() {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("fanlight: the benchmark cannot run: {error}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run() -> Result<ExitCode> {
+    if std::env::var_os(host::IN_BED).is_some() {
+        return measure(&Cache::at("/cache"), Path::new("/share")).map(|()| ExitCode::SUCCESS);
+    }
+    let cache = Cache::open()?;
+    let dir = tempfile::tempdir().context("cannot make a directory")?;
+    let fanlight = build_program("fanlight", "fanlight")?;
+    fs::copy(&fanlight, dir.path().join("fanlight")).context("cannot share a program")?;
+    let mut initrd = guest_archive(&Busybox::get(&cache)?, None, None)?;
+    let mut more = Archive::default();
+    let script = format!("#!/bin/sh\necho '{MARK}'\nwhile :; do :; done\n");
+    more.file("measure", script.as_bytes());
+    initrd.extend(more.finish());
+    fs::write(dir.path().join("guest.cpio"), initrd).context("cannot write the guest's root")?;
+    StockKernel::get(&cache)?;
+    let emulator = Emulator::get(&cache)?;
+    if host::kvm() == Kvm::Host {
+        return measure(&cache, dir.path()).map(|()| ExitCode::SUCCESS);
+    }
+    let kernel = bed_kernel(&cache)?;
+    let this = std::env::current_exe().context("cannot find this program")?;
+    fs::copy(&this, dir.path().join("bench")).context("cannot share a program")?;
+    let bed = Bed::new(
+        emulator,
+        Busybox::get(&cache)?,
+        L1Kernel::Bed(kernel.bzimage),
+    );
+    let share = |tag, path: &Path| Share {
+        tag,
+        path: path.into(),
+        readonly: true,
+    };
+    let shares = [share("share", dir.path()), share("cache", cache.root())];
+    let code = bed.run(
+        "exec /share/bench",
+        &[&this, &fanlight],
+        &shares,
+        &mut std::io::stdout(),
+        |_| Ok(()),
+    )?;
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Vmm {
+    Fanlight,
+    Qemu,
+}
+
+const VMMS: [(Vmm, &str); 2] = [
+    (Vmm::Fanlight, "Fanlight, `vm.info`"),
+    (Vmm::Qemu, "QEMU, QMP `query-status`"),
+];
+
+/// What one round showed.
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    /// Round trips a second.
+    rate: f64,
+    /// 99th percentile, in microseconds.
+    p99: f64,
+}
+
+fn measure(cache: &Cache, share: &Path) -> Result<()> {
+    let kernel = StockKernel::get(cache)?.image;
+    let emulator = Emulator::get(cache)?;
+    let mut samples = vec![Vec::new(); VMMS.len()];
+    for round in 0..ROUNDS {
+        for (index, (vmm, name)) in VMMS.iter().enumerate() {
+            let sample = measure_one(*vmm, share, &kernel, &emulator)
+                .map_err(|error| Failure::new(format!("{name}, round {round}"), error))?;
+            eprintln!("{name}: {sample:?}");
+            samples[index].push(sample);
+        }
+    }
+    let base = median(&samples[1], |sample| sample.rate);
+    println!("| API | round trips a second | of QMP's | 99th percentile |");
+    println!("|---|---|---|---|");
+    for ((_, name), samples) in VMMS.iter().zip(&samples) {
+        let rate = median(samples, |sample| sample.rate);
+        let p99 = median(samples, |sample| sample.p99);
+        println!("| {name} | {rate:.0} | {:.2} | {p99:.0} µs |", rate / base);
+    }
+    Ok(())
+}
+
+fn median(samples: &[Sample], of: impl Fn(&Sample) -> f64) -> f64 {
+    let mut values: Vec<f64> = samples.iter().map(of).collect();
+    values.sort_by(f64::total_cmp);
+    values[values.len() / 2]
+}
+
+fn measure_one(vmm: Vmm, share: &Path, kernel: &Path, emulator: &Emulator) -> Result<Sample> {
+    let dir = tempfile::tempdir().context("cannot make a directory")?;
+    let socket = dir.path().join("socket");
+    let mut command = command(vmm, share, kernel, emulator, &socket);
+    command.stderr(Stdio::piped()).process_group(0);
+    let mut guest = Guest::spawn(command, dir)?;
+    guest.wait_for(MARK)?;
+    let mut connection = Connection::open(vmm, &socket)?;
+    for _ in 0..CALLS / 10 {
+        connection.round_trip()?;
+    }
+    let mut times = Vec::with_capacity(CALLS);
+    let begun = Instant::now();
+    for _ in 0..CALLS {
+        let begun = Instant::now();
+        connection.round_trip()?;
+        times.push(begun.elapsed());
+    }
+    let rate = CALLS as f64 / begun.elapsed().as_secs_f64();
+    times.sort_unstable();
+    let p99 = times
+        .get(CALLS * 99 / 100)
+        .copied()
+        .unwrap_or(Duration::MAX);
+    guest.signal(Signal::KILL)?;
+    Ok(Sample {
+        rate,
+        p99: p99.as_secs_f64() * 1e6,
+    })
+}
+
+fn command(
+    vmm: Vmm,
+    share: &Path,
+    kernel: &Path,
+    emulator: &Emulator,
+    socket: &PathBuf,
+) -> Command {
+    let initrd = share.join("guest.cpio");
+    match vmm {
+        Vmm::Fanlight => {
+            let mut command = Command::new(share.join("fanlight"));
+            command
+                .args(["run", "--cpus", "1", "--memory", "256M", "--kernel"])
+                .arg(kernel)
+                .arg("--initrd")
+                .arg(initrd)
+                .args(["--cmdline", CMDLINE, "--api-socket"])
+                .arg(socket);
+            command
+        }
+        Vmm::Qemu => {
+            let mut command = emulator.command("qemu-system-x86_64");
+            command
+                .args(["-M", "q35", "-accel", "kvm", "-cpu", "host", "-m", "256M"])
+                .args(["-nodefaults", "-no-user-config", "-display", "none"])
+                .args(["-serial", "stdio", "-no-reboot", "-kernel"])
+                .arg(kernel)
+                .arg("-initrd")
+                .arg(initrd)
+                .args(["-append", CMDLINE, "-qmp"])
+                .arg(format!("unix:{},server=on,wait=off", socket.display()));
+            command
+        }
+    }
+}
+
+/// A connection that asks the same over and over. Both protocols are lines of JSON; neither answer is
+/// looked into further than that it is one.
+struct Connection {
+    writer: UnixStream,
+    reader: BufReader<UnixStream>,
+    request: &'static [u8],
+    line: Vec<u8>,
+}
+
+impl Connection {
+    fn open(vmm: Vmm, socket: &Path) -> Result<Self> {
+        let writer = UnixStream::connect(socket).context("cannot connect")?;
+        let reader = BufReader::new(writer.try_clone().context("cannot duplicate a socket")?);
+        let mut connection = Self {
+            writer,
+            reader,
+            request: b"",
+            line: Vec::new(),
+        };
+        match vmm {
+            Vmm::Fanlight => {
+                connection.request = b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"vm.info\"}\n";
+            }
+            Vmm::Qemu => {
+                // The greeting, then the end of negotiation.
+                connection.read()?;
+                connection.request = b"{\"execute\":\"qmp_capabilities\"}\n";
+                connection.round_trip()?;
+                connection.request = b"{\"execute\":\"query-status\"}\n";
+            }
+        }
+        Ok(connection)
+    }
+
+    fn read(&mut self) -> Result<()> {
+        self.line.clear();
+        let read = self.reader.read_until(b'\n', &mut self.line);
+        match read.context("cannot read")? {
+            0 => Err(Failure("the connection ended".into())),
+            _ => Ok(()),
+        }
+    }
+
+    fn round_trip(&mut self) -> Result<()> {
+        self.writer
+            .write_all(self.request)
+            .context("cannot write")?;
+        loop {
+            self.read()?;
+            // QMP's events come in between.
+            let text = String::from_utf8_lossy(&self.line);
+            if text.contains("\"error\"") {
+                return Err(Failure(text.into_owned()));
+            }
+            if text.contains("\"return\"") || text.contains("\"result\"") {
+                return Ok(());
+            }
+        }
+    }
+}

@@ -1,0 +1,57 @@
+//! L1's processors, felt: the emulator now and then stops one of them for good while the others go on. A
+//! guest on it hangs, and that says nothing of the program under test.
+
+use std::{
+    process, thread,
+    time::{Duration, Instant},
+};
+
+use std::sync::{
+    Arc,
+    atomic::{AtomicU64, Ordering},
+};
+
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+
+/// What is said when a processor stands still; the run is void.
+pub const STANDSTILL: &str = "a processor of L1 stands still";
+/// A processor that runs takes a waiting thread within milliseconds.
+const PATIENCE: Duration = Duration::from_secs(20);
+const BEAT: Duration = Duration::from_millis(500);
+/// What the process ends with when its run is void.
+const VOID: i32 = 3;
+
+/// Watches every processor from a thread on each, and ends the process when one stands still.
+pub fn watch() {
+    let start = Instant::now();
+    let Ok(all) = sched_getaffinity(None) else {
+        return;
+    };
+    let cpus: Vec<usize> = (0..CpuSet::MAX_CPU)
+        .filter(|&cpu| all.is_set(cpu))
+        .collect();
+    let beats: Arc<Vec<_>> = Arc::new(cpus.iter().map(|_| AtomicU64::new(0)).collect());
+    for (index, cpu) in cpus.into_iter().enumerate() {
+        let beats = beats.clone();
+        thread::spawn(move || {
+            let mut only = CpuSet::new();
+            only.set(cpu);
+            if sched_setaffinity(None, &only).is_err() {
+                return;
+            }
+            loop {
+                let now = start.elapsed();
+                beats[index].store(now.as_millis() as u64, Ordering::Relaxed);
+                let oldest = beats
+                    .iter()
+                    .map(|beat| Duration::from_millis(beat.load(Ordering::Relaxed)))
+                    .min();
+                if oldest.is_some_and(|oldest| now.saturating_sub(oldest) > PATIENCE) {
+                    println!("fanlight: {STANDSTILL}");
+                    process::exit(VOID);
+                }
+                thread::sleep(BEAT);
+            }
+        });
+    }
+}

@@ -1,0 +1,335 @@
+//! `fanlight ctl`: calls one method and prints what it gives.
+
+use std::{
+    io::{self, IsTerminal, Read, Write},
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    path::Path,
+    process::ExitCode,
+};
+
+use clap::CommandFactory;
+use fanlight_api::client::{Client, ClientError};
+use fanlight_devices::error_line;
+use serde_json::{Map, Value};
+
+use crate::options::{CtlOptions, Options};
+
+/// Exit status for a wrong command line, as clap's.
+const USAGE: u8 = 2;
+
+/// Runs the command.
+pub fn run(options: &CtlOptions) -> ExitCode {
+    let (Some(socket), false) = (&options.socket, options.help && options.socket.is_none()) else {
+        let mut command = Options::command();
+        let ctl = command.find_subcommand_mut("ctl");
+        let help = ctl.map(|ctl| {
+            ctl.clone()
+                .bin_name("fanlight ctl")
+                .render_help()
+                .to_string()
+        });
+        let help = help.unwrap_or_default();
+        if options.help {
+            println!("{help}");
+            return ExitCode::SUCCESS;
+        }
+        eprintln!("fanlight: ctl needs the server's socket\n\n{help}");
+        return USAGE.into();
+    };
+    let result = match &options.method {
+        _ if options.help => help(socket, options.method.as_deref()),
+        None => {
+            eprintln!(
+                "fanlight: name a method; fanlight ctl {} --help lists them",
+                socket.display()
+            );
+            return USAGE.into();
+        }
+        Some(method) => match parameters(&options.params) {
+            Ok(params) => call(socket, method, &params, options.json),
+            Err(error) => {
+                eprintln!("fanlight: {error}");
+                return USAGE.into();
+            }
+        },
+    };
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        // Whoever reads our output has seen enough.
+        Err(Error::Io(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
+        Err(error) => {
+            let line = match &error {
+                Error::Client(error @ ClientError::Io { .. }) => {
+                    format!("{}: {}", socket.display(), error_line(error))
+                }
+                Error::Client(error) => error_line(error),
+                Error::Io(error) => error_line(error),
+                Error::Text(text) => text.clone(),
+            };
+            eprintln!("fanlight: {line}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+enum Error {
+    Client(ClientError),
+    Io(io::Error),
+    Text(String),
+}
+
+impl From<ClientError> for Error {
+    fn from(error: ClientError) -> Self {
+        Self::Client(error)
+    }
+}
+
+impl From<io::Error> for Error {
+    fn from(error: io::Error) -> Self {
+        Self::Io(error)
+    }
+}
+
+/// Reads parameters: one JSON object, or pairs.
+fn parameters(arguments: &[String]) -> Result<Value, String> {
+    if let [one] = arguments
+        && one.trim_start().starts_with('{')
+    {
+        return serde_json::from_str(one).map_err(|error| format!("{one}: not JSON: {error}"));
+    }
+    let mut params = Value::Object(Map::new());
+    for argument in arguments {
+        let (path, text) = argument
+            .split_once('=')
+            .ok_or_else(|| format!("{argument:?} is neither JSON nor key=value"))?;
+        let value = serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned()));
+        let mut place = &mut params;
+        for key in path.split('.') {
+            let object = place
+                .as_object_mut()
+                .ok_or_else(|| format!("{path:?}: {key:?} is a field of what is no object"))?;
+            place = object
+                .entry(key)
+                .or_insert_with(|| Value::Object(Map::new()));
+        }
+        if place.as_object().is_none_or(|object| !object.is_empty()) {
+            return Err(format!("{path:?} is given twice"));
+        }
+        *place = value;
+    }
+    Ok(params)
+}
+
+fn call(socket: &Path, method: &str, params: &Value, json: bool) -> Result<(), Error> {
+    let mut client = Client::connect(socket)?;
+    let (result, fds) = client.call_json(method, params, &[])?;
+    if let Some(fd) = fds.into_iter().next() {
+        return bridge(fd);
+    }
+    let table = io::stdout().is_terminal() && !json;
+    print(&result, table)?;
+    if method == "events.subscribe" {
+        loop {
+            let event = match client.next_event() {
+                Err(ClientError::Closed) => return Ok(()),
+                event => event?,
+            };
+            let event = serde_json::to_value(event).map_err(ClientError::from)?;
+            writeln!(io::stdout(), "{event}")?;
+        }
+    }
+    Ok(())
+}
+
+/// Connects a console to standard input and output until either ends.
+fn bridge(fd: OwnedFd) -> Result<(), Error> {
+    let mut output = UnixStream::from(fd);
+    let mut input = output.try_clone()?;
+    std::thread::spawn(move || {
+        let copied = io::copy(&mut io::stdin(), &mut input);
+        // The machine's end is told that no more comes; what it still says is shown.
+        let _ = copied.and_then(|_| input.shutdown(std::net::Shutdown::Write));
+    });
+    let mut bytes = [0; 4096];
+    loop {
+        let read = output.read(&mut bytes)?;
+        if read == 0 {
+            return Ok(());
+        }
+        let mut stdout = io::stdout();
+        stdout.write_all(&bytes[..read])?;
+        stdout.flush()?;
+    }
+}
+
+fn print(result: &Value, table: bool) -> io::Result<()> {
+    let text = if table {
+        self::table(result)
+    } else {
+        let mut text = serde_json::to_string_pretty(result)?;
+        text.push('\n');
+        text
+    };
+    let mut stdout = io::stdout();
+    stdout.write_all(text.as_bytes())?;
+    stdout.flush()
+}
+
+/// A value in one cell of a table.
+fn cell(value: &Value) -> String {
+    match value {
+        Value::String(text) => text.clone(),
+        Value::Null => String::new(),
+        other => other.to_string(),
+    }
+}
+
+/// Columns as wide as they must be.
+fn columns(rows: &[Vec<String>]) -> String {
+    let count = rows.iter().map(Vec::len).max().unwrap_or(0);
+    let widths: Vec<usize> = (0..count)
+        .map(|at| {
+            let cells = rows.iter().filter_map(|row| row.get(at));
+            cells.map(|cell| cell.chars().count()).max().unwrap_or(0)
+        })
+        .collect();
+    let mut text = String::new();
+    for row in rows {
+        let mut line = String::new();
+        for (cell, width) in row.iter().zip(&widths) {
+            line += &format!("{cell:width$}  ");
+        }
+        text += line.trim_end();
+        text.push('\n');
+    }
+    text
+}
+
+/// An object as names and values; a list of objects in it as a table of its own.
+fn table(value: &Value) -> String {
+    let Value::Object(object) = value else {
+        return cell(value) + "\n";
+    };
+    let is_list = |value: &&Value| {
+        value
+            .as_array()
+            .is_some_and(|list| !list.is_empty() && list.iter().all(Value::is_object))
+    };
+    let plain: Vec<_> = object
+        .iter()
+        .filter(|(_, value)| !is_list(value))
+        .map(|(name, value)| vec![name.clone(), cell(value)])
+        .collect();
+    let mut text = columns(&plain);
+    for (name, list) in object.iter().filter(|(_, value)| is_list(value)) {
+        let list: Vec<&Map<String, Value>> = list
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_object)
+            .collect();
+        let mut keys: Vec<&String> = Vec::new();
+        for key in list.iter().flat_map(|row| row.keys()) {
+            if !keys.contains(&key) {
+                keys.push(key);
+            }
+        }
+        let mut rows = vec![keys.iter().map(|key| key.to_uppercase()).collect()];
+        for row in list {
+            let cells = keys
+                .iter()
+                .map(|key| row.get(*key).map_or(String::new(), cell));
+            rows.push(cells.collect());
+        }
+        if !text.is_empty() {
+            text.push('\n');
+        }
+        text += &format!("{name}:\n{}", columns(&rows));
+    }
+    text
+}
+
+/// Lists the server's methods, or describes one.
+fn help(socket: &Path, method: Option<&str>) -> Result<(), Error> {
+    let mut client = Client::connect(socket)?;
+    let (schema, _) = client.call_json("api.schema", &Value::Object(Map::new()), &[])?;
+    let methods = schema["methods"].as_array().cloned().unwrap_or_default();
+    let text = |value: &Value| value.as_str().unwrap_or_default().to_owned();
+    let Some(name) = method else {
+        let rows: Vec<_> = methods
+            .iter()
+            .map(|method| vec![text(&method["name"]), text(&method["description"])])
+            .collect();
+        print!("Methods:\n{}", columns(&rows));
+        println!(
+            "\nfanlight ctl {} METHOD --help describes one.",
+            socket.display()
+        );
+        return Ok(());
+    };
+    let found = methods.iter().find(|method| method["name"] == name);
+    let Some(found) = found else {
+        let names = methods.iter().filter_map(|method| method["name"].as_str());
+        let nearest = fanlight_api::error::nearest(name, names);
+        let hint = nearest.map(|nearest| format!("; did you mean {nearest}?"));
+        return Err(Error::Text(format!(
+            "there is no method {name:?}{}",
+            hint.unwrap_or_default()
+        )));
+    };
+    println!("{name}: {}", text(&found["description"]));
+    let params = found["params"].as_array().cloned().unwrap_or_default();
+    if !params.is_empty() {
+        let rows: Vec<_> = params
+            .iter()
+            .map(|param| {
+                let needed = if param["required"] == true {
+                    "needed"
+                } else {
+                    ""
+                };
+                vec![
+                    text(&param["name"]),
+                    needed.into(),
+                    text(&param["description"]).replace('\n', " "),
+                ]
+            })
+            .collect();
+        print!("\nParameters:\n{}", columns(&rows));
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn read(arguments: &[&str]) -> Result<Value, String> {
+        let arguments: Vec<_> = arguments.iter().map(|text| (*text).to_owned()).collect();
+        parameters(&arguments)
+    }
+
+    #[test]
+    fn pairs_and_json_describe_the_same() {
+        let pairs = read(&["disk.path=a b", "disk.readonly=true", "disk.port=2"]).unwrap();
+        let json = json!({"disk": {"path": "a b", "readonly": true, "port": 2}});
+        assert_eq!(pairs, json);
+        assert_eq!(read(&[&json.to_string()]).unwrap(), json);
+        assert_eq!(read(&[]).unwrap(), json!({}));
+        for bad in [&["disk"][..], &["{"], &["a=1", "a=2"], &["a=1", "a.b=2"]] {
+            assert!(read(bad).is_err(), "{bad:?}");
+        }
+    }
+
+    #[test]
+    fn tables_line_up() {
+        let value =
+            json!({"state": "running", "devices": [{"id": "disk0"}, {"id": "a", "port": 1}]});
+        assert_eq!(
+            table(&value),
+            "state  running\n\ndevices:\nID     PORT\ndisk0\na      1\n"
+        );
+    }
+}

@@ -1,0 +1,261 @@
+//! What a viewer's user does, as events of the guest's input devices.
+
+use std::{
+    collections::BTreeSet,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use fanlight_api::display::WatcherSays;
+use fanlight_devices::virtio::{
+    gpu::DisplayHandle,
+    input::{
+        ABS_MT_POSITION_X, ABS_MT_POSITION_Y, ABS_MT_SLOT, ABS_MT_TRACKING_ID, ABS_X, ABS_Y,
+        AXIS_MAX, BTN_TOUCH, EV_ABS, EV_KEY, EV_REL, InputEvent, InputHandle, REL_HWHEEL,
+        REL_HWHEEL_HI_RES, REL_WHEEL, REL_WHEEL_HI_RES, TOUCHES,
+    },
+};
+
+/// A notch of a wheel in high resolution.
+const NOTCH: i32 = 120;
+/// A turn of a wheel beyond this is no wheel's.
+const MAX_TURN: i32 = 100 * NOTCH;
+/// Numbers of touches start again from here on.
+const TRACKING_IDS: i32 = 0x1_0000;
+
+/// The guest's keyboard, pointer and touch screen.
+#[derive(Clone, Debug)]
+pub struct Inputs {
+    display: DisplayHandle,
+    devices: [InputHandle; 3],
+    state: Arc<Mutex<State>>,
+}
+
+/// What is down, so that it can be let go.
+#[derive(Debug, Default)]
+struct State {
+    keys: BTreeSet<u16>,
+    buttons: BTreeSet<u16>,
+    /// Parts of a notch, right and down.
+    wheels: [i32; 2],
+    /// Which finger has which slot.
+    fingers: [Option<i32>; TOUCHES as usize],
+    touches: i32,
+}
+
+impl Inputs {
+    /// Keyboard, pointer and touch screen, in this order.
+    pub fn new(display: DisplayHandle, devices: [InputHandle; 3]) -> Self {
+        Self {
+            display,
+            devices,
+            state: Arc::default(),
+        }
+    }
+
+    /// Passes on what the user did. What the devices do not have is left out.
+    pub fn take(&self, says: &WatcherSays) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let [keyboard, pointer, touch] = &self.devices;
+        match *says {
+            WatcherSays::Key { code, pressed } => {
+                note(&mut state.keys, code, pressed);
+                send(keyboard, &[event(EV_KEY, code, pressed.into())]);
+            }
+            WatcherSays::Button { code, pressed } => {
+                note(&mut state.buttons, code, pressed);
+                send(pointer, &[event(EV_KEY, code, pressed.into())]);
+            }
+            WatcherSays::Pointer { output, x, y } => {
+                if let Some((x, y)) = self.place(output, x, y) {
+                    send(pointer, &[event(EV_ABS, ABS_X, x), event(EV_ABS, ABS_Y, y)]);
+                }
+            }
+            WatcherSays::Wheel {
+                horizontal,
+                vertical,
+            } => send(pointer, &turn(&mut state.wheels, horizontal, vertical)),
+            WatcherSays::Touch { output, finger, at } => {
+                let at = at.map(|[x, y]| self.place(output, x, y));
+                if at != Some(None) {
+                    send(touch, &state.touch(finger, at.flatten()));
+                }
+            }
+            WatcherSays::Unfocused => {
+                drop(state);
+                self.release_all();
+            }
+            WatcherSays::Release { .. } | WatcherSays::Resize { .. } => {}
+        }
+    }
+
+    /// Lets go of everything.
+    pub fn release_all(&self) {
+        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let [keyboard, pointer, touch] = &self.devices;
+        for code in std::mem::take(&mut state.keys) {
+            send(keyboard, &[event(EV_KEY, code, 0)]);
+        }
+        for code in std::mem::take(&mut state.buttons) {
+            send(pointer, &[event(EV_KEY, code, 0)]);
+        }
+        for finger in state.fingers.into_iter().flatten() {
+            send(touch, &state.touch(finger, None));
+        }
+        state.wheels = [0, 0];
+    }
+
+    /// A place on an output as the guest's axes have it: they span all outputs, which stand side by side.
+    fn place(&self, output: u32, x: f64, y: f64) -> Option<(i32, i32)> {
+        let outputs = self.display.outputs();
+        let connected = || outputs.iter().filter(|info| info.output.connected);
+        let this = connected().find(|info| info.index == output as usize)?;
+        let width = |mode: fanlight_devices::virtio::gpu::Mode| f64::from(mode.width);
+        let left: f64 = connected()
+            .filter(|info| info.index < this.index)
+            .map(|info| width(info.output.mode))
+            .sum();
+        let all: f64 = connected().map(|info| width(info.output.mode)).sum();
+        let highest = connected().map(|info| info.output.mode.height).max()?;
+        let x = (left + within(x) * width(this.output.mode)) / all;
+        let y = within(y) * f64::from(this.output.mode.height) / f64::from(highest);
+        let axis = |part: f64| (part * f64::from(AXIS_MAX)) as i32;
+        Some((axis(x), axis(y)))
+    }
+}
+
+/// A part of a side; what is no number is at its start.
+fn within(part: f64) -> f64 {
+    if part.is_nan() {
+        0.0
+    } else {
+        part.clamp(0.0, 1.0)
+    }
+}
+
+fn event(type_: u16, code: u16, value: i32) -> InputEvent {
+    InputEvent { type_, code, value }
+}
+
+fn note(down: &mut BTreeSet<u16>, code: u16, pressed: bool) {
+    if pressed {
+        down.insert(code);
+    } else {
+        down.remove(&code);
+    }
+}
+
+fn send(device: &InputHandle, report: &[InputEvent]) {
+    if let Err(error) = device.send(report) {
+        tracing::debug!(%error, "input is left out");
+    }
+}
+
+/// A turn of the wheels, in parts of notches and in whole ones. Up is positive in the guest.
+fn turn(rests: &mut [i32; 2], horizontal: i32, vertical: i32) -> Vec<InputEvent> {
+    let wheels = [
+        (horizontal, 1, REL_HWHEEL_HI_RES, REL_HWHEEL),
+        (vertical, -1, REL_WHEEL_HI_RES, REL_WHEEL),
+    ];
+    let mut report = Vec::new();
+    for (rest, (turn, sign, fine, coarse)) in rests.iter_mut().zip(wheels) {
+        let turn = turn.clamp(-MAX_TURN, MAX_TURN) * sign;
+        if turn == 0 {
+            continue;
+        }
+        report.push(event(EV_REL, fine, turn));
+        *rest += turn;
+        if *rest / NOTCH != 0 {
+            report.push(event(EV_REL, coarse, *rest / NOTCH));
+            *rest %= NOTCH;
+        }
+    }
+    report
+}
+
+impl State {
+    /// A finger comes, moves or leaves. One more than the device has is left out.
+    fn touch(&mut self, finger: i32, at: Option<(i32, i32)>) -> Vec<InputEvent> {
+        let slot_of = |wanted| self.fingers.iter().position(|&held| held == wanted);
+        let known = slot_of(Some(finger));
+        let Some(slot) = known.or_else(|| at.and_then(|_| slot_of(None))) else {
+            return Vec::new();
+        };
+        let mut report = vec![event(EV_ABS, ABS_MT_SLOT, slot as i32)];
+        let before = self.fingers.iter().flatten().count();
+        match at {
+            None => {
+                self.fingers[slot] = None;
+                report.push(event(EV_ABS, ABS_MT_TRACKING_ID, -1));
+            }
+            Some((x, y)) => {
+                if known.is_none() {
+                    self.fingers[slot] = Some(finger);
+                    report.push(event(EV_ABS, ABS_MT_TRACKING_ID, self.touches));
+                    self.touches = (self.touches + 1) % TRACKING_IDS;
+                }
+                report.push(event(EV_ABS, ABS_MT_POSITION_X, x));
+                report.push(event(EV_ABS, ABS_MT_POSITION_Y, y));
+                // Programs that know one finger follow the first.
+                if slot == 0 {
+                    report.push(event(EV_ABS, ABS_X, x));
+                    report.push(event(EV_ABS, ABS_Y, y));
+                }
+            }
+        }
+        let after = self.fingers.iter().flatten().count();
+        if (before == 0) != (after == 0) {
+            report.push(event(EV_KEY, BTN_TOUCH, i32::from(after > 0)));
+        }
+        report
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn notches_are_counted() {
+        let mut rests = [0, 0];
+        assert_eq!(turn(&mut rests, 0, 0), []);
+        assert_eq!(
+            turn(&mut rests, 0, 60),
+            [event(EV_REL, REL_WHEEL_HI_RES, -60)]
+        );
+        assert_eq!(
+            turn(&mut rests, 0, 70),
+            [
+                event(EV_REL, REL_WHEEL_HI_RES, -70),
+                event(EV_REL, REL_WHEEL, -1)
+            ]
+        );
+        assert_eq!(rests, [0, -10]);
+        let absurd = turn(&mut rests, i32::MIN, i32::MAX);
+        assert_eq!(absurd[0].value, -MAX_TURN);
+    }
+
+    #[test]
+    fn fingers_have_slots_and_leave_them() {
+        let mut state = State::default();
+        let down = state.touch(77, Some((1, 2)));
+        assert!(down.contains(&event(EV_KEY, BTN_TOUCH, 1)));
+        assert!(down.contains(&event(EV_ABS, ABS_MT_TRACKING_ID, 0)));
+        let second = state.touch(-5, Some((3, 4)));
+        assert_eq!(second[0], event(EV_ABS, ABS_MT_SLOT, 1));
+        assert!(!second.iter().any(|event| event.code == BTN_TOUCH));
+        assert!(!state.touch(77, None).iter().any(|e| e.type_ == EV_KEY));
+        assert!(state.touch(-5, None).contains(&event(EV_KEY, BTN_TOUCH, 0)));
+        assert_eq!(state.touch(-5, None), []);
+        for finger in 0..TOUCHES + 5 {
+            let came = !state.touch(finger, Some((0, 0))).is_empty();
+            assert_eq!(came, finger < TOUCHES);
+        }
+    }
+
+    #[test]
+    fn no_number_is_a_place_too() {
+        assert_eq!(within(f64::NAN), 0.0);
+        assert_eq!(within(f64::INFINITY), 1.0);
+        assert_eq!(within(-3.0), 0.0);
+    }
+}
