@@ -33,6 +33,9 @@ pub struct VmConfig {
     pub disk: Vec<DiskConfig>,
     /// Virtio network devices, in the guest's order.
     pub net: Vec<NetConfig>,
+    /// Passed-through PCI devices of the host's, in the guest's order.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub vfio: Vec<VfioConfig>,
     /// Virtio socket device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
@@ -70,6 +73,7 @@ impl Default for VmConfig {
             memory: MemoryConfig::default(),
             disk: Vec::new(),
             net: Vec::new(),
+            vfio: Vec::new(),
             vsock: None,
             serial: CharBackend::default(),
             console: None,
@@ -192,6 +196,43 @@ impl FromStr for NetConfig {
     fn from_str(text: &str) -> Result<Self, SpecError> {
         spec::parse(text, Some("tap"))
     }
+}
+
+/// A PCI device of the host's that is passed through.
+#[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(deny_unknown_fields)]
+pub struct VfioConfig {
+    /// Where it is on the host, such as 0000:03:00.1.
+    pub device: String,
+    /// Whether DMA goes through iommufd, or through VFIO's older container.
+    #[serde(default)]
+    pub iommufd: Iommufd,
+    /// Its name for the API: `vfio0`, `vfio1`, … if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub id: Option<String>,
+    /// PCIe root port to place the device behind; on the root bus if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub port: Option<u8>,
+}
+
+impl FromStr for VfioConfig {
+    type Err = SpecError;
+    fn from_str(text: &str) -> Result<Self, SpecError> {
+        spec::parse(text, Some("device"))
+    }
+}
+
+/// Whether DMA of passed-through devices goes through iommufd.
+#[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Iommufd {
+    /// Where the host has it for all devices of the machine.
+    #[default]
+    Auto,
+    /// It does.
+    On,
+    /// It goes through VFIO's container.
+    Off,
 }
 
 /// A virtio socket device, served by the host's vhost-vsock.
@@ -321,6 +362,7 @@ mod tests {
             memory: "2G,hugepages=2M".parse().unwrap(),
             disk: vec!["path=a,readonly=on,format=qcow2".parse().unwrap()],
             net: vec!["tap=t0,mac=02:00:00:00:00:01".parse().unwrap()],
+            vfio: vec!["0000:03:00.1,iommufd=off,id=vf0,port=1".parse().unwrap()],
             vsock: Some("cid=3".parse().unwrap()),
             serial: "socket=/s".parse().unwrap(),
             console: Some("file=/f".parse().unwrap()),

@@ -21,8 +21,8 @@ pub mod stream;
 pub mod types;
 
 pub use config::{
-    CharBackend, ConsoleConfig, DiskConfig, DiskFormat, KernelUnpack, MemoryConfig, NetConfig,
-    OnPanic, OnReset, RngConfig, VmConfig, VsockConfig,
+    CharBackend, ConsoleConfig, DiskConfig, DiskFormat, Iommufd, KernelUnpack, MemoryConfig,
+    NetConfig, OnPanic, OnReset, RngConfig, VfioConfig, VmConfig, VsockConfig,
 };
 pub use error::{ApiError, ErrorKind};
 pub use gpu::{GpuConfig, OutputMode};

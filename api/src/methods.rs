@@ -49,6 +49,7 @@ macro_rules! methods {
         )*
 
         /// A method with its parameters.
+        #[allow(clippy::large_enum_variant, reason = "one is alive at a time")]
         #[derive(Clone, Debug)]
         pub enum Call {
             $($(#[doc = $doc])+ $method($params),)*

@@ -4,12 +4,12 @@
 use std::ops::Range;
 
 use acpi_tables::{
-    Aml,
+    Aml, AmlSink,
     aml::{
         AddressSpace, AddressSpaceCacheable, And, Arg, CreateDWordField, Device, EISAName, Else,
         Equal, Field, FieldAccessType, FieldEntry, FieldLockRule, FieldUpdateRule, IO, If,
         Interrupt, Local, Memory32Fixed, Method, Name, Notify, ONE, OpRegion, OpRegionSpace, Or,
-        Package, Path, ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
+        Package, PackageBuilder, Path, ResourceTemplate, Return, Scope, Store, Uuid, ZERO,
     },
     fadt::{FADTBuilder, Flags, PmProfile},
     gas::{AccessSize, AddressSpace as GasSpace, GAS},
@@ -206,6 +206,7 @@ fn pci_host_bridge(dsdt: &mut Sdt, config: &AcpiConfig) {
                     &Name::new("_UID".into(), &ZERO),
                     &Name::new("_CCA".into(), &ONE),
                     &Name::new("_CRS".into(), &ResourceTemplate::new(windows)),
+                    &Name::new("_PRT".into(), &InterruptRouting),
                     &Method::new(
                         "_OSC".into(),
                         4,
@@ -245,6 +246,25 @@ fn pci_host_bridge(dsdt: &mut Sdt, config: &AcpiConfig) {
         ],
     )
     .to_aml_bytes(dsdt);
+}
+
+/// `_PRT`: which line each pin of each device on the root bus raises (ACPI 6.5, 6.2.13).
+struct InterruptRouting;
+
+impl Aml for InterruptRouting {
+    fn to_aml_bytes(&self, sink: &mut dyn AmlSink) {
+        /// Any function of the device.
+        const ANY_FUNCTION: u32 = 0xffff;
+        let mut routes = PackageBuilder::new();
+        for device in 0..32u8 {
+            for pin in 0..4u8 {
+                let address = u32::from(device) << 16 | ANY_FUNCTION;
+                let line = layout::pci_irq(device, pin);
+                routes.add_element(&Package::new(vec![&address, &pin, &ZERO, &line]));
+            }
+        }
+        routes.to_aml_bytes(sink);
+    }
 }
 
 /// Soft off, and the power button behind a generic event device (ACPI 6.5, 5.6.9).

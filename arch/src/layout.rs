@@ -55,6 +55,17 @@ pub const KVM_TSS: u64 = 0xfffb_d000;
 /// HyperTransport range that AMD processors never decode as memory: no 64-bit window may touch it.
 pub const AMD_HT_HOLE: Range<u64> = 0xfd_0000_0000..0x100_0000_0000;
 
+/// Pins of the IOAPIC that PCI's interrupt lines share: the last third, which no legacy device has.
+pub const PCI_IRQS: Range<u32> = 16..24;
+
+/// Interrupt line of pin `pin` (0 for INTA to 3) of device `device` on the root bus. Devices are spread over
+/// the lines, and a bridge passes its functions' pins on rotated by their device numbers (PCI-to-PCI Bridge
+/// 1.2, 9.1).
+pub fn pci_irq(device: u8, pin: u8) -> u32 {
+    let lines = PCI_IRQS.end - PCI_IRQS.start;
+    PCI_IRQS.start + (u32::from(device) + u32::from(pin)) % lines
+}
+
 /// I/O window for PCI I/O BARs and bridges.
 pub const PCI_IO: Range<u16> = 0x1000..0xffff;
 
@@ -135,6 +146,16 @@ mod tests {
                 (GuestAddress(HIGH_RAM_START), 3 << 30)
             ]
         );
+    }
+
+    #[test]
+    fn every_pin_has_a_line_of_pcis() {
+        for device in 0..32 {
+            for pin in 0..4 {
+                assert!(PCI_IRQS.contains(&pci_irq(device, pin)));
+            }
+        }
+        assert_ne!(pci_irq(1, 0), pci_irq(2, 0));
     }
 
     #[test]

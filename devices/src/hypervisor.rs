@@ -2,7 +2,7 @@
 //!
 //! The machine implements these traits on KVM; unit tests implement them with counters.
 
-use std::{fmt, io, sync::Arc};
+use std::{fmt, io, os::fd::BorrowedFd, sync::Arc};
 
 use vmm_sys_util::eventfd::EventFd;
 
@@ -12,6 +12,10 @@ use crate::memory::SlotMapping;
 pub trait Hypervisor: Send + Sync + fmt::Debug {
     /// Connects an event descriptor to pin `gsi` of the IOAPIC: each write to it is one edge.
     fn irq_line(&self, gsi: u32) -> io::Result<EventFd>;
+
+    /// Connects a pin of the IOAPIC whose interrupt stays until its source is quiet, for a passed-through
+    /// device (`KVM_IRQFD_FLAG_RESAMPLE`).
+    fn level_irq(&self, gsi: u32) -> io::Result<LevelIrq>;
 
     /// Makes a message-signalled interrupt, masked until [`MsiVector::unmask`].
     fn msi_vector(&self) -> io::Result<Arc<dyn MsiVector>>;
@@ -25,6 +29,20 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
 
     /// Shows a host mapping to the guest (`KVM_SET_USER_MEMORY_REGION`) until the result is dropped.
     fn map_slot(&self, mapping: SlotMapping) -> io::Result<MappedSlot>;
+
+    /// Makes the virtual machine known to the driver of a passed-through device, and the other way round
+    /// (`KVM_DEV_VFIO_FILE_ADD`): decides whether the guest can do DMA that bypasses caches.
+    fn add_vfio_device(&self, device: BorrowedFd<'_>) -> io::Result<AddedDevice>;
+}
+
+/// An interrupt line that several devices may share.
+#[derive(Debug)]
+pub struct LevelIrq {
+    /// Raises the line.
+    pub trigger: EventFd,
+    /// Signalled when the guest has handled the interrupt, which lowers the line: a device that still wants
+    /// attention raises it again.
+    pub resample: EventFd,
 }
 
 /// Address and data of a message-signalled interrupt (PCI 3.0, 6.8.1).
@@ -75,6 +93,17 @@ impl fmt::Debug for MappedSlot {
     }
 }
 
+/// Undoes [`Hypervisor::add_vfio_device`] when dropped.
+#[derive(Debug)]
+pub struct AddedDevice(#[expect(dead_code, reason = "held for its Drop")] MappedSlot);
+
+impl AddedDevice {
+    /// `remove` runs once, when the result is dropped.
+    pub fn new(remove: impl FnOnce() + Send + Sync + 'static) -> Self {
+        Self(MappedSlot::new(remove))
+    }
+}
+
 #[cfg(any(test, feature = "test-util"))]
 #[allow(missing_docs)]
 pub(crate) mod test_util {
@@ -89,9 +118,15 @@ pub(crate) mod test_util {
         /// Doorbells that are registered.
         pub doorbells: Mutex<Vec<u64>>,
         lines: AtomicUsize,
+        slots: Arc<Mutex<Vec<(u64, u64)>>>,
     }
 
     impl FakeHypervisor {
+        /// The memory slots: address and length.
+        pub fn slots(&self) -> Vec<(u64, u64)> {
+            self.slots.lock().unwrap().clone()
+        }
+
         /// Where each vector is routed to; `None` for a masked one.
         pub fn routes(&self) -> Vec<Option<MsiMessage>> {
             let vectors = self.vectors.lock().unwrap();
@@ -110,6 +145,13 @@ pub(crate) mod test_util {
             self.lines
                 .fetch_add(1, std::sync::atomic::Ordering::Relaxed);
             EventFd::new(0)
+        }
+
+        fn level_irq(&self, _: u32) -> io::Result<LevelIrq> {
+            Ok(LevelIrq {
+                trigger: EventFd::new(0)?,
+                resample: EventFd::new(0)?,
+            })
         }
 
         fn msi_vector(&self) -> io::Result<Arc<dyn MsiVector>> {
@@ -131,8 +173,17 @@ pub(crate) mod test_util {
             Ok(())
         }
 
-        fn map_slot(&self, _: SlotMapping) -> io::Result<MappedSlot> {
-            Ok(MappedSlot::new(|| ()))
+        fn map_slot(&self, mapping: SlotMapping) -> io::Result<MappedSlot> {
+            let slot = (mapping.gpa, mapping.len);
+            self.slots.lock().unwrap().push(slot);
+            let slots = self.slots.clone();
+            Ok(MappedSlot::new(move || {
+                slots.lock().unwrap().retain(|&other| other != slot);
+            }))
+        }
+
+        fn add_vfio_device(&self, _: BorrowedFd<'_>) -> io::Result<AddedDevice> {
+            Ok(AddedDevice::new(|| ()))
         }
     }
 

@@ -9,6 +9,7 @@ pub mod hypervisor;
 pub mod legacy;
 pub mod memory;
 pub mod pci;
+pub mod vfio;
 pub mod virtio;
 
 /// Guest RAM as devices read and write it. Cloning shares the mappings.

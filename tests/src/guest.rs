@@ -98,13 +98,15 @@ impl GuestBuilder {
         self
     }
 
-    /// Adds an option of `fanlight run`; one that is there already is replaced, but for disks and
-    /// interfaces.
+    /// Adds an option of `fanlight run`; one that is there already is replaced, but for disks,
+    /// interfaces and passed-through devices.
     pub fn option(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         let value = value.as_ref().to_string_lossy().into_owned();
         let old = self.arguments.iter().position(|argument| argument == name);
         match old {
-            Some(at) if !matches!(name, "--disk" | "--net") => self.arguments[at + 1] = value,
+            Some(at) if !matches!(name, "--disk" | "--net" | "--vfio") => {
+                self.arguments[at + 1] = value
+            }
             _ => self.arguments.extend([name.to_owned(), value]),
         }
         self

@@ -3,9 +3,11 @@
 
 pub mod bed;
 pub mod echo;
+pub mod edu;
 pub mod embedded;
 pub mod guest;
 pub mod host;
+pub mod pci;
 pub mod progress;
 
 /// Any failure of this package, as one line for a person.

@@ -8,11 +8,13 @@ mod e2e {
     pub mod boot;
     pub mod console;
     pub mod disk;
+    pub mod dmabuf;
     pub mod gpu;
     pub mod input;
     pub mod life;
     pub mod network;
     pub mod topology;
+    pub mod vfio;
     pub mod view;
 }
 
@@ -44,11 +46,13 @@ fn tests() -> Vec<(&'static str, Test)> {
         e2e::console::TESTS,
         e2e::disk::TESTS,
         e2e::gpu::TESTS,
+        e2e::dmabuf::TESTS,
         e2e::input::TESTS,
         e2e::life::TESTS,
         e2e::network::TESTS,
         e2e::topology::TESTS,
         e2e::view::TESTS,
+        e2e::vfio::TESTS,
     ];
     groups.concat()
 }
@@ -199,13 +203,16 @@ impl Beds {
 
     fn run(&self, name: &str) -> Result<()> {
         let programs = [&*self.this, &*self.fanlight];
+        let devices = [e2e::vfio::l1_devices(name), e2e::dmabuf::l1_devices(name)].concat();
         let mut tries = 0;
         loop {
             let mut output = Vec::new();
             let job = format!("exec /share/e2e {name}");
-            let result = self
-                .bed
-                .run(&job, &programs, &self.shares, &mut output, |_| Ok(()));
+            let result =
+                self.bed
+                    .run_with(&devices, &job, &programs, &self.shares, &mut output, |_| {
+                        Ok(())
+                    });
             let output = String::from_utf8_lossy(&output);
             tries += 1;
             match result {

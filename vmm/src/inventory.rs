@@ -4,9 +4,14 @@
 use std::{collections::BTreeMap, sync::Arc, sync::atomic::Ordering};
 
 use fanlight_api::types;
+use fanlight_arch::layout;
 use fanlight_devices::{
     memory::AddressSpace,
-    pci::{BarKind, DevFn, EjectSink, HostBridge, PciBus, PciError, RootPort, SlotError},
+    pci::{
+        BarKind, BarReport, DevFn, EjectSink, HostBridge, PciBus, PciError, PciFunction, RootPort,
+        SlotError,
+    },
+    vfio::VfioFunction,
     virtio::{
         VirtioDevice,
         pci::{Environment, VirtioPciFunction},
@@ -14,7 +19,7 @@ use fanlight_devices::{
 };
 use thiserror::Error;
 
-use crate::machine::MachineError;
+use crate::{machine::MachineError, passthrough::PassedThrough};
 
 /// A device that is to be part of a machine.
 pub struct NewDevice {
@@ -31,9 +36,26 @@ pub struct NewDevice {
 /// A device that is part of the machine.
 struct Entry {
     id: String,
-    function: Arc<VirtioPciFunction>,
+    function: Function,
     place: DevFn,
     port: Option<u8>,
+}
+
+/// A device's function, by who makes the device.
+enum Function {
+    /// Fanlight.
+    Virtio(Arc<VirtioPciFunction>),
+    /// The host.
+    PassedThrough(Arc<VfioFunction>),
+}
+
+impl Function {
+    fn bars(&self) -> Vec<BarReport> {
+        match self {
+            Function::Virtio(function) => function.report().bars,
+            Function::PassedThrough(function) => function.report(),
+        }
+    }
 }
 
 /// Why a device cannot come or go.
@@ -84,6 +106,8 @@ fn free_ports(free: &[u8]) -> String {
 pub struct Inventory {
     bus: Arc<PciBus>,
     ports: BTreeMap<u8, Arc<RootPort>>,
+    /// Where each port is on the root bus.
+    port_places: BTreeMap<u8, DevFn>,
     entries: Vec<Entry>,
     environment: Environment,
     ejected: EjectSink,
@@ -102,6 +126,7 @@ impl Inventory {
         Ok(Self {
             bus,
             ports: BTreeMap::new(),
+            port_places: BTreeMap::new(),
             entries: Vec::new(),
             environment,
             ejected,
@@ -132,17 +157,50 @@ impl Inventory {
     pub fn add(&mut self, new: NewDevice) -> Result<(), MachineError> {
         let (id, port) = (new.id.clone(), new.port);
         let function = self.function(new)?;
-        let place = match port {
-            None => self.bus.add(function.clone())?,
-            Some(number) => self.port(number)?.insert(function.clone())?,
-        };
+        let place = self.put(function.clone(), port)?;
         self.entries.push(Entry {
             id,
-            function,
+            function: Function::Virtio(function),
             place,
             port,
         });
         Ok(())
+    }
+
+    /// Adds a device of the host's before the guest runs.
+    pub fn add_passed_through(&mut self, passed: &PassedThrough) -> Result<(), MachineError> {
+        let is_passed = |entry: &&Entry| matches!(entry.function, Function::PassedThrough(_));
+        let number = self.entries.iter().filter(is_passed).count() as u32;
+        let function = VfioFunction::new(passed.device.clone(), number, &self.environment)?;
+        let place = self.put(function.clone(), passed.port)?;
+        if let Some(pin) = function.interrupt_pin() {
+            let port = passed.port.and_then(|port| self.port_places.get(&port));
+            // A bridge passes a pin on rotated by the device's number behind it.
+            let (device, pin) = match port {
+                Some(port) => (port.device(), (pin + place.device()) % 4),
+                None => (place.device(), pin),
+            };
+            function.connect_pin(&*self.environment.hypervisor, layout::pci_irq(device, pin));
+        }
+        self.entries.push(Entry {
+            id: passed.id.clone(),
+            function: Function::PassedThrough(function),
+            place,
+            port: passed.port,
+        });
+        Ok(())
+    }
+
+    /// Puts a function on the root bus or behind a port.
+    fn put(
+        &mut self,
+        function: Arc<dyn PciFunction>,
+        port: Option<u8>,
+    ) -> Result<DevFn, MachineError> {
+        Ok(match port {
+            None => self.bus.add(function)?,
+            Some(number) => self.port(number)?.insert(function)?,
+        })
     }
 
     /// Adds ports with nothing behind them, of the lowest numbers that are free.
@@ -168,7 +226,8 @@ impl Inventory {
             source,
         })?;
         let port = Arc::new(RootPort::new(number, vector, self.ejected.clone()));
-        self.bus.add_port(port.clone())?;
+        let place = self.bus.add_port(port.clone())?;
+        self.port_places.insert(number, place);
         self.ports.insert(number, port.clone());
         Ok(port)
     }
@@ -216,7 +275,7 @@ impl Inventory {
         port.plug(function.clone())?;
         self.entries.push(Entry {
             id,
-            function,
+            function: Function::Virtio(function),
             place: DevFn::new(0, 0),
             port: Some(number),
         });
@@ -258,8 +317,10 @@ impl Inventory {
 
     /// Tells a device's driver that its configuration has changed.
     pub fn config_changed(&self, id: &str) {
-        if let Ok(entry) = self.entry(id) {
-            entry.function.device_status().config_changed();
+        if let Ok(entry) = self.entry(id)
+            && let Function::Virtio(function) = &entry.function
+        {
+            function.device_status().config_changed();
         }
     }
 
@@ -270,15 +331,20 @@ impl Inventory {
     }
 
     fn describe(&self, entry: &Entry) -> types::Device {
-        let report = entry.function.report();
+        let virtio = match &entry.function {
+            Function::Virtio(function) => Some(function.report()),
+            Function::PassedThrough(_) => None,
+        };
+        let bars = entry.function.bars().into_iter();
         let port = entry.port.and_then(|number| self.ports.get(&number));
         let bus = port.map_or(0, |port| *port.forwarded_buses().start());
-        let bars = report.bars.iter().map(|bar| types::Bar {
+        let bars = bars.map(|bar| types::Bar {
             index: bar.index as u8,
             kind: match bar.kind {
                 BarKind::Io => "io",
                 BarKind::Memory32 => "memory32",
                 BarKind::Memory64 { .. } => "memory64",
+                BarKind::Rom => "rom",
             }
             .into(),
             address: bar.address,
@@ -286,31 +352,41 @@ impl Inventory {
         });
         types::Device {
             id: entry.id.clone(),
-            kind: report.name.into(),
+            kind: virtio.as_ref().map_or("vfio", |report| report.name).into(),
             address: format!("0000:{bus:02x}:{}", entry.place),
             port: entry.port,
             bars: bars.collect(),
-            offered_features: format!("{:#x}", report.offered),
-            driver_features: format!("{:#x}", report.taken),
-            active: report.active,
+            offered_features: format!("{:#x}", virtio.as_ref().map_or(0, |report| report.offered)),
+            driver_features: format!("{:#x}", virtio.as_ref().map_or(0, |report| report.taken)),
+            active: match &entry.function {
+                Function::Virtio(_) => virtio.is_some_and(|report| report.active),
+                Function::PassedThrough(function) => function.is_enabled(),
+            },
             removing: self.is_removing(entry),
         }
     }
 
     /// What all devices have done, for the API.
     pub fn stats(&self) -> Vec<types::DeviceStats> {
-        let stats = self.entries.iter().map(|entry| types::DeviceStats {
-            id: entry.id.clone(),
-            errors: entry.function.device_status().errors(),
-            queues: (0..)
-                .zip(entry.function.counters())
-                .map(|(queue, counters)| types::QueueStats {
-                    queue,
-                    requests: counters.requests.load(Ordering::Relaxed),
-                    bytes_from_guest: counters.from_guest.load(Ordering::Relaxed),
-                    bytes_to_guest: counters.to_guest.load(Ordering::Relaxed),
-                })
-                .collect(),
+        let stats = self.entries.iter().map(|entry| {
+            // What a device of the host's does, nobody here sees.
+            let (errors, counters) = match &entry.function {
+                Function::Virtio(f) => (f.device_status().errors(), f.counters().collect()),
+                Function::PassedThrough(_) => (0, Vec::new()),
+            };
+            types::DeviceStats {
+                id: entry.id.clone(),
+                errors,
+                queues: (0..)
+                    .zip(counters)
+                    .map(|(queue, counters)| types::QueueStats {
+                        queue,
+                        requests: counters.requests.load(Ordering::Relaxed),
+                        bytes_from_guest: counters.from_guest.load(Ordering::Relaxed),
+                        bytes_to_guest: counters.to_guest.load(Ordering::Relaxed),
+                    })
+                    .collect(),
+            }
         });
         stats.collect()
     }

@@ -4,12 +4,15 @@
 pub mod console;
 pub mod desk;
 pub mod display;
+pub mod doctor;
 pub mod graphics;
+pub mod host_devices;
 pub mod input;
 pub mod inventory;
 pub mod kvm;
 pub mod lifecycle;
 pub mod machine;
+pub mod passthrough;
 pub mod resources;
 pub mod serve;
 pub mod status;

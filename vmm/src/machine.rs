@@ -22,6 +22,7 @@ use fanlight_devices::{
     },
     memory::{AddressSpace, AddressSpaceError, IoHandler, RamError},
     pci::{ConfigMechanism1, Ecam, EjectSink, MECHANISM_1_PORTS, MsixError, PciError, Windows},
+    vfio::{DmaMapping, VfioError},
     virtio::{
         VirtioDevice,
         block::Block,
@@ -70,6 +71,9 @@ pub enum MachineError {
     /// vhost-net.
     #[error("--net")]
     VhostNet(#[from] VhostNetError),
+    /// A passed-through device.
+    #[error("--vfio")]
+    Vfio(#[from] VfioError),
     /// PCI.
     #[error(transparent)]
     Pci(#[from] PciError),
@@ -113,6 +117,7 @@ impl MachineError {
                 | MachineError::Memory(_)
                 | MachineError::Host { .. }
                 | MachineError::Msix(_)
+                | MachineError::Vfio(VfioError::Host { .. } | VfioError::Msix(_))
                 | MachineError::Kvm(KvmError::Ioctl { .. })
         )
     }
@@ -154,6 +159,7 @@ pub struct Machine {
     memory: Arc<AddressSpace>,
     ports: Arc<AddressSpace>,
     callbacks: Callbacks,
+    _dma: Vec<DmaMapping>,
     _slots: Vec<MappedSlot>,
 }
 
@@ -209,22 +215,39 @@ impl Machine {
             callbacks.ejected.clone(),
             callbacks.device_failed.clone(),
         )?;
+        let mut dma = Vec::new();
+        if let Some(passthrough) = &resources.passthrough {
+            kvm.honour_guest_pat()?;
+            dma = passthrough.iommu.map_ram(ram.memory())?;
+            for passed in &passthrough.devices {
+                inventory.add_passed_through(passed)?;
+            }
+        }
         let console = add_devices(&mut inventory, resources)?;
         inventory.add_empty_ports(config.hotplug_ports.unwrap_or(0))?;
         let bus = inventory.bus();
         let cpuid = kvm.supported_cpuid()?;
-        let window = layout::pci_mmio64(ram.size(), physical_address_bits(&cpuid));
+        let mut address_bits = physical_address_bits(&cpuid);
+        if let Some(passthrough) = &resources.passthrough {
+            // Devices reach each other's BARs where the guest sees them.
+            address_bits = address_bits.min(passthrough.iommu.address_bits()?);
+        }
+        let window = layout::pci_mmio64(ram.size(), address_bits);
         let pci_last_bus = bus.assign(&Windows {
             memory32: layout::PCI_MMIO32,
             memory64: window.clone(),
             io: layout::PCI_IO.start.into()..layout::PCI_IO.end.into(),
         })?;
         let ecam_len = layout::ECAM.end - layout::ECAM.start;
-        memory.insert_io(layout::ECAM.start, ecam_len, Arc::new(Ecam(bus.clone())))?;
+        memory.insert_io(
+            layout::ECAM.start,
+            ecam_len,
+            Arc::new(Ecam(Arc::downgrade(&bus))),
+        )?;
         ports.insert_io(
             layout::PCI_CONFIG_ADDRESS_PORT.into(),
             MECHANISM_1_PORTS,
-            Arc::new(ConfigMechanism1::new(bus.clone())),
+            Arc::new(ConfigMechanism1::new(&bus)),
         )?;
         kvm.coalesce_port(layout::PCI_CONFIG_ADDRESS_PORT, 4)?;
 
@@ -261,6 +284,7 @@ impl Machine {
             memory,
             ports,
             callbacks,
+            _dma: dma,
             _slots: slots,
         })
     }

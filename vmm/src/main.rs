@@ -8,6 +8,8 @@ use std::{path::PathBuf, process::ExitCode, time::Instant};
 use clap::{CommandFactory, Parser};
 use fanlight::{
     desk::{Desk, SetLog},
+    doctor::Report,
+    host_devices::{self, HostDeviceError},
     lifecycle::{self, LifeError, Signals},
     resources::Resources,
     serve::{self, with_api_defaults},
@@ -16,12 +18,14 @@ use fanlight::{
 };
 use fanlight_api::{server::Server, socket::Descriptors};
 use fanlight_devices::error_line;
-use options::{ApiOptions, Command, Options, RunOptions, ServeOptions};
+use options::{ApiOptions, Command, Options, RunOptions, ServeOptions, VfioCommand};
 
 fn main() -> ExitCode {
     let started = Instant::now();
     let ending = match Options::parse().command {
         Command::Run(options) => run(*options, started),
+        Command::Doctor { device, json } => doctor(device.as_deref(), json),
+        Command::Vfio(command) => vfio(&command),
         Command::Serve(options) => serve(options),
         Command::Ctl(options) => return ctl::run(&options),
         Command::View(options) => {
@@ -110,5 +114,64 @@ fn with_desk(
         // By now the terminal is itself again: the machine and its consoles are gone.
         Err(error) if error.is_bad_input() => bad_input(&error),
         Err(error) => failed(&error),
+    }
+}
+
+fn doctor(device: Option<&str>, json: bool) -> Ending {
+    let device = match device.map(host_devices::find).transpose() {
+        Ok(device) => device,
+        Err(error) => {
+            eprintln!("fanlight: {}", error_line(&error));
+            return Ending::BadInput;
+        }
+    };
+    let report = Report::of(device.as_ref());
+    if json {
+        println!("{:#}", serde_json::json!(report));
+    } else {
+        print!("{}", report.for_people());
+    }
+    if report.ready {
+        Ending::PowerOff
+    } else {
+        Ending::Failed
+    }
+}
+
+fn vfio(command: &VfioCommand) -> Ending {
+    let result = match command {
+        VfioCommand::List => {
+            return match host_devices::list() {
+                Ok(table) => {
+                    print!("{table}");
+                    Ending::PowerOff
+                }
+                Err(error) => {
+                    eprintln!("fanlight: cannot list PCI devices: {error}");
+                    Ending::Failed
+                }
+            };
+        }
+        VfioCommand::Bind { device, vfs } => {
+            host_devices::find(device).and_then(|function| host_devices::bind(&function, *vfs))
+        }
+        VfioCommand::Unbind { device } => {
+            host_devices::find(device).and_then(|function| host_devices::unbind(&function))
+        }
+    };
+    match result {
+        Ok(changed) => {
+            for address in changed {
+                println!("{address}");
+            }
+            Ending::PowerOff
+        }
+        Err(error) => {
+            eprintln!("fanlight: {}", error_line(&error));
+            match error {
+                HostDeviceError::Host { .. } => Ending::Failed,
+                _ => Ending::BadInput,
+            }
+        }
     }
 }

@@ -6,7 +6,7 @@ use clap::{Args, Parser, Subcommand};
 use fanlight::desk::SetLog;
 use fanlight_api::{
     CharBackend, ConsoleConfig, DiskConfig, GpuConfig, KernelUnpack, MemoryConfig, NetConfig,
-    OnPanic, OnReset, PathOrFd, RngConfig, VmConfig, VsockConfig, server::Settings,
+    OnPanic, OnReset, PathOrFd, RngConfig, VfioConfig, VmConfig, VsockConfig, server::Settings,
 };
 use serde::de::DeserializeOwned;
 use thiserror::Error;
@@ -27,6 +27,18 @@ pub enum Command {
     /// Runs a virtual machine until it ends
     #[command(after_help = STATUSES)]
     Run(Box<RunOptions>),
+    /// Says what this host lacks to give a guest a GPU, and what mends it
+    Doctor {
+        /// Looks at this device too, such as 0000:03:00.1
+        #[arg(value_name = "ADDRESS")]
+        device: Option<String>,
+        /// Answers in JSON
+        #[arg(long)]
+        json: bool,
+    },
+    /// Shows PCI devices of the host, gives them to user space and takes them back
+    #[command(subcommand)]
+    Vfio(VfioCommand),
     /// Serves the control API; a program creates and boots the machine
     Serve(ServeOptions),
     /// Calls a method of the control API
@@ -43,6 +55,28 @@ pub enum Command {
     /// Restores the terminal when the process on standard input ends
     #[command(name = fanlight::terminal::GUARD_COMMAND, hide = true)]
     TerminalGuard,
+}
+
+/// What can be done with devices of the host's.
+#[derive(Debug, Subcommand)]
+pub enum VfioCommand {
+    /// Lists what could be passed through
+    List,
+    /// Binds a device to vfio-pci, or makes virtual functions of it and binds those
+    Bind {
+        /// Where the device is, such as 0000:03:00.0
+        #[arg(value_name = "ADDRESS")]
+        device: String,
+        /// Makes this many virtual functions and binds them instead of the device
+        #[arg(long, value_name = "N")]
+        vfs: Option<u32>,
+    },
+    /// Undoes bind: gives a device back to the host's driver, or takes its virtual functions away
+    Unbind {
+        /// Where the device is
+        #[arg(value_name = "ADDRESS")]
+        device: String,
+    },
 }
 
 /// Options of `fanlight view`.
@@ -144,8 +178,8 @@ pub struct LogOptions {
 /// Options of `fanlight run`.
 #[derive(Args, Debug)]
 pub struct RunOptions {
-    /// Machine as JSON, with the options' names as fields; options given beside it win, and disks and
-    /// network interfaces add to it
+    /// Machine as JSON, with the options' names as fields; options given beside it win, and disks, network
+    /// interfaces and passed-through devices add to it
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
     /// Kernel: a bzImage, or an ELF vmlinux with a PVH entry
@@ -177,6 +211,10 @@ pub struct RunOptions {
     /// tap's name [default: vhost-net where the host has it]
     #[arg(long, value_name = "tap=NAME[,mac=ADDRESS][,vhost=on|off][,port=N]")]
     net: Vec<NetConfig>,
+    /// PCI device of the host's to pass through, bound to vfio-pci; may be given several times. iommufd says
+    /// whether DMA goes through that, or through VFIO's older container [default: auto]
+    #[arg(long, value_name = "ADDRESS[,iommufd=auto|on|off][,id=NAME][,port=N]")]
+    vfio: Vec<VfioConfig>,
     /// Sockets between host and guest, with the guest's context id, from 3 on [default: none]
     #[arg(long, value_name = "cid=N")]
     vsock: Option<VsockConfig>,
@@ -274,6 +312,7 @@ impl RunOptions {
         set(&mut config.memory, self.memory);
         config.disk.extend(self.disk);
         config.net.extend(self.net);
+        config.vfio.extend(self.vfio);
         set(&mut config.vsock, self.vsock.map(Some));
         set(&mut config.serial, self.serial);
         set(&mut config.console, self.console.map(Some));

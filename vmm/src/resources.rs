@@ -18,6 +18,7 @@ use thiserror::Error;
 use crate::{
     console::{ConsoleError, HostConsole},
     graphics::{Graphics, GraphicsError},
+    passthrough::{Passthrough, PassthroughError},
 };
 
 /// What is wrong with a configuration.
@@ -63,6 +64,9 @@ pub enum ConfigError {
     /// A hardware address.
     #[error("--net mac")]
     Mac(#[from] MacError),
+    /// A passed-through device.
+    #[error("--vfio")]
+    Vfio(#[from] PassthroughError),
     /// The GPU.
     #[error("--gpu")]
     Graphics(#[from] GraphicsError),
@@ -140,6 +144,8 @@ pub struct Resources {
     pub disks: Vec<Disk>,
     /// Network interfaces, in order.
     pub interfaces: Vec<Interface>,
+    /// Passed-through devices.
+    pub passthrough: Option<Passthrough>,
     /// The display and what is typed and pointed at, if there is a GPU.
     pub graphics: Option<Graphics>,
     /// The serial port's host side.
@@ -239,6 +245,10 @@ impl Resources {
             .iter()
             .map(|net| Interface::open(net, descriptors))
             .collect::<Result<_, _>>()?;
+        for device in &config.vfio {
+            check_port(device.port)?;
+        }
+        let passthrough = Passthrough::open(&config.vfio)?;
         let graphics = config.gpu.as_ref().map(Graphics::new).transpose()?;
         let console = config.console.as_ref().map(|console| &console.0);
         if config.serial == CharBackend::Stdio && console == Some(&CharBackend::Stdio) {
@@ -257,6 +267,7 @@ impl Resources {
             ram,
             disks,
             interfaces,
+            passthrough,
             graphics,
             config,
         })
@@ -298,7 +309,9 @@ fn open_file(
 fn name_devices(config: &mut VmConfig) -> Result<(), ConfigError> {
     let mut taken = BTreeSet::new();
     let given = config.disk.iter().map(|disk| &disk.id);
-    for id in given.chain(config.net.iter().map(|net| &net.id)).flatten() {
+    let given = given.chain(config.net.iter().map(|net| &net.id));
+    let given = given.chain(config.vfio.iter().map(|device| &device.id));
+    for id in given.flatten() {
         check_id(id)?;
         if !taken.insert(id.clone()) {
             return Err(ConfigError::IdTaken(id.clone()));
@@ -309,6 +322,12 @@ fn name_devices(config: &mut VmConfig) -> Result<(), ConfigError> {
         .iter_mut()
         .map(|disk| ("disk", &mut disk.id))
         .chain(config.net.iter_mut().map(|net| ("net", &mut net.id)))
+        .chain(
+            config
+                .vfio
+                .iter_mut()
+                .map(|device| ("vfio", &mut device.id)),
+        )
     {
         if id.is_none() {
             let name = free_id(kind, |name| taken.contains(name));

@@ -2,7 +2,7 @@
 //! ports of configuration mechanism 1 (PCI 3.0, 3.2.2.3.2).
 
 use std::sync::{
-    Arc,
+    Arc, Weak,
     atomic::{AtomicU32, Ordering},
 };
 
@@ -14,8 +14,9 @@ fn is_plain(offset: u64, len: usize) -> bool {
     matches!(len, 1 | 2 | 4) && offset % 4 + len as u64 <= 4
 }
 
-/// The memory-mapped window: 4 KiB a function, 1 MiB a bus.
-pub struct Ecam(pub Arc<PciBus>);
+/// The memory-mapped window: 4 KiB a function, 1 MiB a bus. Functions have the address map that this is in,
+/// so it must not have the functions.
+pub struct Ecam(pub Weak<PciBus>);
 
 impl Ecam {
     fn decode(offset: u64) -> (u8, DevFn, u16) {
@@ -29,25 +30,28 @@ impl Ecam {
 
 impl IoHandler for Ecam {
     fn read(&self, offset: u64, data: &mut [u8]) {
-        if is_plain(offset, data.len()) {
-            let (bus, place, register) = Self::decode(offset);
-            self.0.read_config(bus, place, register, data);
-        } else {
-            data.fill(0xff);
+        match self.0.upgrade() {
+            Some(root) if is_plain(offset, data.len()) => {
+                let (bus, place, register) = Self::decode(offset);
+                root.read_config(bus, place, register, data);
+            }
+            _ => data.fill(0xff),
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if is_plain(offset, data.len()) {
+        if let Some(root) = self.0.upgrade()
+            && is_plain(offset, data.len())
+        {
             let (bus, place, register) = Self::decode(offset);
-            self.0.write_config(bus, place, register, data);
+            root.write_config(bus, place, register, data);
         }
     }
 }
 
 /// CONFIG_ADDRESS and CONFIG_DATA: 8 ports.
 pub struct ConfigMechanism1 {
-    bus: Arc<PciBus>,
+    bus: Weak<PciBus>,
     address: AtomicU32,
 }
 
@@ -58,28 +62,30 @@ const ENABLE: u32 = 1 << 31;
 
 impl ConfigMechanism1 {
     /// The ports in front of root bus `bus`.
-    pub fn new(bus: Arc<PciBus>) -> Self {
+    pub fn new(bus: &Arc<PciBus>) -> Self {
         Self {
-            bus,
+            bus: Arc::downgrade(bus),
             address: AtomicU32::new(0),
         }
     }
 
     /// What CONFIG_DATA stands for, if it stands for anything.
-    fn target(&self, offset: u64, len: usize) -> Option<(u8, DevFn, u16)> {
+    fn target(&self, offset: u64, len: usize) -> Option<(Arc<PciBus>, u8, DevFn, u16)> {
         let within = offset.checked_sub(CONFIG_DATA)?;
         let address = self.address.load(Ordering::Acquire);
-        (address & ENABLE != 0 && is_plain(within, len)).then(|| {
-            let register = (address & 0xfc) as u16 | within as u16;
-            ((address >> 16) as u8, DevFn((address >> 8) as u8), register)
-        })
+        if address & ENABLE == 0 || !is_plain(within, len) {
+            return None;
+        }
+        let register = (address & 0xfc) as u16 | within as u16;
+        let place = DevFn((address >> 8) as u8);
+        Some((self.bus.upgrade()?, (address >> 16) as u8, place, register))
     }
 }
 
 impl IoHandler for ConfigMechanism1 {
     fn read(&self, offset: u64, data: &mut [u8]) {
         match self.target(offset, data.len()) {
-            Some((bus, place, register)) => self.bus.read_config(bus, place, register, data),
+            Some((root, bus, place, register)) => root.read_config(bus, place, register, data),
             None if offset == 0 && data.len() == 4 => {
                 data.copy_from_slice(&self.address.load(Ordering::Acquire).to_le_bytes());
             }
@@ -88,8 +94,8 @@ impl IoHandler for ConfigMechanism1 {
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
-        if let Some((bus, place, register)) = self.target(offset, data.len()) {
-            self.bus.write_config(bus, place, register, data);
+        if let Some((root, bus, place, register)) = self.target(offset, data.len()) {
+            root.write_config(bus, place, register, data);
         } else if let (0, Ok(address)) = (offset, data.try_into()) {
             // Only a write of all 32 bits is one to CONFIG_ADDRESS; others are other devices' ports.
             self.address
@@ -112,7 +118,8 @@ mod tests {
     #[test]
     fn both_ways_read_the_same() {
         let bus = bus();
-        let (ecam, ports) = (Ecam(bus.clone()), ConfigMechanism1::new(bus));
+        let ecam = Ecam(Arc::downgrade(&bus));
+        let ports = ConfigMechanism1::new(&bus);
         let (mut a, mut b) = ([0; 4], [0; 4]);
         ecam.read(8, &mut a);
         ports.write(0, &(ENABLE | 8).to_le_bytes());
@@ -125,7 +132,8 @@ mod tests {
 
     #[test]
     fn partial_writes_do_not_change_the_address() {
-        let ports = ConfigMechanism1::new(bus());
+        let bus = bus();
+        let ports = ConfigMechanism1::new(&bus);
         ports.write(0, &(ENABLE | 0x40).to_le_bytes());
         ports.write(0, &[0xff]);
         ports.write(1, &[0xff, 0xff]);
@@ -137,7 +145,8 @@ mod tests {
     #[test]
     fn without_enable_and_across_double_words_all_reads_are_ones() {
         let bus = bus();
-        let (ecam, ports) = (Ecam(bus.clone()), ConfigMechanism1::new(bus));
+        let ecam = Ecam(Arc::downgrade(&bus));
+        let ports = ConfigMechanism1::new(&bus);
         let mut data = [0; 4];
         ports.read(4, &mut data);
         assert_eq!(data, [0xff; 4]);

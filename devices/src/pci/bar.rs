@@ -1,9 +1,15 @@
 //! Base address registers: sizing, and keeping the address maps in step with what the guest writes.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use super::config::{COMMAND_IO, COMMAND_MEMORY, ConfigSpace, reg};
-use crate::memory::{AddressSpace, IoHandler};
+use crate::{
+    hypervisor::{Hypervisor, MappedSlot},
+    memory::{AddressSpace, AddressSpaceError, Backing, IoHandler, SlotMapping},
+};
+
+/// The number under which a function's expansion ROM goes beside its BARs.
+pub const ROM_INDEX: usize = 6;
 
 /// What a BAR decodes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -17,14 +23,28 @@ pub enum BarKind {
         /// Whether reads have no side effects, which is what bridges may forward above 4 GiB.
         prefetchable: bool,
     },
+    /// The expansion ROM: 32-bit memory with an enable bit of its own (PCI 3.0, 6.2.5.2).
+    Rom,
 }
 
+/// Expansion ROM register: the ROM is decoded.
+const ROM_ENABLE: u32 = 1;
+
 impl BarKind {
+    /// The smallest size that the register can express.
+    pub fn min_size(self) -> u64 {
+        match self {
+            BarKind::Io => 4,
+            BarKind::Memory32 | BarKind::Memory64 { .. } => 16,
+            BarKind::Rom => 1 << 11,
+        }
+    }
+
     /// The register's fixed low bits (PCI 3.0, 6.2.5.1).
     fn flags(self) -> u32 {
         match self {
             BarKind::Io => 0b01,
-            BarKind::Memory32 => 0b0000,
+            BarKind::Memory32 | BarKind::Rom => 0b0000,
             BarKind::Memory64 {
                 prefetchable: false,
             } => 0b0100,
@@ -44,6 +64,46 @@ pub trait BarHandler: IoHandler {
 pub enum BarContent {
     /// Registers that a device answers.
     Registers(Arc<dyn BarHandler>),
+    /// Memory that the guest reaches without an exit, and registers around it.
+    Pieces {
+        /// Answers what no piece covers.
+        handler: Arc<dyn BarHandler>,
+        /// The memory, in order and not overlapping.
+        pieces: Vec<Piece>,
+        /// Shows the memory to the guest.
+        hypervisor: Arc<dyn Hypervisor>,
+    },
+}
+
+/// A part of a BAR that is memory.
+#[derive(Clone, Debug)]
+pub struct Piece {
+    /// Bytes from the BAR's start, page aligned.
+    pub offset: u64,
+    /// Length in bytes, page aligned.
+    pub len: u64,
+    /// What it is.
+    pub backing: Backing,
+    /// Where it is mapped in this process for as long as the BAR is there.
+    pub host: u64,
+    /// Whether the guest may only read.
+    pub readonly: bool,
+}
+
+/// The device's answers for a part of a BAR: offsets count from the BAR's start.
+struct Part {
+    handler: Arc<dyn BarHandler>,
+    start: u64,
+}
+
+impl IoHandler for Part {
+    fn read(&self, offset: u64, data: &mut [u8]) {
+        self.handler.read(self.start + offset, data);
+    }
+
+    fn write(&self, offset: u64, data: &[u8]) {
+        self.handler.write(self.start + offset, data);
+    }
 }
 
 /// A BAR as it is now.
@@ -64,8 +124,17 @@ struct Bar {
     kind: BarKind,
     size: u64,
     content: BarContent,
-    /// Where it lies in the address map now.
-    at: Option<u64>,
+    /// What of it is in the address map now.
+    mapped: Option<Mapped>,
+}
+
+/// A BAR in the address map.
+struct Mapped {
+    /// Where it starts.
+    address: u64,
+    /// The regions that it consists of: start and length.
+    regions: Vec<(u64, u64)>,
+    slots: Vec<MappedSlot>,
 }
 
 /// The BARs of one function.
@@ -74,6 +143,8 @@ pub struct Bars {
     bars: Vec<Bar>,
     memory: Arc<AddressSpace>,
     ports: Arc<AddressSpace>,
+    /// Whether the function sleeps or is being reset, and so decodes nothing.
+    asleep: bool,
 }
 
 impl Bars {
@@ -83,13 +154,15 @@ impl Bars {
             bars: Vec::new(),
             memory,
             ports,
+            asleep: false,
         }
     }
 
-    /// Adds the BAR of register `index` (0 to 5) to `config`.
+    /// Adds the BAR of register `index` (0 to 5, or [`ROM_INDEX`]) to `config`.
     ///
     /// # Panics
-    /// If `size` is not a power of two of at least 16 bytes: sizes are constants of each device.
+    /// If `size` is not a power of two of at least 4 bytes of ports or 16 of memory: sizes are constants
+    /// of each device, or checked before.
     pub fn add(
         &mut self,
         config: &mut ConfigSpace,
@@ -99,13 +172,14 @@ impl Bars {
         content: BarContent,
     ) {
         assert!(
-            size.is_power_of_two() && size >= 16,
+            size.is_power_of_two() && size >= kind.min_size(),
             "BAR {index} of {size:#x} bytes"
         );
-        let register = reg::BASE_ADDRESS_0 + index * 4;
+        let register = register(index);
         let mask = !(size - 1);
+        let enable = if kind == BarKind::Rom { ROM_ENABLE } else { 0 };
         config.set(register, &kind.flags().to_le_bytes());
-        config.set_writable(register, &(mask as u32).to_le_bytes());
+        config.set_writable(register, &(mask as u32 | enable).to_le_bytes());
         if let BarKind::Memory64 { .. } = kind {
             config.set_writable(register + 4, &((mask >> 32) as u32).to_le_bytes());
         }
@@ -114,7 +188,7 @@ impl Bars {
             kind,
             size,
             content,
-            at: None,
+            mapped: None,
         });
     }
 
@@ -134,7 +208,7 @@ impl Bars {
                 index: bar.index,
                 kind: bar.kind,
                 size: bar.size,
-                address: bar.at,
+                address: bar.address(),
             })
             .collect()
     }
@@ -144,49 +218,87 @@ impl Bars {
         let Some(bar) = self.bars.iter().find(|bar| bar.index == index) else {
             return;
         };
-        let register = reg::BASE_ADDRESS_0 + index * 4;
+        let register = register(index);
         config.write(register, &(address as u32).to_le_bytes());
         if let BarKind::Memory64 { .. } = bar.kind {
             config.write(register + 4, &((address >> 32) as u32).to_le_bytes());
         }
     }
 
-    /// Brings the address maps in line with the registers. Called after each write to COMMAND or a BAR.
-    pub fn update(&mut self, config: &ConfigSpace) {
-        let Self {
-            bars,
-            memory,
-            ports,
-        } = self;
-        let wanted: Vec<_> = bars.iter().map(|bar| bar.wanted(config)).collect();
-        // First all that go, so that two BARs can change places.
-        for (bar, wanted) in bars.iter_mut().zip(&wanted) {
-            if bar.at != *wanted {
-                bar.unmap(memory, ports);
+    /// Has the function decode nothing, whatever its registers say, or again what they say. Takes effect
+    /// with the next [`Bars::withdraw`] or [`Bars::update`].
+    pub fn set_asleep(&mut self, asleep: bool) {
+        self.asleep = asleep;
+    }
+
+    /// Where BAR `bar` is to lie.
+    fn wanted(&self, bar: &Bar, config: &ConfigSpace) -> Option<u64> {
+        bar.wanted(config).filter(|_| !self.asleep)
+    }
+
+    /// Takes out of the address maps what the registers no longer decode, and adds nothing: what a device
+    /// of the host's needs before it is told.
+    pub fn withdraw(&mut self, config: &ConfigSpace) {
+        for index in 0..self.bars.len() {
+            let wanted = self.wanted(&self.bars[index], config);
+            if self.bars[index].address() != wanted {
+                self.bars[index].unmap(&self.memory, &self.ports);
             }
         }
-        for (bar, wanted) in bars.iter_mut().zip(&wanted) {
-            if let (None, Some(address)) = (bar.at, *wanted) {
-                bar.map(address, memory, ports);
+    }
+
+    /// Brings the address maps in line with the registers. Called after each write to COMMAND or a BAR.
+    pub fn update(&mut self, config: &ConfigSpace) {
+        // First all that go, so that two BARs can change places.
+        self.withdraw(config);
+        for index in 0..self.bars.len() {
+            let wanted = self.wanted(&self.bars[index], config);
+            if let (None, Some(address)) = (self.bars[index].address(), wanted) {
+                self.bars[index].map(address, &self.memory, &self.ports);
             }
         }
     }
 }
 
+impl Drop for Bars {
+    /// Tells every device that its BARs are gone, and gives their memory slots back.
+    fn drop(&mut self) {
+        for bar in &mut self.bars {
+            bar.unmap(&self.memory, &self.ports);
+        }
+    }
+}
+
+/// The register of BAR `index`.
+fn register(index: usize) -> usize {
+    match index {
+        ROM_INDEX => reg::EXPANSION_ROM,
+        index => reg::BASE_ADDRESS_0 + index * 4,
+    }
+}
+
 impl Bar {
+    /// Where it is in the address map.
+    fn address(&self) -> Option<u64> {
+        self.mapped.as_ref().map(|mapped| mapped.address)
+    }
+
     /// Where the registers say it lies, if it is decoded. An address of all ones is the guest asking for
     /// the size, and 0 is a BAR that nobody has placed.
     fn wanted(&self, config: &ConfigSpace) -> Option<u64> {
-        let register = reg::BASE_ADDRESS_0 + self.index * 4;
+        let register = register(self.index);
         let low = u64::from(config.u32(register));
+        let max32 = u64::from(u32::MAX);
         let (enable, limit, address) = match self.kind {
             BarKind::Io => (COMMAND_IO, 0xffff, low & !3),
-            BarKind::Memory32 => (COMMAND_MEMORY, u64::from(u32::MAX), low & !0xf),
+            BarKind::Memory32 => (COMMAND_MEMORY, max32, low & !0xf),
             BarKind::Memory64 { .. } => (
                 COMMAND_MEMORY,
                 u64::MAX,
                 low & !0xf | u64::from(config.u32(register + 4)) << 32,
             ),
+            BarKind::Rom if low & u64::from(ROM_ENABLE) == 0 => return None,
+            BarKind::Rom => (COMMAND_MEMORY, max32, low & !0x7ff),
         };
         let last = address.checked_add(self.size - 1)?;
         let sizing = last == limit;
@@ -194,36 +306,108 @@ impl Bar {
             .then_some(address)
     }
 
+    fn handler(&self) -> &Arc<dyn BarHandler> {
+        match &self.content {
+            BarContent::Registers(handler) | BarContent::Pieces { handler, .. } => handler,
+        }
+    }
+
     fn map(&mut self, address: u64, memory: &AddressSpace, ports: &AddressSpace) {
-        let BarContent::Registers(handler) = &self.content;
-        let space = if self.kind == BarKind::Io {
-            ports
-        } else {
-            memory
+        let mut mapped = Mapped {
+            address,
+            regions: Vec::new(),
+            slots: Vec::new(),
         };
-        match space.insert_io(address, self.size, handler.clone()) {
+        let space = self.space(memory, ports);
+        match self.enter(&mut mapped, space) {
             Ok(()) => {
-                self.at = Some(address);
-                handler.mapped(Some(address));
+                self.mapped = Some(mapped);
+                self.handler().mapped(Some(address));
             }
             // The guest put it over something else: nothing answers there, as on a real bus.
-            Err(error) => tracing::warn!(%error, index = self.index, "the guest misplaced a BAR"),
+            Err(error) => {
+                self.leave(mapped, space);
+                tracing::warn!(%error, index = self.index, "the guest misplaced a BAR");
+            }
+        }
+    }
+
+    /// Adds pieces and what is between them to the map.
+    fn enter(&self, mapped: &mut Mapped, space: &AddressSpace) -> Result<(), AddressSpaceError> {
+        let mut end = 0;
+        if let BarContent::Pieces {
+            pieces, hypervisor, ..
+        } = &self.content
+        {
+            for piece in pieces {
+                let gpa = mapped.address + piece.offset;
+                let piece_end = piece.offset + piece.len;
+                self.enter_part(mapped, space, end..piece.offset)?;
+                space.insert_backed(gpa, piece.len, piece.backing.clone())?;
+                mapped.regions.push((gpa, piece.len));
+                let slot = SlotMapping {
+                    gpa,
+                    len: piece.len,
+                    host: piece.host,
+                    readonly: piece.readonly,
+                };
+                match hypervisor.map_slot(slot) {
+                    Ok(slot) => mapped.slots.push(slot),
+                    Err(error) => {
+                        tracing::warn!(%error, index = self.index, "a BAR's memory is slow");
+                        // The device answers each access instead.
+                        mapped.regions.pop();
+                        space.remove(gpa, piece.len)?;
+                        self.enter_part(mapped, space, piece.offset..piece_end)?;
+                    }
+                }
+                end = piece_end;
+            }
+        }
+        self.enter_part(mapped, space, end..self.size)
+    }
+
+    fn enter_part(
+        &self,
+        mapped: &mut Mapped,
+        space: &AddressSpace,
+        range: Range<u64>,
+    ) -> Result<(), AddressSpaceError> {
+        if range.is_empty() {
+            return Ok(());
+        }
+        let (gpa, len) = (mapped.address + range.start, range.end - range.start);
+        let part = Part {
+            handler: self.handler().clone(),
+            start: range.start,
+        };
+        space.insert_io(gpa, len, Arc::new(part))?;
+        mapped.regions.push((gpa, len));
+        Ok(())
+    }
+
+    fn space<'a>(&self, memory: &'a AddressSpace, ports: &'a AddressSpace) -> &'a AddressSpace {
+        match self.kind {
+            BarKind::Io => ports,
+            _ => memory,
         }
     }
 
     fn unmap(&mut self, memory: &AddressSpace, ports: &AddressSpace) {
-        let Some(address) = self.at.take() else {
+        let Some(mapped) = self.mapped.take() else {
             return;
         };
-        let BarContent::Registers(handler) = &self.content;
-        handler.mapped(None);
-        let space = if self.kind == BarKind::Io {
-            ports
-        } else {
-            memory
-        };
-        if let Err(error) = space.remove(address, self.size) {
-            tracing::error!(%error, index = self.index, "a BAR was not where it should be");
+        self.handler().mapped(None);
+        self.leave(mapped, self.space(memory, ports));
+    }
+
+    fn leave(&self, mapped: Mapped, space: &AddressSpace) {
+        // The guest loses the memory before the map does: nothing else can come to lie there meanwhile.
+        drop(mapped.slots);
+        for (gpa, len) in mapped.regions {
+            if let Err(error) = space.remove(gpa, len) {
+                tracing::error!(%error, index = self.index, "a BAR was not where it should be");
+            }
         }
     }
 }
@@ -233,7 +417,7 @@ mod tests {
     use std::sync::Mutex;
 
     use super::*;
-    use crate::pci::Identity;
+    use crate::{hypervisor::test_util::FakeHypervisor, memory::BackingKind, pci::Identity};
 
     #[derive(Default)]
     struct Device(Mutex<Vec<Option<u64>>>);
@@ -343,5 +527,102 @@ mod tests {
         s.bars.place(&mut s.config, 0, 0x20000);
         s.bars.update(&s.config);
         assert_eq!(*s.device.0.lock().unwrap(), [Some(0x20000)]);
+    }
+
+    /// A BAR of 16 KiB whose second page is a file's fifth.
+    fn with_piece() -> (Setup, Arc<FakeHypervisor>) {
+        let mut s = setup(MEMORY64, 0x1000);
+        let hypervisor = Arc::new(FakeHypervisor::default());
+        let backing = Backing {
+            kind: BackingKind::Bar {
+                device: 3,
+                region: 2,
+            },
+            file: Arc::new(tempfile::tempfile().unwrap()),
+            offset: 0x4000,
+        };
+        let piece = Piece {
+            offset: 0x1000,
+            len: 0x1000,
+            backing,
+            host: 0,
+            readonly: false,
+        };
+        s.bars.add(
+            &mut s.config,
+            2,
+            MEMORY64,
+            0x4000,
+            BarContent::Pieces {
+                handler: s.device.clone(),
+                pieces: vec![piece],
+                hypervisor: hypervisor.clone(),
+            },
+        );
+        s.bars.place(&mut s.config, 2, 0x10_0000);
+        s.config.write(reg::COMMAND, &[COMMAND_MEMORY as u8]);
+        s.bars.update(&s.config);
+        (s, hypervisor)
+    }
+
+    #[test]
+    fn pieces_are_memory_and_the_rest_is_the_devices() {
+        let (mut s, hypervisor) = with_piece();
+        let segments = s.memory.resolve(0x10_1800, 0x800).unwrap();
+        assert_eq!(segments[0].backing.offset, 0x4800);
+        assert!(s.memory.resolve(0x10_1800, 0x801).is_err());
+        assert_eq!(hypervisor.slots(), [(0x10_1000, 0x1000)]);
+        let mut data = [0];
+        s.memory.read(0x10_2034, &mut data);
+        assert_eq!(data, [0x34]);
+        s.bars.place(&mut s.config, 2, 0x20_0000);
+        s.bars.update(&s.config);
+        assert_eq!(hypervisor.slots(), [(0x20_1000, 0x1000)]);
+        assert!(s.memory.resolve(0x20_1000, 0x1000).is_ok());
+        drop(s.bars);
+        assert!(hypervisor.slots().is_empty());
+        assert!(s.memory.lookup(0x20_0000).is_none());
+    }
+
+    #[test]
+    fn what_is_half_misplaced_is_not_there_at_all() {
+        let (mut s, hypervisor) = with_piece();
+        let other = Arc::new(Device::default());
+        s.memory.insert_io(0x30_3000, 0x1000, other).unwrap();
+        s.bars.place(&mut s.config, 2, 0x30_0000);
+        s.bars.update(&s.config);
+        assert!(hypervisor.slots().is_empty());
+        assert!(s.memory.lookup(0x30_1000).is_none());
+    }
+
+    #[test]
+    fn a_sleeping_function_decodes_nothing() {
+        let (mut s, hypervisor) = with_piece();
+        s.bars.set_asleep(true);
+        s.bars.withdraw(&s.config);
+        assert!(hypervisor.slots().is_empty());
+        s.bars.update(&s.config);
+        assert!(s.memory.lookup(0x10_0000).is_none());
+        s.bars.set_asleep(false);
+        s.bars.update(&s.config);
+        assert_eq!(hypervisor.slots(), [(0x10_1000, 0x1000)]);
+    }
+
+    #[test]
+    fn the_rom_has_an_enable_bit_of_its_own() {
+        let mut s = setup(MEMORY64, 0x1000);
+        let content = BarContent::Registers(s.device.clone());
+        s.bars
+            .add(&mut s.config, ROM_INDEX, BarKind::Rom, 0x1_0000, content);
+        s.config
+            .write(reg::EXPANSION_ROM, &0xffff_f800u32.to_le_bytes());
+        assert_eq!(s.config.u32(reg::EXPANSION_ROM), 0xffff_0000);
+        s.bars.place(&mut s.config, ROM_INDEX, 0xc000_0000);
+        s.config.write(reg::COMMAND, &[COMMAND_MEMORY as u8]);
+        s.bars.update(&s.config);
+        assert!(s.memory.lookup(0xc000_0000).is_none());
+        s.config.write(reg::EXPANSION_ROM, &[1]);
+        s.bars.update(&s.config);
+        assert!(s.memory.lookup(0xc000_ffff).is_some());
     }
 }

@@ -26,8 +26,10 @@ pub mod reg {
     pub const PREFETCHABLE_LIMIT_UPPER: usize = 0x2c;
     pub const SUBSYSTEM_VENDOR_ID: usize = 0x2c;
     pub const SUBSYSTEM_ID: usize = 0x2e;
+    pub const EXPANSION_ROM: usize = 0x30;
     pub const CAPABILITIES_POINTER: usize = 0x34;
     pub const INTERRUPT_LINE: usize = 0x3c;
+    pub const INTERRUPT_PIN: usize = 0x3d;
     pub const BRIDGE_CONTROL: usize = 0x3e;
 }
 
@@ -38,7 +40,7 @@ pub const COMMAND_MEMORY: u16 = 1 << 1;
 /// COMMAND: may access memory.
 pub const COMMAND_BUS_MASTER: u16 = 1 << 2;
 /// COMMAND: INTx is off.
-const COMMAND_INTX_DISABLE: u16 = 1 << 10;
+pub const COMMAND_INTX_DISABLE: u16 = 1 << 10;
 /// STATUS: there is a list of capabilities.
 const STATUS_CAPABILITIES: u16 = 1 << 4;
 /// Where capabilities start.
@@ -107,6 +109,16 @@ impl ConfigSpace {
         config.set_writable(reg::CACHE_LINE_SIZE, &[0xff]);
         config.set_writable(reg::INTERRUPT_LINE, &[0xff]);
         config
+    }
+
+    /// Registers as a device of the host's has them, of which the guest may write none yet.
+    pub fn from_bytes(bytes: Box<[u8; CONFIG_SPACE_SIZE]>) -> Self {
+        Self {
+            bytes,
+            writable: Box::new([0; CONFIG_SPACE_SIZE]),
+            free: LEGACY_END,
+            last_pointer: reg::CAPABILITIES_POINTER,
+        }
     }
 
     /// Sets registers, whatever the guest may write.

@@ -13,10 +13,13 @@ mod msi;
 mod msix;
 
 pub use access::{ConfigMechanism1, Ecam, MECHANISM_1_PORTS};
-pub use bar::{BarContent, BarHandler, BarKind, BarReport, Bars};
+pub use bar::{BarContent, BarHandler, BarKind, BarReport, Bars, Piece, ROM_INDEX};
 pub use bridge::{EjectSink, RootPort, SlotError};
 pub use bus::{PciBus, PciError, Windows};
-pub use config::{Capability, ConfigSpace, Identity};
+pub use config::{
+    COMMAND_BUS_MASTER, COMMAND_INTX_DISABLE, COMMAND_IO, COMMAND_MEMORY, CONFIG_SPACE_SIZE,
+    Capability, ConfigSpace, Identity, reg,
+};
 pub use host_bridge::HostBridge;
 pub use msi::Msi;
 pub use msix::{Msix, MsixError, PBA_ENTRY, TABLE_ENTRY};
@@ -31,6 +34,11 @@ impl DevFn {
     /// From a device number below 32 and a function number below 8.
     pub const fn new(device: u8, function: u8) -> Self {
         Self(device << 3 | function & 7)
+    }
+
+    /// The device number, below 32.
+    pub const fn device(self) -> u8 {
+        self.0 >> 3
     }
 }
 

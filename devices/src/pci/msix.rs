@@ -105,6 +105,18 @@ impl Msix {
         self.entries.len() as u16
     }
 
+    /// Whether the function may signal anything.
+    pub fn is_enabled(&self) -> bool {
+        self.enabled
+    }
+
+    /// The vectors that the guest is listening to.
+    pub fn unmasked(&self) -> impl Iterator<Item = u16> + '_ {
+        (0..)
+            .zip(&self.entries)
+            .filter_map(|(index, entry)| (!self.is_masked(entry)).then_some(index))
+    }
+
     /// The guest wrote Message Control.
     pub fn set_control(&mut self, control: u16) {
         self.enabled = control & CONTROL_ENABLE != 0;

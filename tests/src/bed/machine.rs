@@ -38,6 +38,74 @@ pub enum L1Kernel {
     Stock(StockKernel),
 }
 
+/// A device of L1's to be passed through to guests, beyond what every L1 has. Each is behind a root port of
+/// its own, and so in an IOMMU group of its own.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum L1Device {
+    /// Intel's 82576 (8086:10c9) with virtual functions (8086:10ca), on a network of QEMU's.
+    Igb,
+    /// A virtio network device (1af4:1041) with a virtual function of the same kind.
+    VirtioNet,
+    /// Shared memory (1af4:1110): BAR 2 is this many MiB of memory.
+    Ivshmem(u32),
+    /// A display (1234:1111) whose BAR 0 is 16 MiB of memory.
+    BochsDisplay,
+    /// A disk controller (8086:2922) with MSI and INTx, and a disk of 16 MiB.
+    Ahci,
+    /// A device for teaching (1234:11e8) with a DMA engine and INTx.
+    Edu,
+}
+
+impl L1Device {
+    /// QEMU's arguments for it as L1's device number `number`. Files go to `dir`.
+    fn arguments(self, number: usize, dir: &Path) -> Result<Vec<String>> {
+        let port = format!("pcie-root-port,id=rp{number},chassis={number},slot={number}");
+        let on_port = |device: &str| format!("{device},bus=rp{number}");
+        let mut arguments = vec!["-device".into(), port];
+        let mut add = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
+        match self {
+            L1Device::Igb => {
+                add("-netdev", format!("user,id=net{number},restrict=on"));
+                add("-device", on_port(&format!("igb,netdev=net{number}")));
+            }
+            // QEMU wants the virtual function before the physical one that it names.
+            L1Device::VirtioNet => {
+                add("-netdev", format!("user,id=net{number}v,restrict=on"));
+                add("-netdev", format!("user,id=net{number}p,restrict=on"));
+                let (vf, pf) = (
+                    format!("virtio-net-pci,sriov-pf=pf{number},addr=0.1,netdev=net{number}v"),
+                    format!("virtio-net-pci,id=pf{number},addr=0.0,netdev=net{number}p"),
+                );
+                add("-device", on_port(&vf));
+                add("-device", on_port(&pf));
+            }
+            L1Device::Ivshmem(mib) => {
+                let memory = format!("memory-backend-memfd,id=shm{number},size={mib}M,share=on");
+                add("-object", memory);
+                add(
+                    "-device",
+                    on_port(&format!("ivshmem-plain,memdev=shm{number}")),
+                );
+            }
+            L1Device::Ahci => {
+                let disk = dir.join(format!("disk{number}"));
+                let file = fs::File::create(&disk).context("cannot make a disk")?;
+                file.set_len(16 << 20).context("cannot make a disk")?;
+                let drive = format!("if=none,id=disk{number},format=raw,file={}", disk.display());
+                add("-drive", drive);
+                add("-device", on_port(&format!("ahci,id=ahci{number}")));
+                add(
+                    "-device",
+                    format!("ide-hd,drive=disk{number},bus=ahci{number}.0"),
+                );
+            }
+            L1Device::BochsDisplay => add("-device", on_port("bochs-display")),
+            L1Device::Edu => add("-device", on_port("edu,dma_mask=0xffffffffffffffff")),
+        }
+        Ok(arguments)
+    }
+}
+
 /// A directory of the host's that L1 sees.
 #[derive(Clone, Debug)]
 pub struct Share {
@@ -81,6 +149,19 @@ impl Bed {
         output: &mut dyn Write,
         fill: impl FnOnce(&mut Archive) -> Result<()>,
     ) -> Result<i32> {
+        self.run_with(&[], job, programs, shares, output, fill)
+    }
+
+    /// The same with more devices in L1.
+    pub fn run_with(
+        &self,
+        devices: &[L1Device],
+        job: &str,
+        programs: &[&Path],
+        shares: &[Share],
+        output: &mut dyn Write,
+        fill: impl FnOnce(&mut Archive) -> Result<()>,
+    ) -> Result<i32> {
         let dir = tempfile::tempdir().context("cannot make a directory")?;
         let mut root = Archive::l1(&self.busybox)?;
         root.file("job", format!("#!/bin/sh\n{job}\n").as_bytes());
@@ -98,6 +179,9 @@ impl Bed {
         let initrd = dir.path().join("l1.cpio");
         fs::write(&initrd, root.finish()).context("cannot write L1's root")?;
         let mut command = self.command(image, &initrd, shares);
+        for (number, device) in (1..).zip(devices) {
+            command.args(device.arguments(number, dir.path())?);
+        }
         let child = command.spawn().context("cannot start QEMU")?;
         watch(child, output)
     }

@@ -3,7 +3,7 @@
 
 use std::{ffi::CString, fs::File, os::fd::AsRawFd, process::ExitCode};
 
-use fanlight_tests::{Context, Failure, Result, echo};
+use fanlight_tests::{Context, Failure, Result, echo, edu};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -35,9 +35,21 @@ fn act(arguments: &[String]) -> Result<String> {
             Ok(format!("zeroed {len} bytes"))
         }
         [verb, kernel, initrd, cmdline] if verb == "kexec" => kexec(kernel, initrd, cmdline),
+        [verb] if verb == "peer" => {
+            let bytes = edu::copy_in_peer()?;
+            Ok(format!("edu copied {bytes} bytes of its peer"))
+        }
+        [verb, mark] if verb == "mark" => {
+            let before = edu::swap_mark(number(mark)?)?;
+            Ok(format!("mark was {before}"))
+        }
+        [verb, count] if verb == "interrupts" => {
+            let heard = edu::interrupts(number(count)? as u32)?;
+            Ok(format!("edu interrupted {heard} times"))
+        }
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
-             kexec KERNEL INITRD CMDLINE"
+             kexec KERNEL INITRD CMDLINE | peer | mark NUMBER | interrupts COUNT"
                 .into(),
         )),
     }

@@ -7,7 +7,7 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use fanlight_devices::hypervisor::{MsiMessage, MsiVector};
+use fanlight_devices::hypervisor::{LevelIrq, MsiMessage, MsiVector};
 use kvm_bindings::{
     KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC,
     KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting,
@@ -114,6 +114,18 @@ impl Interrupts {
         let event = EventFd::new(EFD_NONBLOCK)?;
         self.vm.register_irqfd(&event, gsi).map_err(io_error)?;
         Ok(event)
+    }
+
+    /// Event descriptors on a pin of the IOAPIC that is raised until the guest is done with it.
+    pub fn level(&self, gsi: u32) -> io::Result<LevelIrq> {
+        let irq = LevelIrq {
+            trigger: EventFd::new(EFD_NONBLOCK)?,
+            resample: EventFd::new(EFD_NONBLOCK)?,
+        };
+        self.vm
+            .register_irqfd_with_resample(&irq.trigger, &irq.resample, gsi)
+            .map_err(io_error)?;
+        Ok(irq)
     }
 
     /// A new vector, masked.

@@ -4,20 +4,24 @@
 mod interrupts;
 mod slots;
 mod vcpu;
+mod vfio;
 
 use std::{
     io,
-    os::fd::{FromRawFd, IntoRawFd, OwnedFd},
+    os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd},
     path::Path,
     sync::{Arc, Mutex},
 };
 
 use fanlight_arch::layout;
 use fanlight_devices::{
-    hypervisor::{Hypervisor, MappedSlot, MsiVector},
+    hypervisor::{AddedDevice, Hypervisor, LevelIrq, MappedSlot, MsiVector},
     memory::SlotMapping,
 };
-use kvm_bindings::{CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, kvm_clock_data};
+use kvm_bindings::{
+    CpuId, KVM_API_VERSION, KVM_CAP_DISABLE_QUIRKS2, KVM_MAX_CPUID_ENTRIES, kvm_clock_data,
+    kvm_enable_cap,
+};
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
@@ -26,6 +30,7 @@ pub use vcpu::{Exit, ExitCounts, KvmVcpu, VcpuError, kick_signal};
 
 use interrupts::Interrupts;
 use slots::Slots;
+use vfio::VfioDevices;
 
 /// Why there is no virtual machine.
 #[derive(Debug, Error)]
@@ -69,6 +74,9 @@ pub enum KvmError {
     },
 }
 
+/// KVM ignores the guest's PAT (Linux `arch/x86/include/uapi/asm/kvm.h`).
+const KVM_X86_QUIRK_IGNORE_GUEST_PAT: i32 = 1 << 9;
+
 /// Names the ioctl that failed.
 fn ioctl(action: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
     move |error| KvmError::Ioctl {
@@ -97,6 +105,7 @@ pub struct KvmVm {
     slots: Arc<Slots>,
     /// Held while the ring of coalesced accesses is read; none where KVM does not coalesce ports.
     coalesced: Option<Arc<Mutex<()>>>,
+    vfio: VfioDevices,
 }
 
 impl KvmVm {
@@ -126,6 +135,7 @@ impl KvmVm {
             interrupts,
             slots: Arc::new(Slots::new(vm.clone(), slots)),
             coalesced: kvm.check_extension(Cap::CoalescedPio).then(Arc::default),
+            vfio: VfioDevices::new(vm.clone()),
             vm,
             kvm,
         })
@@ -150,6 +160,24 @@ impl KvmVm {
             .create_vcpu(u64::from(id))
             .map_err(ioctl("create a vCPU"))?;
         KvmVcpu::new(fd, self.coalesced.clone())
+    }
+
+    /// Has the guest's own memory types count on Intel hosts, where KVM otherwise makes all memory
+    /// write-back: a GPU's memory is to be write-combined (`KVM_X86_QUIRK_IGNORE_GUEST_PAT`). Does nothing
+    /// on hosts that have no such quirk.
+    pub fn honour_guest_pat(&self) -> Result<(), KvmError> {
+        let quirks = self.kvm.check_extension_raw(KVM_CAP_DISABLE_QUIRKS2.into());
+        if quirks & KVM_X86_QUIRK_IGNORE_GUEST_PAT == 0 {
+            return Ok(());
+        }
+        let mut cap = kvm_enable_cap {
+            cap: KVM_CAP_DISABLE_QUIRKS2,
+            ..Default::default()
+        };
+        cap.args[0] = KVM_X86_QUIRK_IGNORE_GUEST_PAT as u64;
+        self.vm
+            .enable_cap(&cap)
+            .map_err(ioctl("honour the guest's memory types"))
     }
 
     /// What the guest's clocks show now. No vCPU may run.
@@ -252,6 +280,10 @@ impl Hypervisor for KvmVm {
         self.interrupts.line(gsi)
     }
 
+    fn level_irq(&self, gsi: u32) -> io::Result<LevelIrq> {
+        self.interrupts.level(gsi)
+    }
+
     fn msi_vector(&self) -> io::Result<Arc<dyn MsiVector>> {
         Ok(Arc::new(Interrupts::vector(&self.interrupts)?))
     }
@@ -270,6 +302,10 @@ impl Hypervisor for KvmVm {
 
     fn map_slot(&self, mapping: SlotMapping) -> io::Result<MappedSlot> {
         Slots::map(&self.slots, mapping)
+    }
+
+    fn add_vfio_device(&self, device: BorrowedFd<'_>) -> io::Result<AddedDevice> {
+        self.vfio.add(device)
     }
 }
 

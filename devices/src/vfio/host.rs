@@ -1,0 +1,321 @@
+//! A device of the host's that is open: its regions, its interrupts, its reset.
+
+use std::{
+    fs::File,
+    io,
+    mem::ManuallyDrop,
+    os::{
+        fd::{AsFd, AsRawFd, BorrowedFd},
+        unix::fs::FileExt,
+    },
+    sync::Arc,
+};
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_REQ_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP,
+    VFIO_REGION_INFO_FLAG_WRITE,
+};
+use vfio_ioctls::{VfioDevice, VfioRegionInfoCap};
+use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+
+use super::{
+    error::{VfioError, errno},
+    ioctls,
+    iommu::Iommu,
+    sysfs::{HostFunction, PciAddress, VFIO_PCI},
+};
+
+/// Regions of a PCI device that Fanlight uses: BARs, ROM, configuration space.
+pub const REGIONS: u32 = VFIO_PCI_CONFIG_REGION_INDEX + 1;
+
+/// What the kernel tells of a region.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct RegionInfo {
+    /// Its number.
+    pub index: u32,
+    /// Where it is in the device's descriptor.
+    pub start: u64,
+    /// Size in bytes; 0 if there is none.
+    pub size: u64,
+    /// Whether it can be written.
+    pub writable: bool,
+    /// What of it can be mapped: offset in the region and length.
+    pub mappable: Vec<(u64, u64)>,
+}
+
+/// An open device.
+pub struct HostDevice {
+    /// Where it is on the host.
+    pub address: PciAddress,
+    /// What bounds its DMA.
+    pub iommu: Arc<Iommu>,
+    device: ManuallyDrop<VfioDevice>,
+    /// The device's descriptor once more, for mappings, exports and accesses whose errors count.
+    file: ManuallyDrop<Arc<File>>,
+    /// Signalled when the host wants the device back.
+    request: EventFd,
+}
+
+impl std::fmt::Debug for HostDevice {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "HostDevice({})", self.address)
+    }
+}
+
+impl HostDevice {
+    /// Opens `function` and puts it into the address space `iommu`.
+    pub fn open(function: &HostFunction, iommu: Arc<Iommu>) -> Result<Self, VfioError> {
+        let address = function.address;
+        function.check_usable()?;
+        let device = VfioDevice::new(&function.path, iommu.operations(), true)
+            .map_err(|error| open_error(function, error))?;
+        let open = Self {
+            address,
+            iommu,
+            file: ManuallyDrop::new(Arc::new(duplicate(&device)?)),
+            device: ManuallyDrop::new(device),
+            request: EventFd::new(EFD_NONBLOCK).map_err(|source| VfioError::Host {
+                action: "make an event descriptor",
+                source,
+            })?,
+        };
+        // Devices of old kernels cannot be asked for; they are taken when they are.
+        if let Err(error) =
+            ioctls::trigger_events(&open, VFIO_PCI_REQ_IRQ_INDEX, 0, &[Some(&open.request)])
+        {
+            tracing::debug!(%error, %address, "the host cannot ask for this device");
+        }
+        open.check_alive()?;
+        Ok(open)
+    }
+
+    /// A device that has fallen off its bus reads as ones.
+    fn check_alive(&self) -> Result<(), VfioError> {
+        let broken = |what: String| VfioError::Broken {
+            address: self.address,
+            what,
+        };
+        let mut vendor = [0; 2];
+        self.read(VFIO_PCI_CONFIG_REGION_INDEX, 0, &mut vendor)
+            .map_err(|error| broken(format!("its configuration space cannot be read ({error})")))?;
+        if vendor == [0xff; 2] {
+            return Err(broken("it answers nothing".into()));
+        }
+        Ok(())
+    }
+
+    /// The device's descriptor.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
+    /// Signalled when the host wants the device back: its driver is being unbound, or it vanishes.
+    pub fn request(&self) -> &EventFd {
+        &self.request
+    }
+
+    /// Region `index`, below [`REGIONS`]. vfio-ioctls leaves regions out that the kernel refuses, but
+    /// refuses none of these.
+    pub fn region(&self, index: u32) -> RegionInfo {
+        let flags = self.device.get_region_flags(index);
+        let size = self.device.get_region_size(index);
+        let sparse =
+            self.device.get_region_caps(index).into_iter().find_map(
+                |capability| match capability {
+                    VfioRegionInfoCap::SparseMmap(sparse) => Some(sparse.areas),
+                    _ => None,
+                },
+            );
+        let mappable = match sparse {
+            _ if flags & VFIO_REGION_INFO_FLAG_MMAP == 0 => Vec::new(),
+            Some(areas) => areas.iter().map(|area| (area.offset, area.size)).collect(),
+            None => vec![(0, size)],
+        };
+        RegionInfo {
+            index,
+            start: self.device.get_region_offset(index),
+            size,
+            writable: flags & VFIO_REGION_INFO_FLAG_WRITE != 0,
+            mappable,
+        }
+    }
+
+    /// Number of interrupts of kind `index`, and whether single ones can be added while others are on.
+    pub fn interrupts(&self, index: u32) -> (u32, bool) {
+        use vfio_bindings::bindings::vfio::{VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_NORESIZE};
+        match self.device.get_irq_info(index) {
+            Some(info) if info.flags & VFIO_IRQ_INFO_EVENTFD != 0 => {
+                (info.count, info.flags & VFIO_IRQ_INFO_NORESIZE == 0)
+            }
+            _ => (0, false),
+        }
+    }
+
+    /// Reads all of `data` at `offset` of region `index`.
+    pub fn read(&self, index: u32, offset: u64, data: &mut [u8]) -> io::Result<()> {
+        let at = self.place(index, offset, data.len())?;
+        self.file.read_exact_at(data, at)
+    }
+
+    /// Writes all of `data` at `offset` of region `index`.
+    pub fn write(&self, index: u32, offset: u64, data: &[u8]) -> io::Result<()> {
+        let at = self.place(index, offset, data.len())?;
+        self.file.write_all_at(data, at)
+    }
+
+    fn place(&self, index: u32, offset: u64, len: usize) -> io::Result<u64> {
+        let size = self.device.get_region_size(index);
+        let fits = offset
+            .checked_add(len as u64)
+            .is_some_and(|end| end <= size);
+        if index >= REGIONS || !fits {
+            return Err(io::ErrorKind::InvalidInput.into());
+        }
+        Ok(self.device.get_region_offset(index) + offset)
+    }
+
+    /// Resets the function, if it can be.
+    pub fn reset(&self) -> io::Result<()> {
+        ioctls::reset(self)
+    }
+}
+
+impl AsRawFd for HostDevice {
+    fn as_raw_fd(&self) -> i32 {
+        self.file.as_raw_fd()
+    }
+}
+
+impl AsFd for HostDevice {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
+impl Drop for HostDevice {
+    /// vfio-ioctls panics where it cannot give a device back in order: detaching fails when the device no
+    /// longer wakes up, and the group of a device that vanished is nowhere to be found. Such a device is
+    /// only closed; the kernel does the rest, and what vfio-ioctls keeps of it stays until the process ends.
+    fn drop(&mut self) {
+        let vanishing = self.request.read().is_ok();
+        let in_order = match &*self.iommu {
+            Iommu::Iommufd(_) => self.device.detach_hwpt().is_ok(),
+            Iommu::Container(_) => {
+                !vanishing && HostFunction::find(self.address).is_some_and(|f| f.group().is_some())
+            }
+        };
+        // SAFETY: `file` is not used after this. It goes first: the container refuses to let go of a group
+        // with an open device.
+        unsafe { ManuallyDrop::drop(&mut self.file) };
+        if in_order {
+            // SAFETY: `device` is not used after this.
+            unsafe { ManuallyDrop::drop(&mut self.device) };
+        } else {
+            tracing::warn!(address = %self.address, "a device that does not answer is let go");
+            // SAFETY: nobody uses the descriptor after this: its owner is never dropped.
+            unsafe { libc::close(self.device.as_raw_fd()) };
+        }
+    }
+}
+
+fn duplicate(device: &VfioDevice) -> Result<File, VfioError> {
+    // SAFETY: the descriptor is open for as long as `device` is borrowed.
+    let borrowed = unsafe { BorrowedFd::borrow_raw(device.as_raw_fd()) };
+    let copy = borrowed.try_clone_to_owned();
+    copy.map(File::from).map_err(|source| VfioError::Host {
+        action: "duplicate a descriptor",
+        source,
+    })
+}
+
+impl HostFunction {
+    /// Tells what a person can mend before the kernel says only EINVAL.
+    pub fn check_usable(&self) -> Result<(), VfioError> {
+        let driver = self.driver();
+        if driver.as_deref() != Some(VFIO_PCI) {
+            return Err(VfioError::NotBound {
+                address: self.address,
+                driver,
+            });
+        }
+        match self.group() {
+            Some(_) => Ok(()),
+            None => Err(VfioError::NoIommu(self.address)),
+        }
+    }
+}
+
+/// The devices that keep a group from being given to user space, with their drivers.
+pub fn others_in_group(function: &HostFunction) -> String {
+    /// Bridges are no danger to their groups (Linux `drivers/pci/pcie/portdrv.c`, driver_managed_dma).
+    const HARMLESS: [&str; 2] = [VFIO_PCI, "pcieport"];
+    let members = function.group_members().unwrap_or_default();
+    let others: Vec<_> = members
+        .iter()
+        .filter(|member| member.address != function.address)
+        .filter_map(|member| {
+            let driver = member.driver()?;
+            let harmless = HARMLESS.contains(&driver.as_str());
+            (!harmless).then(|| format!("{} (driver {driver})", member.address))
+        })
+        .collect();
+    others.join(", ")
+}
+
+/// What the libraries' error means for a person.
+fn open_error(function: &HostFunction, error: vfio_ioctls::VfioError) -> VfioError {
+    use vfio_ioctls::VfioError as Library;
+    let address = function.address;
+    let group = function.group().unwrap_or_default();
+    let others = others_in_group(function);
+    let not_viable = || VfioError::NotViable {
+        address,
+        group,
+        others: others.clone(),
+    };
+    let action = match &error {
+        Library::OpenGroup(source, _) | Library::OpenDeviceCdev(source) => {
+            let node = match &error {
+                Library::OpenGroup(..) => Some(format!("/dev/vfio/{group}").into()),
+                _ => function.character_device(),
+            };
+            match (source.kind(), node) {
+                (io::ErrorKind::PermissionDenied, Some(node)) => {
+                    return VfioError::Permission(node);
+                }
+                (io::ErrorKind::NotFound, Some(path)) => {
+                    return VfioError::NoNode {
+                        path,
+                        hint: "the system's device manager has not made it; check /dev is mounted here",
+                    };
+                }
+                (io::ErrorKind::ResourceBusy, _) => return VfioError::Busy(address),
+                _ => "open it",
+            }
+        }
+        Library::GroupViable => return not_viable(),
+        Library::InvalidVfioDev => {
+            return VfioError::NoNode {
+                path: "/dev/vfio/devices".into(),
+                hint: "this kernel has no VFIO device nodes; leave iommufd=on away, or use one built with \
+                       CONFIG_VFIO_DEVICE_CDEV",
+            };
+        }
+        Library::VfioDeviceBindIommufd(_) => match errno(&error) {
+            Some(libc::EBUSY | libc::EINVAL) if !others.is_empty() => return not_viable(),
+            Some(libc::EBUSY | libc::EINVAL) => return VfioError::Busy(address),
+            Some(libc::EPERM) => return VfioError::UnsafeInterrupts,
+            _ => "bind it to iommufd",
+        },
+        Library::ContainerSetIOMMU(_) => match errno(&error) {
+            Some(libc::EPERM) => return VfioError::UnsafeInterrupts,
+            _ => "put it into VFIO's container",
+        },
+        _ => "take it",
+    };
+    VfioError::Library {
+        address,
+        action,
+        source: error,
+    }
+}

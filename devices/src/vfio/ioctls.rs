@@ -1,0 +1,321 @@
+//! The ioctls on VFIO and iommufd descriptors that vfio-ioctls has not, or whose errors it drops: one
+//! typed function each (Linux `include/uapi/linux/vfio.h`, `include/uapi/linux/iommufd.h`).
+
+use std::{
+    io,
+    ops::RangeInclusive,
+    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+};
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_BASE, VFIO_DEVICE_FEATURE_DMA_BUF, VFIO_DEVICE_FEATURE_GET, VFIO_DEVICE_FEATURE_PROBE,
+    VFIO_IOMMU_INFO_CAPS, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, VFIO_IRQ_SET_ACTION_TRIGGER,
+    VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_TYPE,
+    vfio_region_info,
+};
+use vmm_sys_util::{
+    eventfd::EventFd,
+    ioctl::{ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr},
+    ioctl_io_nr,
+};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, VFIO_TYPE as u32, VFIO_BASE + 8);
+ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
+ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
+ioctl_io_nr!(VFIO_DEVICE_FEATURE, VFIO_TYPE as u32, VFIO_BASE + 17);
+ioctl_io_nr!(VFIO_IOMMU_GET_INFO, VFIO_TYPE as u32, VFIO_BASE + 12);
+ioctl_io_nr!(IOMMU_IOAS_IOVA_RANGES, VFIO_TYPE as u32, 0x84);
+
+/// The most IOVA ranges that are asked for: a host has one more than it has reserved windows, a handful.
+const MAX_IOVA_RANGES: usize = 256;
+
+fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(result)
+    }
+}
+
+/// `struct vfio_irq_set` without its data.
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct IrqSet {
+    argsz: u32,
+    flags: u32,
+    index: u32,
+    start: u32,
+    count: u32,
+}
+
+fn set_irqs(
+    device: &impl AsRawFd,
+    flags: u32,
+    index: u32,
+    start: u32,
+    events: &[Option<&EventFd>],
+) -> io::Result<()> {
+    let set = IrqSet {
+        argsz: (size_of::<IrqSet>() + events.len() * size_of::<i32>()) as u32,
+        flags,
+        index,
+        start,
+        count: events.len() as u32,
+    };
+    let mut request = set.as_bytes().to_vec();
+    for event in events {
+        // -1 takes an event away from its interrupt.
+        request.extend(event.map_or(-1, AsRawFd::as_raw_fd).to_ne_bytes());
+    }
+    // SAFETY: VFIO_DEVICE_SET_IRQS reads `argsz` bytes, which is the length of `request`.
+    check(unsafe { ioctl_with_ptr(device, VFIO_DEVICE_SET_IRQS(), request.as_ptr()) }).map(drop)
+}
+
+/// Has interrupts from `start` on of kind `index` (`VFIO_PCI_*_IRQ_INDEX`) signal `events`; none for one
+/// that is to signal nothing.
+pub fn trigger_events(
+    device: &impl AsRawFd,
+    index: u32,
+    start: u32,
+    events: &[Option<&EventFd>],
+) -> io::Result<()> {
+    let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER;
+    set_irqs(device, flags, index, start, events)
+}
+
+/// Has a write to `event` unmask the one interrupt of kind `index`.
+pub fn unmask_event(device: &impl AsRawFd, index: u32, event: &EventFd) -> io::Result<()> {
+    let flags = VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_UNMASK;
+    set_irqs(device, flags, index, 0, &[Some(event)])
+}
+
+/// Switches all interrupts of kind `index` off.
+pub fn disable_irqs(device: &impl AsRawFd, index: u32) -> io::Result<()> {
+    let flags = VFIO_IRQ_SET_DATA_NONE | VFIO_IRQ_SET_ACTION_TRIGGER;
+    set_irqs(device, flags, index, 0, &[])
+}
+
+/// Resets the function.
+pub fn reset(device: &impl AsRawFd) -> io::Result<()> {
+    // SAFETY: VFIO_DEVICE_RESET takes no argument.
+    check(unsafe { ioctl(device, VFIO_DEVICE_RESET()) }).map(drop)
+}
+
+/// Offset of region `index` in the device's descriptor, and its size.
+pub fn region_place(device: &impl AsRawFd, index: u32) -> io::Result<(u64, u64)> {
+    let mut info = vfio_region_info {
+        argsz: size_of::<vfio_region_info>() as u32,
+        index,
+        ..Default::default()
+    };
+    // SAFETY: the kernel writes one `vfio_region_info`, as `argsz` says.
+    check(unsafe { ioctl_with_mut_ref(device, VFIO_DEVICE_GET_REGION_INFO(), &mut info) })?;
+    Ok((info.offset, info.size))
+}
+
+/// `struct vfio_device_feature` without its data.
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct Feature {
+    argsz: u32,
+    flags: u32,
+}
+
+/// `struct vfio_device_feature_dma_buf` without its ranges.
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct FeatureDmaBuf {
+    region_index: u32,
+    open_flags: u32,
+    flags: u32,
+    nr_ranges: u32,
+}
+
+/// Whether the kernel and the device's driver can export dma-bufs. A driver that cannot gives an error,
+/// as does a kernel that knows no such feature.
+pub fn probe_dma_buf(device: &impl AsRawFd) -> io::Result<()> {
+    let feature = Feature {
+        argsz: size_of::<Feature>() as u32,
+        flags: VFIO_DEVICE_FEATURE_PROBE | VFIO_DEVICE_FEATURE_GET | VFIO_DEVICE_FEATURE_DMA_BUF,
+    };
+    // SAFETY: a probe reads the header only, which `argsz` says is all there is.
+    check(unsafe { ioctl_with_ptr(device, VFIO_DEVICE_FEATURE(), &feature) }).map(drop)
+}
+
+/// A dma-buf of `ranges` (offset in the region and length) of region `region`, one behind the other.
+/// `open_flags` is `O_RDONLY` or `O_RDWR`.
+pub fn export_dma_buf(
+    device: &impl AsRawFd,
+    region: u32,
+    ranges: &[(u64, u64)],
+    open_flags: libc::c_int,
+) -> io::Result<OwnedFd> {
+    let payload = size_of::<FeatureDmaBuf>() + size_of_val(ranges);
+    let feature = Feature {
+        argsz: (size_of::<Feature>() + payload) as u32,
+        flags: VFIO_DEVICE_FEATURE_GET | VFIO_DEVICE_FEATURE_DMA_BUF,
+    };
+    let header = FeatureDmaBuf {
+        region_index: region,
+        open_flags: (open_flags | libc::O_CLOEXEC) as u32,
+        flags: 0,
+        nr_ranges: ranges.len() as u32,
+    };
+    let mut request = [feature.as_bytes(), header.as_bytes()].concat();
+    for (offset, length) in ranges {
+        request.extend(offset.to_ne_bytes());
+        request.extend(length.to_ne_bytes());
+    }
+    // SAFETY: the kernel reads `argsz` bytes, which is the length of `request`.
+    let fd =
+        check(unsafe { ioctl_with_mut_ptr(device, VFIO_DEVICE_FEATURE(), request.as_mut_ptr()) })?;
+    // SAFETY: the ioctl returned a new descriptor, which nobody else owns.
+    Ok(unsafe { OwnedFd::from_raw_fd(fd) })
+}
+
+/// `struct iommu_ioas_iova_ranges`.
+#[derive(IntoBytes, Immutable)]
+#[repr(C)]
+struct IovaRanges {
+    size: u32,
+    ioas_id: u32,
+    num_iovas: u32,
+    reserved: u32,
+    allowed_iovas: u64,
+    out_iova_alignment: u64,
+}
+
+/// `struct iommu_iova_range` and `struct vfio_iova_range`: the last address is in the range.
+#[derive(Clone, Copy, Default, FromBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct IovaRange {
+    start: u64,
+    last: u64,
+}
+
+impl From<IovaRange> for RangeInclusive<u64> {
+    fn from(range: IovaRange) -> Self {
+        range.start..=range.last
+    }
+}
+
+/// The addresses that an I/O address space of iommufd can map, with the devices that it has now.
+pub fn ioas_iova_ranges(iommufd: &impl AsRawFd, ioas: u32) -> io::Result<Vec<RangeInclusive<u64>>> {
+    let mut ranges = vec![IovaRange::default(); MAX_IOVA_RANGES];
+    let mut request = IovaRanges {
+        size: size_of::<IovaRanges>() as u32,
+        ioas_id: ioas,
+        num_iovas: ranges.len() as u32,
+        reserved: 0,
+        allowed_iovas: ranges.as_mut_ptr().addr() as u64,
+        out_iova_alignment: 0,
+    };
+    ranges.as_mut_ptr().expose_provenance();
+    // SAFETY: the kernel writes the request, as `size` says, and at most `num_iovas` ranges to where it
+    // points, which is `ranges`.
+    check(unsafe { ioctl_with_mut_ref(iommufd, IOMMU_IOAS_IOVA_RANGES(), &mut request) })?;
+    ranges.truncate(request.num_iovas as usize);
+    Ok(ranges.into_iter().map(Into::into).collect())
+}
+
+/// `struct vfio_iommu_type1_info`.
+#[derive(Clone, Copy, Default, IntoBytes, FromBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct Type1Info {
+    argsz: u32,
+    flags: u32,
+    iova_pgsizes: u64,
+    cap_offset: u32,
+    pad: u32,
+}
+
+/// The addresses that a container can map, with the groups that it has now. Empty if the kernel does not
+/// tell.
+pub fn container_iova_ranges(container: &impl AsRawFd) -> io::Result<Vec<RangeInclusive<u64>>> {
+    const LEN: usize = size_of::<Type1Info>() + MAX_IOVA_RANGES * size_of::<IovaRange>();
+    let info = Type1Info {
+        argsz: LEN as u32,
+        ..Default::default()
+    };
+    let mut answer = info.as_bytes().to_vec();
+    answer.resize(LEN, 0);
+    // SAFETY: the kernel writes at most `argsz` bytes, which is the length of `answer`.
+    check(unsafe { ioctl_with_mut_ptr(container, VFIO_IOMMU_GET_INFO(), answer.as_mut_ptr()) })?;
+    Ok(parse_type1_info(&answer))
+}
+
+/// The ranges of the capability of that kind in a chain of `struct vfio_info_cap_header`.
+fn parse_type1_info(answer: &[u8]) -> Vec<RangeInclusive<u64>> {
+    /// `struct vfio_iommu_type1_info_cap_iova_range`: where the ranges start.
+    const RANGES: usize = 16;
+    let u32_at = |at: usize| {
+        let bytes = answer.get(at..at.checked_add(4)?)?.try_into().ok()?;
+        Some(u32::from_ne_bytes(bytes))
+    };
+    let Ok((info, _)) = Type1Info::read_from_prefix(answer) else {
+        return Vec::new();
+    };
+    if info.flags & VFIO_IOMMU_INFO_CAPS == 0 {
+        return Vec::new();
+    }
+    let mut at = info.cap_offset as usize;
+    // The chain is the kernel's; a bound all the same.
+    for _ in 0..16 {
+        let (Some(header), Some(next)) = (u32_at(at), u32_at(at + 4)) else {
+            break;
+        };
+        if header & 0xffff == VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE {
+            let count = u32_at(at + 8).unwrap_or(0) as usize;
+            let ranges = answer.get(at + RANGES..).unwrap_or_default();
+            return ranges
+                .chunks_exact(size_of::<IovaRange>())
+                .take(count)
+                .filter_map(|bytes| IovaRange::read_from_bytes(bytes).ok())
+                .map(Into::into)
+                .collect();
+        }
+        if next == 0 {
+            break;
+        }
+        at = next as usize;
+    }
+    Vec::new()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn structures_are_as_large_as_the_kernels() {
+        assert_eq!(size_of::<IrqSet>(), 20);
+        assert_eq!(size_of::<Feature>(), 8);
+        assert_eq!(size_of::<FeatureDmaBuf>(), 16);
+        assert_eq!(size_of::<IovaRanges>(), 32);
+        assert_eq!(size_of::<IovaRange>(), 16);
+        assert_eq!(size_of::<Type1Info>(), 24);
+    }
+
+    #[test]
+    fn ranges_are_found_behind_other_capabilities() {
+        let info = Type1Info {
+            flags: VFIO_IOMMU_INFO_CAPS,
+            cap_offset: 24,
+            ..Default::default()
+        };
+        let mut answer = info.as_bytes().to_vec();
+        for word in [3u32 | 1 << 16, 32, 1 | 1 << 16, 0, 2, 0] {
+            answer.extend(word.to_ne_bytes());
+        }
+        for word in [0, 0xfedf_ffff, 0xfef0_0000, u64::MAX >> 16] {
+            answer.extend(word.to_ne_bytes());
+        }
+        assert_eq!(
+            parse_type1_info(&answer),
+            [0..=0xfedf_ffff, 0xfef0_0000..=u64::MAX >> 16]
+        );
+        assert_eq!(parse_type1_info(&answer[..50]), []);
+        assert_eq!(parse_type1_info(&[]), []);
+    }
+}

@@ -1,0 +1,22 @@
+//! Passthrough of PCI devices of the host's, by VFIO (Linux `Documentation/driver-api/vfio.rst`).
+//!
+//! [`HostDevice`] is the device as the host has it, kept over resets of the machine; [`VfioFunction`] is
+//! the PCI function that the guest sees of it, made anew for each life. [`Iommu`] bounds what the devices
+//! reach: guest RAM, and each other's memory where the guest sees it.
+
+mod config;
+mod device;
+pub mod dmabuf;
+mod error;
+mod host;
+mod interrupts;
+mod ioctls;
+mod iommu;
+mod p2p;
+mod regions;
+pub mod sysfs;
+
+pub use device::VfioFunction;
+pub use error::VfioError;
+pub use host::{HostDevice, RegionInfo, others_in_group};
+pub use iommu::{DmaMapping, Iommu, covers};

@@ -1,0 +1,132 @@
+//! QEMU's device for teaching (QEMU `docs/specs/edu`): its DMA engine reads and writes whatever the bus
+//! lets it, which proves what other devices can reach.
+
+use std::{
+    fs::File,
+    os::unix::fs::FileExt,
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    Context, Failure, Result,
+    guest::ensure,
+    pci::{Function, Mmio},
+};
+
+/// Vendor and device id.
+pub const IDS: &str = "1234:11e8";
+/// The same of `ivshmem-plain`, whose BAR 2 is memory.
+pub const MEMORY_IDS: &str = "1af4:1110";
+
+const DMA_SOURCE: usize = 0x80;
+const DMA_DESTINATION: usize = 0x88;
+const DMA_COUNT: usize = 0x90;
+const DMA_COMMAND: usize = 0x98;
+const DMA_START: u64 = 1;
+const DMA_FROM_BUFFER: u64 = 2;
+/// Where the device's own buffer is, in its own addresses.
+const BUFFER: u64 = 0x40000;
+const BUFFER_LEN: usize = 4096;
+/// Far more than a transfer takes.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The device.
+pub struct Edu {
+    registers: Mmio,
+}
+
+impl Edu {
+    /// Takes the only one there is.
+    pub fn open() -> Result<Self> {
+        let function = Function::only(IDS)?;
+        function.enable(true)?;
+        Ok(Self {
+            registers: function.map(0)?,
+        })
+    }
+
+    fn transfer(&self, source: u64, destination: u64, command: u64) -> Result<()> {
+        self.registers.write(DMA_SOURCE, source);
+        self.registers.write(DMA_DESTINATION, destination);
+        self.registers.write(DMA_COUNT, BUFFER_LEN as u64);
+        self.registers.write(DMA_COMMAND, command | DMA_START);
+        let start = Instant::now();
+        while self.registers.read::<u64>(DMA_COMMAND) & DMA_START != 0 {
+            ensure(start.elapsed() < PATIENCE, "the DMA never ends")?;
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// Copies 4 KiB between two bus addresses, through its buffer.
+    pub fn copy(&self, from: u64, to: u64) -> Result<()> {
+        self.transfer(from, BUFFER, 0)?;
+        self.transfer(BUFFER, to, DMA_FROM_BUFFER)
+    }
+}
+
+/// Has the device copy within another one's memory, and compares; then again after that one's memory was
+/// off for a while.
+pub fn copy_in_peer() -> Result<u64> {
+    let (edu, peer) = (Edu::open()?, Function::only(MEMORY_IDS)?);
+    peer.enable(true)?;
+    let memory = peer.map(2)?;
+    let (address, _) = peer.bar(2)?;
+    let mut bytes = 0;
+    for round in 1..=2u64 {
+        let (from, to) = (0x3000, 0x20000 * round as usize);
+        let words = BUFFER_LEN / 8;
+        let pattern = |index: usize| (index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ round;
+        for index in 0..words {
+            memory.write(from + index * 8, pattern(index));
+            memory.write(to + index * 8, 0u64);
+        }
+        edu.copy(address + from as u64, address + to as u64)?;
+        let right =
+            (0..words).filter(|&index| memory.read::<u64>(to + index * 8) == pattern(index));
+        let right = right.count();
+        if right != words {
+            return Err(Failure(format!(
+                "{right} of {words} words are right in round {round}"
+            )));
+        }
+        bytes += BUFFER_LEN as u64;
+        peer.enable(false)?;
+        peer.enable(true)?;
+    }
+    Ok(bytes)
+}
+
+/// Leaves `mark` at the end of the memory, which outlives the guest; what was there before.
+pub fn swap_mark(mark: u64) -> Result<u64> {
+    let peer = Function::only(MEMORY_IDS)?;
+    peer.enable(true)?;
+    let (_, len) = peer.bar(2)?;
+    let memory = peer.map(2)?;
+    let at = len as usize - 8;
+    let before = memory.read(at);
+    memory.write(at, mark);
+    Ok(before)
+}
+
+/// Has the device interrupt `count` times through `/dev/uio0`, each time after it was quiet; how often it
+/// was heard.
+pub fn interrupts(count: u32) -> Result<u32> {
+    const RAISE: usize = 0x60;
+    const ACKNOWLEDGE: usize = 0x64;
+    let edu = Edu::open()?;
+    let uio = File::options().read(true).write(true).open("/dev/uio0");
+    let uio = uio.context("cannot open /dev/uio0")?;
+    let mut heard = 0;
+    for _ in 0..count {
+        uio.write_all_at(&1u32.to_ne_bytes(), 0)
+            .context("cannot unmask")?;
+        edu.registers.write(RAISE, 1u32);
+        let mut total = [0; 4];
+        uio.read_exact_at(&mut total, 0).context("cannot wait")?;
+        edu.registers.write(ACKNOWLEDGE, 1u32);
+        heard += 1;
+    }
+    Ok(heard)
+}

@@ -1,0 +1,234 @@
+//! Memory of a passed-through device as a dma-buf: what it is, what reads it, and what is refused.
+
+use std::{io, os::fd::AsFd, path::Path, process::Command, sync::Arc, thread, time::Duration};
+
+use fanlight_devices::{
+    error_line,
+    vfio::{
+        HostDevice, Iommu,
+        dmabuf::{self, Access, BarRange, DmaBufError},
+        sysfs::HostFunction,
+    },
+};
+use fanlight_tests::{
+    Context, Failure, Result,
+    bed::L1Device,
+    edu,
+    guest::{Assets, ensure},
+    pci::Function,
+};
+
+use crate::Test;
+
+pub const TESTS: &[(&str, Test)] = &[
+    ("dmabuf::another_device_reads_it", another_device_reads),
+    ("dmabuf::what_cannot_be_is_refused_by_name", refused),
+];
+
+/// What a test's L1 has to pass through.
+pub fn l1_devices(name: &str) -> &'static [L1Device] {
+    if name.starts_with("dmabuf::") {
+        &[L1Device::Edu, L1Device::Ivshmem(64)]
+    } else {
+        &[]
+    }
+}
+
+const PAGE: u64 = 4096;
+/// The memory of ivshmem.
+const BAR: u32 = 2;
+/// VFIO's number for configuration space, and COMMAND there with its bits for memory and DMA.
+const CONFIG: u32 = 7;
+const COMMAND: u64 = 4;
+const MEMORY_AND_MASTER: [u8; 2] = [0b110, 0];
+
+fn failure(error: &dyn std::error::Error) -> Failure {
+    Failure(error_line(error))
+}
+
+/// The edu and the ivshmem device, open.
+fn open(assets: &Assets, iommufd: bool) -> Result<[Arc<HostDevice>; 2]> {
+    let mut functions = Vec::new();
+    for ids in [edu::IDS, edu::MEMORY_IDS] {
+        let address = Function::only(ids)?.address();
+        let status = Command::new(&assets.fanlight)
+            .args(["vfio", "bind", &address])
+            .status()
+            .context("cannot run fanlight")?;
+        ensure(status.success(), format!("bind: {status}"))?;
+        let address = address.parse().context("an address of sysfs")?;
+        functions.extend(HostFunction::find(address));
+    }
+    let iommu = Iommu::open(&functions, Some(iommufd)).map_err(|error| failure(&error))?;
+    let open = |function: &HostFunction| {
+        let device = HostDevice::open(function, iommu.clone()).map_err(|error| failure(&error))?;
+        device
+            .write(CONFIG, COMMAND, &MEMORY_AND_MASTER)
+            .context("cannot write COMMAND")?;
+        Ok::<_, Failure>(Arc::new(device))
+    };
+    Ok([open(&functions[0])?, open(&functions[1])?])
+}
+
+fn range(offset: u64, len: u64) -> BarRange {
+    BarRange { offset, len }
+}
+
+/// Runs edu's DMA engine, whose buffer is at 0x40000 of its own addresses.
+fn transfer(edu: &HostDevice, from: u64, to: u64, command: u64) -> Result<()> {
+    for (register, value) in [(0x80, from), (0x88, to), (0x90, PAGE), (0x98, command)] {
+        edu.write(0, register, &u64::to_le_bytes(value))
+            .context("cannot write a register")?;
+    }
+    for _ in 0..1000 {
+        let mut status = [0; 8];
+        edu.read(0, 0x98, &mut status)
+            .context("cannot read a register")?;
+        if status[0] & 1 == 0 {
+            return Ok(());
+        }
+        thread::sleep(Duration::from_millis(10));
+    }
+    Err(Failure("the DMA never ends".into()))
+}
+
+/// A page that no other page is like.
+fn pattern(seed: u64) -> Vec<u8> {
+    let word = |index: u64| (index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ seed;
+    (0..PAGE / 8)
+        .flat_map(|index| word(index).to_le_bytes())
+        .collect()
+}
+
+fn another_device_reads(assets: &Assets) -> Result<()> {
+    /// Where edu finds the dma-buf and the file.
+    const SOURCE: u64 = 0x1000_0000;
+    const SINK: u64 = 0x2000_0000;
+    let [edu, memory] = open(assets, true)?;
+    let offset = 0x12_3000;
+    memory
+        .write(BAR, offset, &pattern(1))
+        .context("cannot fill the BAR")?;
+    let export = |ranges: &[BarRange]| {
+        dmabuf::export(&*memory, BAR, ranges, Access::ReadWrite).map_err(|error| failure(&error))
+    };
+    let one = export(&[range(offset, PAGE)])?;
+    ensure(is_dmabuf(&one)? == PAGE, "the dma-buf has another size")?;
+    let scattered: Vec<_> = (0..256).map(|page| range(page * 3 * PAGE, PAGE)).collect();
+    ensure(
+        is_dmabuf(&export(&scattered)?)? == 256 * PAGE,
+        "ranges are lost",
+    )?;
+
+    let file = rustix::fs::memfd_create("sink", rustix::fs::MemfdFlags::CLOEXEC)
+        .context("cannot make a file")?;
+    let file = std::fs::File::from(file);
+    file.set_len(PAGE).context("cannot size a file")?;
+    let iommu = &memory.iommu;
+    let copy = || -> Result<Vec<u8>> {
+        let _source = iommu
+            .map_file(SOURCE, &one, 0, PAGE)
+            .context("cannot map the dma-buf")?;
+        let _sink = iommu
+            .map_file(SINK, &file, 0, PAGE)
+            .context("cannot map the file")?;
+        transfer(&edu, SOURCE, 0x40000, 1)?;
+        transfer(&edu, 0x40000, SINK, 3)?;
+        let mut bytes = vec![0; PAGE as usize];
+        std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).context("cannot read")?;
+        Ok(bytes)
+    };
+    ensure(copy()? == pattern(1), "other bytes came")?;
+
+    // While memory is off the dma-buf is revoked, and after that the same one works again.
+    memory
+        .write(CONFIG, COMMAND, &[0; 2])
+        .context("cannot write COMMAND")?;
+    let revoked = iommu
+        .map_file(SOURCE, &one, 0, PAGE)
+        .err()
+        .and_then(|e| e.raw_os_error());
+    ensure(
+        revoked == Some(libc::ENODEV),
+        format!("revoked: {revoked:?}"),
+    )?;
+    memory
+        .write(CONFIG, COMMAND, &MEMORY_AND_MASTER)
+        .context("cannot write COMMAND")?;
+    memory
+        .write(BAR, offset, &pattern(2))
+        .context("cannot fill the BAR")?;
+    ensure(
+        copy()? == pattern(2),
+        "other bytes came after the memory was off",
+    )
+}
+
+/// Its size, if it is a dma-buf: such a file is named so, and one of a device cannot be mapped here.
+fn is_dmabuf(fd: &impl AsFd) -> Result<u64> {
+    let number = std::os::fd::AsRawFd::as_raw_fd(&fd.as_fd());
+    let name = std::fs::read_link(Path::new("/proc/self/fd").join(number.to_string()));
+    let name = name.context("cannot look at a descriptor")?;
+    ensure(
+        name.to_string_lossy().contains("dmabuf"),
+        format!("{name:?} is no dma-buf"),
+    )?;
+    // SAFETY: a new mapping at an address of the kernel's choice, which must not come about.
+    let mapped = unsafe {
+        rustix::mm::mmap(
+            std::ptr::null_mut(),
+            PAGE as usize,
+            rustix::mm::ProtFlags::READ,
+            rustix::mm::MapFlags::SHARED,
+            fd,
+            0,
+        )
+    };
+    let error = mapped
+        .err()
+        .map(io::Error::from)
+        .and_then(|error| error.raw_os_error());
+    ensure(
+        error == Some(libc::EINVAL),
+        format!("mapping it: {error:?}"),
+    )?;
+    rustix::fs::seek(fd, rustix::fs::SeekFrom::End(0)).context("cannot ask for the size")
+}
+
+fn refused(assets: &Assets) -> Result<()> {
+    // The container's devices export as iommufd's do.
+    let [_edu, memory] = open(assets, false)?;
+    let export =
+        |region, ranges: &[BarRange]| dmabuf::export(&*memory, region, ranges, Access::ReadOnly);
+    is_dmabuf(&export(BAR, &[range(0, 64 << 20)]).map_err(|error| failure(&error))?)?;
+    let refuse = |region, ranges: &[BarRange], expected: fn(&DmaBufError) -> bool| match export(
+        region, ranges,
+    ) {
+        Ok(_) => Err(Failure(format!("{ranges:?} of BAR {region} are exported"))),
+        Err(error) => ensure(
+            error.is_guest_mistake() && expected(&error),
+            error_line(&error),
+        ),
+    };
+    refuse(BAR, &[], |e| matches!(e, DmaBufError::Empty))?;
+    refuse(BAR, &[range(0, 0)], |e| {
+        matches!(e, DmaBufError::Unaligned { .. })
+    })?;
+    refuse(BAR, &[range(0x800, PAGE)], |e| {
+        matches!(e, DmaBufError::Unaligned { .. })
+    })?;
+    refuse(BAR, &[range(64 << 20, PAGE)], |e| {
+        matches!(e, DmaBufError::OutOfBounds { .. })
+    })?;
+    // 256 bytes of registers, of which no page can be exported.
+    refuse(0, &[range(0, PAGE)], |e| {
+        matches!(e, DmaBufError::OutOfBounds { .. })
+    })?;
+    refuse(4, &[range(0, PAGE)], |e| {
+        matches!(e, DmaBufError::OutOfBounds { .. })
+    })?;
+    refuse(6, &[range(0, PAGE)], |e| {
+        matches!(e, DmaBufError::NotMemory(6))
+    })?;
+    dmabuf::probe(&*memory).map_err(|error| failure(&error))
+}

@@ -1,0 +1,401 @@
+//! Devices of the host's in the guest's hands: drivers, data, interrupts, and what is left behind.
+
+use std::{fs, path::Path, process::Command, thread};
+
+use fanlight_tests::{
+    Context, Failure, Result,
+    bed::L1Device,
+    echo::{self, Address},
+    edu,
+    guest::{Assets, Guest, GuestBuilder, ensure, value},
+    pci::Function,
+};
+
+use rustix::process::Signal;
+
+use crate::Test;
+
+pub const TESTS: &[(&str, Test)] = &[
+    ("vfio::igb_through_iommufd", |assets| igb_data(assets, "on")),
+    ("vfio::igb_through_a_container", |assets| {
+        igb_data(assets, "off")
+    }),
+    ("vfio::igb_over_driver_and_guest_resets", igb_resets),
+    ("vfio::virtio_net", virtio_net),
+    ("vfio::a_disk_by_msi", |assets| disk(assets, "", "PCI-MSI")),
+    ("vfio::a_disk_by_intx", |assets| {
+        disk(assets, "pci=nomsi", "IO-APIC")
+    }),
+    ("vfio::level_interrupts_behind_a_port", level_interrupts),
+    ("vfio::peers_through_iommufd", |assets| peers(assets, "on")),
+    ("vfio::peers_through_a_container", |assets| {
+        peers(assets, "off")
+    }),
+    ("vfio::nothing_is_left_behind", leaks),
+    ("vfio::mistakes_are_named", mistakes),
+];
+
+/// What a test's L1 has to pass through.
+pub fn l1_devices(name: &str) -> &'static [L1Device] {
+    match name {
+        "vfio::virtio_net" => &[L1Device::VirtioNet],
+        _ if name.starts_with("vfio::a_disk") => &[L1Device::Ahci],
+        "vfio::level_interrupts_behind_a_port" => &[L1Device::Edu],
+        _ if name.starts_with("vfio::peers") => &[L1Device::Edu, L1Device::Ivshmem(64)],
+        _ if name.starts_with("vfio::") => &[L1Device::Igb],
+        _ => &[],
+    }
+}
+
+const IGB: &str = "8086:10c9";
+const AHCI: &str = "8086:2922";
+const VIRTIO_NET: &str = "1af4:1041";
+const BYTES: u64 = 2 << 20;
+
+/// Runs a command that must succeed; what it printed.
+fn run(program: &Path, arguments: &[&str]) -> Result<String> {
+    let output = Command::new(program)
+        .args(arguments)
+        .output()
+        .context(format!("cannot run {}", program.display()))?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure(
+        output.status.success(),
+        format!(
+            "{} {arguments:?} ({}): {errors}",
+            program.display(),
+            output.status
+        ),
+    )?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+/// Makes one virtual function of the only function with these ids and binds it to vfio-pci.
+fn virtual_function(assets: &Assets, ids: &str) -> Result<(String, String)> {
+    let physical = Function::only(ids)?.address();
+    let bound = run(&assets.fanlight, &["vfio", "bind", &physical, "--vfs", "1"])?;
+    Ok((physical, bound))
+}
+
+/// Binds a function with these ids to vfio-pci: the last, since L1's own controllers come first.
+fn whole_function(assets: &Assets, ids: &str) -> Result<String> {
+    let function = Function::find(ids)?.pop();
+    let function = function.ok_or_else(|| Failure(format!("no function has ids {ids}")))?;
+    run(&assets.fanlight, &["vfio", "bind", &function.address()])
+}
+
+fn ip(arguments: &str) -> Result<()> {
+    let arguments: Vec<_> = arguments.split_whitespace().collect();
+    run(Path::new("ip"), &arguments).map(drop)
+}
+
+/// Gives the interface of a function of the host's an address.
+fn interface_up(function: &str, address: &str) -> Result<String> {
+    let dir = format!("/sys/bus/pci/devices/{function}");
+    let interface = run(
+        Path::new("sh"),
+        &[
+            "-c",
+            &format!("ls -d {dir}/net/* {dir}/virtio*/net/* 2>/dev/null | sed 's,.*/,,'"),
+        ],
+    )?;
+    ip(&format!("addr add {address} dev {interface}"))?;
+    ip(&format!("link set {interface} up"))?;
+    Ok(interface)
+}
+
+/// Has eth0, and says by which driver.
+const UP: &str = "ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up; ip link set lo up
+    until [ \"$(cat /sys/class/net/eth0/carrier 2>/dev/null)\" = 1 ]; do sleep 0.1; done
+    echo driver: $(basename $(readlink /sys/class/net/eth0/device/driver))
+    echo ids: $(cat /sys/class/net/eth0/device/vendor /sys/class/net/eth0/device/device)";
+
+/// How often eth0's vectors came, one sum for each.
+const INTERRUPTS: &str = "grep eth0 /proc/interrupts | sed 's/^/interrupt: /'";
+
+fn igb_guest(assets: &Assets, script: &str, vf: &str) -> Result<GuestBuilder> {
+    let guest = assets.guest(script).modules(&["igbvf"])?;
+    Ok(guest.option("--vfio", vf))
+}
+
+fn igb_data(assets: &Assets, iommufd: &str) -> Result<()> {
+    let (physical, vf) = virtual_function(assets, IGB)?;
+    interface_up(&physical, "10.9.0.1/24")?;
+    let script = format!(
+        "{UP}; echo capabilities: $(od -An -tx1 -j256 -N4 /sys/class/net/eth0/device/config)
+         guest-agent call tcp:10.9.0.1:5000 {BYTES}
+         guest-agent serve tcp:0.0.0.0:5001
+         {INTERRUPTS}"
+    );
+    let mut guest = igb_guest(assets, &script, &format!("{vf},iommufd={iommufd}"))?
+        .option("--log", "info")
+        .start()?;
+    serve(&mut guest, 1)?;
+    echo::call(&Address::Tcp("10.9.0.2:5001".into()), BYTES)?;
+    guest.expect_exit(0)?;
+    let said = guest.transcript();
+    let interface = if iommufd == "on" {
+        "iommufd"
+    } else {
+        "container"
+    };
+    ensure(said.contains(&format!("iommu=\"{interface}\"")), &said)?;
+    ensure(value(&said, "driver:")? == "igbvf", &said)?;
+    ensure(value(&said, "ids:")? == "0x8086 0x10ca", &said)?;
+    ensure(
+        said.contains(&format!("agent: called with {BYTES} bytes")),
+        &said,
+    )?;
+    ensure(
+        said.contains(&format!("agent: served {BYTES} bytes")),
+        &said,
+    )?;
+    // igbvf has three vectors: one to send, one to receive, one for the link.
+    let counts = interrupt_counts(&said);
+    ensure(counts.len() == 3, &said)?;
+    ensure(
+        counts.iter().filter(|&&count| count > 10).count() >= 2,
+        &said,
+    )?;
+    ensure(said.contains("PCI-MSIX"), &said)
+}
+
+/// Sends back what the guest sends, for the `round`th time. A guest that never calls is heard, not waited
+/// for.
+fn serve(guest: &mut Guest, round: usize) -> Result<()> {
+    let server = thread::spawn(|| echo::serve(&Address::Tcp("10.9.0.1:5000".into())));
+    guest.wait_for_times(&format!("called with {BYTES} bytes"), round)?;
+    let served = server
+        .join()
+        .map_err(|_| Failure("the server panicked".into()))??;
+    ensure(
+        served == BYTES,
+        format!("{served} bytes came in round {round}"),
+    )
+}
+
+/// The counts in the lines of [`INTERRUPTS`], which has one processor.
+fn interrupt_counts(said: &str) -> Vec<u64> {
+    said.lines()
+        .filter_map(|line| line.trim().strip_prefix("interrupt:"))
+        .filter_map(|line| line.split_whitespace().nth(1)?.parse().ok())
+        .collect()
+}
+
+/// The driver goes and comes back, then the guest restarts, and each time data crosses.
+fn igb_resets(assets: &Assets) -> Result<()> {
+    let (physical, vf) = virtual_function(assets, IGB)?;
+    interface_up(&physical, "10.9.0.1/24")?;
+    let script = format!(
+        "{UP}; guest-agent call tcp:10.9.0.1:5000 {BYTES}
+         device=$(basename $(readlink -f /sys/class/net/eth0/device))
+         echo $device > /sys/bus/pci/drivers/igbvf/unbind
+         echo 1 > /sys/bus/pci/devices/$device/reset; echo reset: $?
+         echo $device > /sys/bus/pci/drivers/igbvf/bind
+         {UP}; guest-agent call tcp:10.9.0.1:5000 {BYTES}
+         mark=$(dd if=/dev/vda bs=4 count=1 2>/dev/null)
+         if [ \"$mark\" != seen ]; then
+             printf seen | dd of=/dev/vda conv=fsync,notrunc 2>/dev/null; reboot -f; sleep 100
+         fi"
+    );
+    let guest = igb_guest(assets, &script, &vf)?;
+    let image = guest.path("disk");
+    fs::write(&image, vec![0; 1 << 20]).context("cannot make a disk")?;
+    let mut guest = guest
+        .option("--disk", format!("path={}", image.display()))
+        .start()?;
+    for round in 1..=4 {
+        guest.wait_for_times("driver:", round)?;
+        let served = echo::serve(&Address::Tcp("10.9.0.1:5000".into()))?;
+        ensure(
+            served == BYTES,
+            format!("{served} bytes came in round {round}"),
+        )?;
+    }
+    guest.expect_exit(0)?;
+    let said = guest.transcript();
+    ensure(said.matches("fanlight-init: up").count() == 2, &said)?;
+    ensure(said.matches("reset: 0").count() == 2, &said)?;
+    ensure(
+        said.matches(&format!("called with {BYTES} bytes")).count() == 4,
+        &said,
+    )
+}
+
+/// A virtual function that tells of an INTx pin that it has not.
+fn virtio_net(assets: &Assets) -> Result<()> {
+    let (_, vf) = virtual_function(assets, VIRTIO_NET)?;
+    let said = assets
+        .guest(
+            "echo driver: $(basename $(readlink /sys/class/net/eth0/device/driver))
+             echo pin: $(od -An -tu1 -j61 -N1 /sys/bus/pci/devices/0000:00:01.0/config)
+             ip addr add 10.0.2.15/24 dev eth0; ip link set eth0 up
+             ping -c 3 10.0.2.2; grep virtio0 /proc/interrupts | sed 's/^/interrupt: /'",
+        )
+        .option("--vfio", vf)
+        .run()?;
+    ensure(value(&said, "driver:")? == "virtio_net", &said)?;
+    ensure(value(&said, "pin:")? == "0", &said)?;
+    ensure(said.contains("3 packets received"), &said)?;
+    ensure(
+        interrupt_counts(&said).iter().any(|&count| count >= 3),
+        &said,
+    )
+}
+
+/// A disk behind a controller of the host's: what is written is read, and each request interrupts.
+fn disk(assets: &Assets, cmdline: &str, kind: &str) -> Result<()> {
+    let controller = whole_function(assets, AHCI)?;
+    let said = assets
+        .guest(
+            "until [ -b /dev/sda ]; do sleep 0.1; done
+             dd if=/dev/urandom of=/tmp/data bs=1M count=8 2>/dev/null
+             dd if=/tmp/data of=/dev/sda bs=256k conv=fsync 2>/dev/null
+             echo 3 > /proc/sys/vm/drop_caches
+             echo written: $(md5sum < /tmp/data)
+             echo read: $(dd if=/dev/sda bs=256k count=32 2>/dev/null | md5sum)
+             grep ahci /proc/interrupts | sed 's/^/interrupt: /'",
+        )
+        .modules(&["ahci", "sd_mod"])?
+        .cmdline(cmdline)
+        .option("--vfio", controller)
+        .run()?;
+    ensure(value(&said, "read:")? == value(&said, "written:")?, &said)?;
+    ensure(value(&said, "interrupt:")?.contains(kind), &said)?;
+    ensure(
+        interrupt_counts(&said).iter().any(|&count| count > 30),
+        &said,
+    )
+}
+
+/// A device that keeps its line up until it is served, again and again, behind a bridge.
+fn level_interrupts(assets: &Assets) -> Result<()> {
+    let device = whole_function(assets, edu::IDS)?;
+    let said = assets
+        .guest(
+            "echo 1234 11e8 > /sys/bus/pci/drivers/uio_pci_generic/new_id
+             guest-agent interrupts 20
+             grep uio_pci_generic /proc/interrupts | sed 's/^/interrupt: /'",
+        )
+        .modules(&["uio_pci_generic"])?
+        .option("--vfio", format!("{device},port=1"))
+        .run()?;
+    ensure(said.contains("edu interrupted 20 times"), &said)?;
+    ensure(interrupt_counts(&said) == [20], &said)
+}
+
+/// One device's DMA reaches another one's memory where the guest sees it: at first, after that was off,
+/// after a restart, and where the guest moved it.
+fn peers(assets: &Assets, iommufd: &str) -> Result<()> {
+    let edu = whole_function(assets, edu::IDS)?;
+    let memory = whole_function(assets, edu::MEMORY_IDS)?;
+    let guest = |script: &str| {
+        let guest = assets.guest(script);
+        guest
+            .option("--vfio", format!("{edu},iommufd={iommufd}"))
+            .option("--vfio", format!("{memory},iommufd={iommufd}"))
+            .option("--log", "info")
+    };
+    let said = guest(
+        "guest-agent peer; guest-agent mark 7 > /tmp/mark; cat /tmp/mark
+         echo bar: $(sed -n 3p /sys/bus/pci/devices/0000:00:02.0/resource)
+         grep -q 'was 7' /tmp/mark || { reboot -f; sleep 100; }",
+    )
+    .run()?;
+    ensure(said.matches("edu copied 8192 bytes").count() == 2, &said)?;
+    ensure(!said.contains("cannot reach"), &said)?;
+    let moved = guest(
+        "guest-agent peer
+         echo bar: $(sed -n 3p /sys/bus/pci/devices/0000:00:02.0/resource)",
+    )
+    .cmdline("pci=resource_alignment=30@00:02.0")
+    .run()?;
+    ensure(moved.contains("edu copied 8192 bytes"), &moved)?;
+    ensure(value(&said, "bar:")? != value(&moved, "bar:")?, &moved)
+}
+
+/// Machines come and go, in both ways, and one restarts again and again: nothing adds up.
+fn leaks(assets: &Assets) -> Result<()> {
+    const TIMES: usize = 25;
+    let (physical, vf) = virtual_function(assets, IGB)?;
+    for iommufd in ["on", "off"] {
+        for _ in 0..TIMES {
+            let guest = igb_guest(assets, "", &format!("{vf},iommufd={iommufd}"))?;
+            let mut guest = guest.option("--log", "info").start()?;
+            guest.wait_for("the first vCPU is about to run")?;
+            guest.signal(Signal::TERM)?;
+            guest.signal(Signal::TERM)?;
+            guest.expect_exit(34)?;
+        }
+        let vf = format!("{vf},iommufd={iommufd}");
+        let mut guest = igb_guest(assets, "echo again; reboot -f; sleep 100", &vf)?.start()?;
+        guest.wait_for_times("again", 2)?;
+        let before = Held::by(&guest)?;
+        guest.wait_for_times("again", 6)?;
+        let after = Held::by(&guest)?;
+        ensure(
+            before == after,
+            format!("{before:?} became {after:?} with iommufd={iommufd}"),
+        )?;
+    }
+    // Only a device that nobody has open can be taken away.
+    run(&assets.fanlight, &["vfio", "unbind", &physical])?;
+    ensure(
+        Function::find("8086:10ca")?.is_empty(),
+        "the virtual function is still there",
+    )
+}
+
+/// What a machine holds of the host.
+#[derive(Debug, PartialEq, Eq)]
+struct Held {
+    descriptors: usize,
+    mappings: usize,
+    locked: Vec<String>,
+}
+
+impl Held {
+    fn by(guest: &Guest) -> Result<Self> {
+        let process = Path::new("/proc").join(guest.pid().to_string());
+        let read =
+            |name| fs::read_to_string(process.join(name)).context("cannot look at a process");
+        let descriptors = fs::read_dir(process.join("fd")).context("cannot list descriptors")?;
+        let locked = |line: &&str| line.starts_with("VmLck") || line.starts_with("VmPin");
+        Ok(Self {
+            descriptors: descriptors.count(),
+            mappings: read("maps")?.matches("vfio").count(),
+            locked: read("status")?
+                .lines()
+                .filter(locked)
+                .map(str::to_owned)
+                .collect(),
+        })
+    }
+}
+
+fn mistakes(assets: &Assets) -> Result<()> {
+    let physical = &Function::only(IGB)?.address();
+    let refused = |vfio: &str| -> Result<String> {
+        let mut guest = assets.guest("").option("--vfio", vfio).start()?;
+        guest.expect_exit(2)?;
+        Ok(guest.transcript())
+    };
+    let said = refused(physical)?;
+    ensure(said.contains(&format!("bound to igb, not to vfio-pci; give it to user space with `fanlight vfio bind {physical}`")), &said)?;
+    let said = refused("0000:77:00.0")?;
+    ensure(said.contains("no such PCI device"), &said)?;
+    let (_, vf) = virtual_function(assets, IGB)?;
+    let mut guest = igb_guest(assets, "echo ready; sleep 1000", &vf)?.start()?;
+    guest.wait_for("ready")?;
+    let said = refused(&vf)?;
+    ensure(said.contains("in use by another process"), &said)?;
+    let taken = Command::new(&assets.fanlight)
+        .args(["vfio", "unbind", physical])
+        .output()
+        .context("cannot run fanlight")?;
+    let error = String::from_utf8_lossy(&taken.stderr);
+    ensure(
+        taken.status.code() == Some(2) && error.contains("in use: process fanlight"),
+        &error,
+    )
+}
