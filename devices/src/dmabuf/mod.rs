@@ -3,7 +3,8 @@
 //! The road is one for every blob: a driver's entries → [`AddressSpace`](crate::memory::AddressSpace) →
 //! [`ScatterList`], the files and offsets behind them → [`Exporter`] → [`Dmabuf`]. What kind of memory a piece
 //! is says which exporter takes it; nothing is found out by trying. Pages of a memfd go through
-//! [`Udmabuf`]; a device's BAR is refused, by name, until there is an exporter for it.
+//! [`Udmabuf`], ranges of one BAR of a passed-through device through that device
+//! ([`crate::vfio::dmabuf`]).
 
 mod buffer;
 mod scatter;
@@ -21,7 +22,10 @@ pub use buffer::{Buffer, BufferError};
 pub use scatter::{MemoryEntry, ScatterError, ScatterList};
 pub use udmabuf::{Limits, Udmabuf, UdmabufError, UdmabufItem};
 
-use crate::memory::BackingKind;
+use crate::{
+    memory::BackingKind,
+    vfio::dmabuf::{self as vfio, Access, BarRange, DmaBufError},
+};
 
 /// A dma-buf of this process's.
 #[derive(Debug)]
@@ -57,7 +61,9 @@ pub struct Piece {
 #[derive(Clone, Debug, Error)]
 pub enum ExportError {
     /// No exporter takes this kind of memory.
-    #[error("piece {index} is {kind:?}, of which no dma-buf can be made")]
+    #[error(
+        "piece {index} is in {kind}, of which no dma-buf can be made together with what is before it"
+    )]
     Kind {
         /// Which piece.
         index: usize,
@@ -79,6 +85,9 @@ pub enum ExportError {
     /// udmabuf.
     #[error(transparent)]
     Udmabuf(#[from] UdmabufError),
+    /// A passed-through device.
+    #[error("cannot export memory of a passed-through device")]
+    Bar(#[source] Arc<DmaBufError>),
 }
 
 /// What makes dma-bufs on this host. Opened once.
@@ -109,6 +118,11 @@ impl Exporter {
 
     /// Makes one dma-buf of `pieces`, in their order.
     pub fn export(&self, pieces: &[Piece]) -> Result<Dmabuf, ExportError> {
+        if let Some(first) = pieces.first()
+            && let BackingKind::Bar { region, .. } = first.kind
+        {
+            return export_bar(first, region, pieces);
+        }
         let mut items = Vec::with_capacity(pieces.len());
         for (index, piece) in pieces.iter().enumerate() {
             if piece.kind != BackingKind::Ram {
@@ -128,4 +142,33 @@ impl Exporter {
         let udmabuf = self.udmabuf.as_ref().map_err(|&error| error)?;
         Ok(Dmabuf(udmabuf.create_list(&items)?))
     }
+}
+
+/// One dma-buf of ranges of the BAR that `first` is in.
+fn export_bar(first: &Piece, region: u32, pieces: &[Piece]) -> Result<Dmabuf, ExportError> {
+    let failed = |error| ExportError::Bar(Arc::new(error));
+    let start = vfio::region_start(&*first.file, region).map_err(|source| {
+        let ranges = pieces.len();
+        failed(DmaBufError::Host {
+            region,
+            ranges,
+            source,
+        })
+    })?;
+    let other = |(_, piece): &(usize, &Piece)| piece.kind != first.kind;
+    if let Some((index, piece)) = pieces.iter().enumerate().find(other) {
+        let kind = piece.kind;
+        return Err(ExportError::Kind { index, kind });
+    }
+    let ranges: Vec<_> = pieces
+        .iter()
+        .map(|piece| BarRange {
+            offset: piece.offset.saturating_sub(start),
+            len: piece.len,
+        })
+        .collect();
+    // Who shows a picture only reads it.
+    vfio::export(&*first.file, region, &ranges, Access::ReadOnly)
+        .map(Dmabuf)
+        .map_err(failed)
 }

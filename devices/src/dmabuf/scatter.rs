@@ -30,17 +30,34 @@ pub enum ScatterError {
     },
     /// An entry is memory, but none that can be used here.
     #[error(
-        "entry {index}, {len:#x} bytes at {address:#x}, lies in {kind:?}, not in the guest's RAM",
+        "entry {index}, {len:#x} bytes at {address:#x}, lies in {kind}, which cannot be used here",
         len = entry.len,
         address = entry.address
     )]
-    NotRam {
+    WrongKind {
         /// Which entry.
         index: usize,
         /// What it says.
         entry: MemoryEntry,
         /// What lies there.
         kind: BackingKind,
+    },
+    /// An entry lies in other memory than those before it.
+    #[error(
+        "entry {index}, {len:#x} bytes at {address:#x}, lies in {kind}, and what is before it in {first}: a \
+         buffer is of one memory",
+        len = entry.len,
+        address = entry.address
+    )]
+    Mixed {
+        /// Which entry.
+        index: usize,
+        /// What it says.
+        entry: MemoryEntry,
+        /// What lies there.
+        kind: BackingKind,
+        /// What lies where the first entry is.
+        first: BackingKind,
     },
     /// The entries hold less than what is to lie in them.
     #[error("{have:#x} bytes of memory for {need:#x}")]
@@ -60,12 +77,31 @@ pub struct ScatterList {
 }
 
 impl ScatterList {
-    /// Looks up `entries` until `size` bytes are found; what they hold beyond is left out. Empty entries
-    /// are skipped.
+    /// Looks up `entries`, which are all in RAM or all in one BAR of a passed-through device, until `size`
+    /// bytes are found; what they hold beyond is left out. Empty entries are skipped.
     pub fn resolve(
         map: &AddressSpace,
         entries: impl IntoIterator<Item = MemoryEntry>,
         size: u64,
+    ) -> Result<Self, ScatterError> {
+        let taken = |kind| matches!(kind, BackingKind::Ram | BackingKind::Bar { .. });
+        Self::resolve_kinds(map, entries, size, taken)
+    }
+
+    /// The same for entries that are all in RAM.
+    pub fn resolve_ram(
+        map: &AddressSpace,
+        entries: impl IntoIterator<Item = MemoryEntry>,
+        size: u64,
+    ) -> Result<Self, ScatterError> {
+        Self::resolve_kinds(map, entries, size, |kind| kind == BackingKind::Ram)
+    }
+
+    fn resolve_kinds(
+        map: &AddressSpace,
+        entries: impl IntoIterator<Item = MemoryEntry>,
+        size: u64,
+        taken: impl Fn(BackingKind) -> bool,
     ) -> Result<Self, ScatterError> {
         let mut list = Self::default();
         for (index, entry) in entries.into_iter().enumerate() {
@@ -81,9 +117,21 @@ impl ScatterList {
                         source,
                     })?;
             for segment in segments {
-                if segment.backing.kind != BackingKind::Ram {
-                    let kind = segment.backing.kind;
-                    return Err(ScatterError::NotRam { index, entry, kind });
+                let kind = segment.backing.kind;
+                if !taken(kind) {
+                    return Err(ScatterError::WrongKind { index, entry, kind });
+                }
+                let first = list
+                    .segments
+                    .first()
+                    .map_or(kind, |first| first.backing.kind);
+                if kind != first {
+                    return Err(ScatterError::Mixed {
+                        index,
+                        entry,
+                        kind,
+                        first,
+                    });
                 }
                 list.push(segment);
             }
@@ -203,6 +251,20 @@ mod tests {
     }
 
     #[test]
+    fn a_bar_is_memory_where_it_may_be() {
+        let list = [(0x8_2000, 0x1000), (0x8_0000, 0x1000)];
+        assert_eq!(
+            resolve(&list, 0x2000).unwrap(),
+            [(0x2000, 0x1000), (0, 0x1000)]
+        );
+        let error = ScatterList::resolve_ram(&map(), entries(&list), 0x2000).unwrap_err();
+        assert!(
+            matches!(error, ScatterError::WrongKind { index: 0, .. }),
+            "{error}"
+        );
+    }
+
+    #[test]
     fn the_entry_at_fault_is_named() {
         let error = resolve(&[(0, 0x1000), (0xf000, 0x2000)], 0x3000).unwrap_err();
         assert!(
@@ -210,11 +272,13 @@ mod tests {
                 .to_string()
                 .starts_with("entry 1, 0x2000 bytes at 0xf000")
         );
-        let error = resolve(&[(0x8_0000, 0x1000)], 0x1000).unwrap_err();
+        let error = resolve(&[(0, 0x1000), (0x8_0000, 0x1000)], 0x2000).unwrap_err();
+        let text = error.to_string();
         assert!(
-            error.to_string().contains("Bar { device: 3, region: 2 }"),
-            "{error}"
+            text.contains("lies in BAR 2 of passed-through device 3, and what is before it in"),
+            "{text}"
         );
+        assert!(text.contains("the guest's RAM"), "{text}");
         let error = resolve(&[(0, 0x1000)], 0x1001).unwrap_err();
         assert_eq!(
             error,

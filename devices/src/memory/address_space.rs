@@ -48,6 +48,20 @@ pub enum BackingKind {
     },
 }
 
+impl fmt::Display for BackingKind {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            BackingKind::Ram => f.write_str("the guest's RAM"),
+            BackingKind::Bar { device, region } => {
+                write!(f, "BAR {region} of passed-through device {device}")
+            }
+            BackingKind::SharedMemory { device, id } => {
+                write!(f, "shared memory {id} of virtio device {device}")
+            }
+        }
+    }
+}
+
 /// The file and offset behind a range.
 #[derive(Clone, Debug)]
 pub struct Backing {

@@ -268,7 +268,7 @@ impl Resources {
                 let size = entries.iter().map(|entry| entry.len).sum();
                 let backing = ImageBacking {
                     _charge: self.charge(list_cost(entries))?,
-                    memory: ScatterList::resolve(map, entries.iter().copied(), size)?,
+                    memory: ScatterList::resolve_ram(map, entries.iter().copied(), size)?,
                 };
                 if let Kind::Image(image) = &mut self.get_mut(id)?.kind {
                     image.backing = Some(backing);
