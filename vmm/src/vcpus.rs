@@ -15,7 +15,7 @@ use fanlight_devices::{
 };
 use vmm_sys_util::signal::Killable;
 
-use crate::kvm::{Exit, ExitCounts, KvmVcpu, VcpuError, kick_signal};
+use crate::kvm::{Exit, ExitCounts, KvmVcpu, VcpuError, catch_kicks, kick_signal};
 
 /// What vCPU threads share.
 pub struct Shared {
@@ -123,6 +123,8 @@ pub struct VcpuThreads {
 impl VcpuThreads {
     /// Starts a thread for each vCPU.
     pub fn start(vcpus: Vec<KvmVcpu>, shared: Shared) -> io::Result<Self> {
+        // A machine that is stopped at once kicks threads that have not begun.
+        catch_kicks()?;
         let shared = Arc::new(shared);
         let mut running = Self {
             gate: Arc::new(Gate {
@@ -201,9 +203,7 @@ impl VcpuThreads {
 }
 
 fn run(vcpu: &mut KvmVcpu, shared: &Shared, exits: &ExitCounts, gate: &Gate) {
-    if let Err(error) = vcpu.bind() {
-        tracing::error!(%error, "a vCPU thread cannot be interrupted");
-    }
+    vcpu.bind();
     loop {
         if gate.attention.load(Ordering::Acquire) && !gate.pass(vcpu) {
             return;

@@ -26,7 +26,7 @@ use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VmFd};
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-pub use vcpu::{Exit, ExitCounts, KvmVcpu, VcpuError, kick_signal};
+pub use vcpu::{Exit, ExitCounts, KvmVcpu, VcpuError, catch_kicks, kick_signal};
 
 use interrupts::Interrupts;
 use slots::Slots;

@@ -143,6 +143,12 @@ pub fn kick_signal() -> i32 {
     SIGRTMIN()
 }
 
+/// Has kicks interrupt threads of this process, which they would end otherwise. Before the first kick.
+pub fn catch_kicks() -> io::Result<()> {
+    register_signal_handler(kick_signal(), on_kick)
+        .map_err(|error| io::Error::from_raw_os_error(error.errno()))
+}
+
 /// A signal between the check for work and KVM_RUN would be lost, unless it leaves a mark that KVM_RUN
 /// looks at (`Documentation/virt/kvm/api.rst`, immediate_exit).
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
@@ -187,14 +193,9 @@ impl KvmVcpu {
             .map_err(ioctl("set registers"))
     }
 
-    /// Makes this thread the vCPU's: kicks reach it from now on.
-    pub fn bind(&mut self) -> Result<(), KvmError> {
-        register_signal_handler(kick_signal(), on_kick).map_err(|error| KvmError::Ioctl {
-            action: "be interrupted",
-            source: io::Error::from_raw_os_error(error.errno()),
-        })?;
+    /// Makes this thread the vCPU's: kicks leave their mark from now on.
+    pub fn bind(&mut self) {
         IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
-        Ok(())
     }
 
     /// Runs the guest until it needs somebody, and answers its device accesses.
