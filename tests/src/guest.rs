@@ -18,11 +18,22 @@ use crate::{
     Context, Failure, Result,
     bed::{ApiClients, Archive, BedKernel, DebianPrograms, Emulator, Modules, StockKernel},
     embedded::Embedded,
+    host,
 };
 use fanlight_api::{PathOrFd, VmConfig};
 
 /// A guest that says nothing for so long hangs. Not a measure of speed.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
+
+/// In the bed a guest's clock ticks, as L1's does: the emulator now and then loses a timer that is set for
+/// one time, after which a tickless guest sleeps for good.
+fn bed_clock() -> &'static str {
+    if std::env::var_os(host::IN_BED).is_some() {
+        " nohz=off highres=off lapic=notscdeadline"
+    } else {
+        ""
+    }
+}
 
 /// What guests are made of.
 #[derive(Clone, Debug)]
@@ -76,7 +87,7 @@ impl Assets {
             assets: self.clone(),
             dir: tempfile::tempdir().expect("a directory for the guest"),
             kernel: GuestKernel::Stock,
-            cmdline: "console=ttyS0 panic=-1 loglevel=4".into(),
+            cmdline: format!("console=ttyS0 panic=-1 loglevel=4{}", bed_clock()),
             script: script.into(),
             arguments: ["--memory", "256M"].map(str::to_owned).into(),
             archive: Archive::default(),

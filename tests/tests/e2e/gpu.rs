@@ -26,11 +26,8 @@ pub const TESTS: &[(&str, Test)] = &[
 
 const MODULES: &[&str] = &["virtio_gpu", "virtio_input"];
 
-/// The driver times its frames, and in the bed a guest now and then sleeps for good when its processor's
-/// deadline timer is used for that: this one's clock ticks.
 fn guest(assets: &Assets, script: &str) -> Result<GuestBuilder> {
-    let guest = assets.guest(script).modules(MODULES)?;
-    Ok(guest.cmdline("nohz=off highres=off lapic=notscdeadline"))
+    assets.guest(script).modules(MODULES)
 }
 
 /// A guest in this process that runs the lines typed on its console, once it has said "ready".

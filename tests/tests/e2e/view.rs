@@ -50,11 +50,9 @@ const DRAW: &str = "echo 0 > /sys/class/graphics/fbcon/cursor_blink
     while read -r line; do eval \"$line\"; done";
 
 fn drawing(assets: &Assets) -> Result<(Guest, Client, PathBuf)> {
-    // As for the tests of the GPU: a clock that ticks.
     let guest: GuestBuilder = assets
         .guest(DRAW)
         .modules(MODULES)?
-        .cmdline("nohz=off highres=off lapic=notscdeadline")
         .option("--gpu", format!("outputs={WIDTH}x{HEIGHT}"));
     let socket = guest.path("api");
     let mut guest = guest.option("--api-socket", &socket).start()?;
