@@ -3,19 +3,21 @@
 
 use std::{
     fs::File,
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     net::{TcpListener, TcpStream},
-    os::fd::{AsRawFd, FromRawFd, OwnedFd},
+    os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd},
     thread,
     time::Duration,
 };
 
-use crate::{Context, Failure, Result};
+use rustix::net::sockopt::{Timeout, set_socket_timeout};
+
+use crate::{Context, Failure, Result, guest::HANG};
 
 /// Bytes sent at a time.
 const CHUNK: usize = 64 << 10;
-/// How long a caller tries while the other side is not there yet.
-const PATIENCE: Duration = Duration::from_secs(60);
+/// How long a caller tries while the other side is not there yet, and one that talks waits for the other.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Where somebody listens: `tcp:ADDRESS:PORT` or `vsock:CID:PORT`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -47,12 +49,29 @@ impl std::str::FromStr for Address {
     }
 }
 
+/// Has a socket give up a peer that does nothing for so long.
+fn limit(socket: impl AsFd) -> Result<()> {
+    for direction in [Timeout::Recv, Timeout::Send] {
+        set_socket_timeout(&socket, direction, Some(PATIENCE))
+            .context("cannot set a time limit")?;
+    }
+    Ok(())
+}
+
+fn waited<T>(result: std::io::Result<T>, what: &str) -> Result<T> {
+    result.map_err(|error| match error.kind() {
+        ErrorKind::WouldBlock => Failure(format!("{HANG}: nothing to {what} for {PATIENCE:?}")),
+        _ => Failure::new(format!("cannot {what}"), error),
+    })
+}
+
 /// Accepts one caller and sends everything back. Returns how many bytes there were.
 pub fn serve(address: &Address) -> Result<u64> {
     let (mut stream, _keep): (File, Option<OwnedFd>) = match address {
         Address::Tcp(address) => {
             let listener = TcpListener::bind(address).context("cannot listen")?;
-            let (stream, _) = listener.accept().context("cannot accept")?;
+            limit(&listener)?;
+            let (stream, _) = waited(listener.accept(), "accept")?;
             (OwnedFd::from(stream).into(), None)
         }
         Address::Vsock(cid, port) => {
@@ -66,6 +85,7 @@ pub fn serve(address: &Address) -> Result<u64> {
             if !listening {
                 return Err(os_failure("cannot listen"));
             }
+            limit(&socket)?;
             // SAFETY: null pointers ask for no address.
             let fd = unsafe {
                 libc::accept(
@@ -75,20 +95,21 @@ pub fn serve(address: &Address) -> Result<u64> {
                 )
             };
             if fd < 0 {
-                return Err(os_failure("cannot accept"));
+                return waited(Err(std::io::Error::last_os_error()), "accept");
             }
             // SAFETY: `fd` was just made by accept and belongs to nobody else.
             (unsafe { File::from_raw_fd(fd) }, Some(socket))
         }
     };
+    limit(&stream)?;
     let mut buffer = vec![0; CHUNK];
     let mut total = 0;
     loop {
-        let read = stream.read(&mut buffer).context("cannot read")?;
+        let read = waited(stream.read(&mut buffer), "read")?;
         if read == 0 {
             return Ok(total);
         }
-        stream.write_all(&buffer[..read]).context("cannot write")?;
+        waited(stream.write_all(&buffer[..read]), "write")?;
         total += read as u64;
     }
 }
@@ -103,6 +124,7 @@ pub fn call(address: &Address, total: u64) -> Result<()> {
             Err(_) => thread::sleep(Duration::from_millis(100)),
         }
     };
+    limit(&stream)?;
     let mut writer = stream.try_clone().context("cannot duplicate a socket")?;
     let sender = thread::spawn(move || {
         let mut pattern = Pattern::new();
@@ -111,7 +133,7 @@ pub fn call(address: &Address, total: u64) -> Result<()> {
         while left > 0 {
             let part = left.min(CHUNK as u64) as usize;
             pattern.fill(&mut buffer[..part]);
-            writer.write_all(&buffer[..part]).context("cannot write")?;
+            waited(writer.write_all(&buffer[..part]), "write")?;
             left -= part as u64;
         }
         // SAFETY: the descriptor is open; shutting its writing half down has no other effect.
@@ -122,7 +144,7 @@ pub fn call(address: &Address, total: u64) -> Result<()> {
     let (mut expected, mut buffer) = (Pattern::new(), vec![0; CHUNK]);
     let mut got = 0;
     loop {
-        let read = reader.read(&mut buffer).context("cannot read")?;
+        let read = waited(reader.read(&mut buffer), "read")?;
         if read == 0 {
             break;
         }

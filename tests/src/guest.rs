@@ -23,7 +23,9 @@ use crate::{
 use fanlight_api::{PathOrFd, VmConfig};
 
 /// A guest that says nothing for so long hangs. Not a measure of speed.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(180);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+/// What is said of it.
+pub const HANG: &str = "it hangs";
 
 /// In the bed a guest's clock ticks, as L1's does: the emulator now and then loses a timer that is set for
 /// one time, after which a tickless guest sleeps for good.
@@ -287,7 +289,7 @@ impl Guest {
                 return Err(self.failure(format!("ended ({status}) before it said {text:?}")));
             }
             if start.elapsed() > PATIENCE {
-                return Err(self.failure(format!("never said {text:?}")));
+                return Err(self.failure(format!("{HANG}: never said {text:?}")));
             }
         }
     }
@@ -324,7 +326,7 @@ impl Guest {
             }
             thread::sleep(Duration::from_millis(20));
         }
-        Err(self.failure("never ended"))
+        Err(self.failure(format!("{HANG}: never ended")))
     }
 
     /// Waits for the end, which must have the given exit status.

@@ -93,7 +93,7 @@ fn files_and_numbers(assets: &Assets) -> Result<()> {
     refused(
         assets,
         &with(&["--memory", "512M,hugepages=1G"]),
-        "multiple of 0x40000000",
+        "multiple of 1048576K",
     )?;
     refused(
         assets,
