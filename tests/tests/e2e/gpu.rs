@@ -19,6 +19,7 @@ pub const TESTS: &[(&str, Test)] = &[
     ("gpu::outputs_as_the_guest_sees_them", outputs),
     ("gpu::the_console_pixel_by_pixel", console),
     ("gpu::an_exported_frame_is_shared", shared),
+    ("gpu::outputs_come_and_go_and_grow", hotplug),
     ("gpu::drivers_unbind_and_bind", rebind),
     ("gpu::keys_pointer_and_touch", input),
 ];
@@ -210,6 +211,47 @@ impl Drop for Mapping {
         // SAFETY: the mapping is this one's, and nothing refers to it any more.
         let _ = unsafe { rustix::mm::munmap(self.0.cast(), self.1) };
     }
+}
+
+fn hotplug(assets: &Assets) -> Result<()> {
+    let guest = shell(assets, "outputs=800x600+640x480", None)?;
+    let display = display(&guest)?;
+    // The console's own probe leaves out what is larger than its framebuffer: another one is asked for.
+    let ask = |name: &str| {
+        guest.type_line(&format!(
+            "cd /sys/class/drm; echo {name}: \
+             $(for i in 1 2 3; do echo detect > card0-Virtual-$i/status; \
+             echo $(cat card0-Virtual-$i/status) \
+             $(head -n 1 card0-Virtual-$i/modes) /; done)"
+        ))
+    };
+    let reaches = |expected: &str| -> Result<()> {
+        for round in 0..200 {
+            ask(&format!("r{round}"))?;
+            guest.wait_for(&format!("\nr{round}:"))?;
+            if guest.transcript().contains(expected) {
+                return Ok(());
+            }
+        }
+        Err(Failure(format!(
+            "never {expected:?}:\n{}",
+            guest.transcript()
+        )))
+    };
+    reaches("connected 800x600 / connected 640x480 / disconnected /")?;
+    let set = |index, mode: Option<(u32, u32)>| {
+        let mode = mode.map(|(width, height)| Mode { width, height });
+        display
+            .set_output(index, mode)
+            .context("cannot set an output")
+    };
+    set(0, Some((1371, 801)))?;
+    set(1, None)?;
+    set(2, Some((1024, 768)))?;
+    reaches("connected 1371x801 / disconnected / connected 1024x768 /")?;
+    set(2, None)?;
+    set(1, Some((640, 480)))?;
+    reaches("connected 1371x801 / connected 640x480 / disconnected /")
 }
 
 fn rebind(assets: &Assets) -> Result<()> {
