@@ -11,8 +11,6 @@ use fanlight_tests::{
     pci::Function,
 };
 
-use rustix::process::Signal;
-
 use crate::Test;
 
 pub const TESTS: &[(&str, Test)] = &[
@@ -29,7 +27,6 @@ pub const TESTS: &[(&str, Test)] = &[
     ("vfio::peers_through_a_container", |assets| {
         peers(assets, "off")
     }),
-    ("vfio::nothing_is_left_behind", leaks),
     ("vfio::mistakes_are_named", mistakes),
     ("vfio::the_doctor_and_the_list", doctor),
 ];
@@ -271,66 +268,6 @@ fn peers(assets: &Assets, iommufd: &str) -> Result<()> {
     .run()?;
     ensure(moved.contains("edu copied 8192 bytes"), &moved)?;
     ensure(value(&said, "bar:")? != value(&moved, "bar:")?, &moved)
-}
-
-/// Machines come and go, in both ways, and one restarts again and again: nothing adds up.
-fn leaks(assets: &Assets) -> Result<()> {
-    const TIMES: usize = 5;
-    let (physical, vf) = virtual_function(assets, IGB)?;
-    for iommufd in ["on", "off"] {
-        for _ in 0..TIMES {
-            let guest = igb_guest(assets, "sleep 1000", &format!("{vf},iommufd={iommufd}"))?;
-            let mut guest = guest.option("--log", "info").start()?;
-            guest.wait_for("the first vCPU is about to run")?;
-            guest.signal(Signal::TERM)?;
-            guest.wait_for("asked the guest to shut down")?;
-            guest.signal(Signal::TERM)?;
-            guest.expect_exit(34)?;
-        }
-        let vf = format!("{vf},iommufd={iommufd}");
-        let mut guest = igb_guest(assets, "echo again; reboot -f; sleep 100", &vf)?.start()?;
-        guest.wait_for_times("again", 2)?;
-        let before = Held::by(&guest)?;
-        guest.wait_for_times("again", 6)?;
-        let after = Held::by(&guest)?;
-        ensure(
-            before == after,
-            format!("{before:?} became {after:?} with iommufd={iommufd}"),
-        )?;
-    }
-    // Only a device that nobody has open can be taken away.
-    run(&assets.fanlight, &["vfio", "unbind", &physical])?;
-    ensure(
-        Function::find("8086:10ca")?.is_empty(),
-        "the virtual function is still there",
-    )
-}
-
-/// What a machine holds of the host.
-#[derive(Debug, PartialEq, Eq)]
-struct Held {
-    descriptors: usize,
-    mappings: usize,
-    locked: Vec<String>,
-}
-
-impl Held {
-    fn by(guest: &Guest) -> Result<Self> {
-        let process = Path::new("/proc").join(guest.pid().to_string());
-        let read =
-            |name| fs::read_to_string(process.join(name)).context("cannot look at a process");
-        let descriptors = fs::read_dir(process.join("fd")).context("cannot list descriptors")?;
-        let locked = |line: &&str| line.starts_with("VmLck") || line.starts_with("VmPin");
-        Ok(Self {
-            descriptors: descriptors.count(),
-            mappings: read("maps")?.matches("vfio").count(),
-            locked: read("status")?
-                .lines()
-                .filter(locked)
-                .map(str::to_owned)
-                .collect(),
-        })
-    }
 }
 
 fn mistakes(assets: &Assets) -> Result<()> {
