@@ -153,10 +153,7 @@ impl Counter {
         if !matches!(state, VmState::Running | VmState::Paused) {
             return reply.refuse(refusal(state, method, "it must be running or paused"));
         }
-        // If it cannot be made the reply says so as it is dropped.
-        let _ = std::thread::Builder::new()
-            .name("display-call".into())
-            .spawn(move || work(&display, reply));
+        display.answer(reply, work);
     }
 }
 

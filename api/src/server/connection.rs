@@ -17,7 +17,7 @@ use std::{
 use rustix::event::{EventfdFlags, eventfd};
 use serde_json::value::{RawValue, to_raw_value};
 
-use super::{MAX_EVENTS, MAX_OUTPUT};
+use super::{MAX_EVENTS, MAX_OUTPUT, MAX_OUTPUT_FDS};
 use crate::{
     error::{ApiError, ErrorKind},
     message::{Id, Response, line},
@@ -154,7 +154,10 @@ impl Connection {
         if out.closed {
             return;
         }
-        if out.bytes > 0 && out.bytes + bytes.len() > MAX_OUTPUT {
+        let unread: usize = out.queue.iter().map(|message| message.fds.len()).sum();
+        if out.bytes > 0 && out.bytes + bytes.len() > MAX_OUTPUT
+            || unread + fds.len() > MAX_OUTPUT_FDS
+        {
             out.overflow = true;
         } else {
             out.bytes += bytes.len();
@@ -376,5 +379,23 @@ impl Drop for Reply {
             );
             self.finish(Err(error), Vec::new());
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn descriptors_that_are_not_read_are_bounded() {
+        let connection = Connection::new(Arc::new(Wake::new().unwrap()), 0);
+        for _ in 0..MAX_OUTPUT_FDS {
+            let fd = tempfile::tempfile().unwrap().into();
+            connection.push(&mut locked(&connection.out), b"x\n".into(), vec![fd]);
+            assert!(!locked(&connection.out).overflow);
+        }
+        let fd = tempfile::tempfile().unwrap().into();
+        connection.push(&mut locked(&connection.out), b"x\n".into(), vec![fd]);
+        assert!(locked(&connection.out).overflow);
     }
 }

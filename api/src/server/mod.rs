@@ -30,6 +30,8 @@ use listener::Listener;
 pub const MAX_LINE: usize = 1 << 20;
 /// What the server keeps for a client that does not read its answers.
 pub const MAX_OUTPUT: usize = 4 << 20;
+/// Descriptors among them: a client that does not read must not use up the process's.
+pub const MAX_OUTPUT_FDS: usize = 32;
 /// Above so much unread output a subscriber's events are dropped, and counted.
 pub const MAX_EVENTS: usize = 256 << 10;
 /// Requests of one client that wait for their answers; more are not read before one has come.

@@ -61,7 +61,7 @@ impl Populate {
     /// Has the kernel's image allocated, and then what the kernel allocates first. Returns when the start of the image is there: who fills it is slower, and
     /// comes after. A page that is being filled cannot become part of a huge one.
     pub fn kernel(&self, image: Range<u64>, mem: &GuestMemory) {
-        let start_end = (image.start + SPAN).min(image.end);
+        let start_end = image.start.saturating_add(SPAN).min(image.end);
         let start = self.range(image.start..start_end);
         self.range(start_end..image.end);
         let ram: u64 = mem.iter().map(GuestMemoryRegion::len).sum();
@@ -130,6 +130,8 @@ mod tests {
         Populate::beside(&mem, |populate| {
             populate.range(MIB..20 * MIB);
             populate.kernel(2 * MIB..4 * MIB, &mem);
+            // As the headers of a bad kernel may say.
+            populate.kernel(u64::MAX - 1..u64::MAX, &mem);
         });
         for at in [0, 3 << 20, (9 << 20) - 8] {
             assert_eq!(mem.read_obj::<u64>(GuestAddress(at)).unwrap(), at ^ 0x55);

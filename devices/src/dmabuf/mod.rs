@@ -13,7 +13,10 @@ mod udmabuf;
 use std::{
     fs::File,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use thiserror::Error;
@@ -29,18 +32,45 @@ use crate::{
 
 /// A dma-buf of this process's.
 #[derive(Debug)]
-pub struct Dmabuf(OwnedFd);
+pub struct Dmabuf {
+    fd: OwnedFd,
+    _open: Open,
+}
+
+/// Counts a dma-buf while it is there.
+#[derive(Debug)]
+struct Open(Arc<AtomicUsize>);
+
+impl Open {
+    fn new(count: &Arc<AtomicUsize>) -> Result<Self, ExportError> {
+        let more = |open| (open < MAX_OPEN).then_some(open + 1);
+        count
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
+            .map_err(|_| ExportError::TooMany)?;
+        Ok(Self(count.clone()))
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::AcqRel);
+    }
+}
+
+/// dma-bufs at a time: each is a descriptor of this process's, and a guest can show one resource after the
+/// other to somebody who watches.
+const MAX_OPEN: usize = 256;
 
 impl Dmabuf {
     /// A descriptor of one's own, to be passed on.
     pub fn try_clone(&self) -> std::io::Result<OwnedFd> {
-        self.0.try_clone()
+        self.fd.try_clone()
     }
 }
 
 impl AsFd for Dmabuf {
     fn as_fd(&self) -> BorrowedFd<'_> {
-        self.0.as_fd()
+        self.fd.as_fd()
     }
 }
 
@@ -82,6 +112,9 @@ pub enum ExportError {
         /// Its length.
         len: u64,
     },
+    /// The guest has as many as it may.
+    #[error("{MAX_OPEN} dma-bufs of the guest's memory are open: it must let resources go first")]
+    TooMany,
     /// udmabuf.
     #[error(transparent)]
     Udmabuf(#[from] UdmabufError),
@@ -94,6 +127,7 @@ pub enum ExportError {
 #[derive(Debug)]
 pub struct Exporter {
     udmabuf: Result<Udmabuf, UdmabufError>,
+    open: Arc<AtomicUsize>,
 }
 
 impl Exporter {
@@ -101,6 +135,7 @@ impl Exporter {
     pub fn open() -> Self {
         Self {
             udmabuf: Udmabuf::open(),
+            open: Arc::default(),
         }
     }
 
@@ -108,6 +143,7 @@ impl Exporter {
     pub fn none() -> Self {
         Self {
             udmabuf: Err(UdmabufError::Open(rustix::io::Errno::NOENT)),
+            open: Arc::default(),
         }
     }
 
@@ -118,6 +154,12 @@ impl Exporter {
 
     /// Makes one dma-buf of `pieces`, in their order.
     pub fn export(&self, pieces: &[Piece]) -> Result<Dmabuf, ExportError> {
+        let open = Open::new(&self.open)?;
+        let fd = self.export_fd(pieces)?;
+        Ok(Dmabuf { fd, _open: open })
+    }
+
+    fn export_fd(&self, pieces: &[Piece]) -> Result<OwnedFd, ExportError> {
         if let Some(first) = pieces.first()
             && let BackingKind::Bar { region, .. } = first.kind
         {
@@ -140,12 +182,12 @@ impl Exporter {
             items.push(UdmabufItem::new(&piece.file, piece.offset, piece.len));
         }
         let udmabuf = self.udmabuf.as_ref().map_err(|&error| error)?;
-        Ok(Dmabuf(udmabuf.create_list(&items)?))
+        Ok(udmabuf.create_list(&items)?)
     }
 }
 
 /// One dma-buf of ranges of the BAR that `first` is in.
-fn export_bar(first: &Piece, region: u32, pieces: &[Piece]) -> Result<Dmabuf, ExportError> {
+fn export_bar(first: &Piece, region: u32, pieces: &[Piece]) -> Result<OwnedFd, ExportError> {
     let failed = |error| ExportError::Bar(Arc::new(error));
     let start = vfio::region_start(&*first.file, region).map_err(|source| {
         let ranges = pieces.len();
@@ -168,7 +210,19 @@ fn export_bar(first: &Piece, region: u32, pieces: &[Piece]) -> Result<Dmabuf, Ex
         })
         .collect();
     // Who shows a picture only reads it.
-    vfio::export(&*first.file, region, &ranges, Access::ReadOnly)
-        .map(Dmabuf)
-        .map_err(failed)
+    vfio::export(&*first.file, region, &ranges, Access::ReadOnly).map_err(failed)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn open_dmabufs_are_bounded() {
+        let count = Arc::default();
+        let mut open: Vec<_> = (0..MAX_OPEN).map(|_| Open::new(&count).unwrap()).collect();
+        assert!(matches!(Open::new(&count), Err(ExportError::TooMany)));
+        open.pop();
+        assert!(Open::new(&count).is_ok());
+    }
 }

@@ -10,6 +10,7 @@ use std::{
         Arc,
         atomic::{AtomicBool, AtomicUsize, Ordering},
     },
+    thread,
 };
 
 use fanlight_api::{
@@ -18,6 +19,7 @@ use fanlight_api::{
         DisplayStream, ExportedMemory, ExportedPicture, OutputState, Outputs, PixelsIn, Screenshot,
         ScreenshotTaken, SetOutput, WatchDisplay,
     },
+    server::Reply,
 };
 use fanlight_devices::{
     error_line,
@@ -28,7 +30,9 @@ use rustix::fs::{MemfdFlags, memfd_create};
 use crate::input::Inputs;
 
 /// Streams at once.
-const MAX_STREAMS: usize = 64;
+const MAX_STREAMS: usize = 16;
+/// Calls that are being answered at once: each has a thread, and a picture may have a gigabyte.
+const MAX_CALLS: usize = 4;
 
 /// A display and what a user does with it.
 #[derive(Clone, Debug)]
@@ -36,6 +40,7 @@ pub struct Display {
     handle: DisplayHandle,
     inputs: Inputs,
     streams: Arc<AtomicUsize>,
+    calls: Arc<AtomicUsize>,
     /// Whether a stream drives.
     driven: Arc<AtomicBool>,
 }
@@ -47,8 +52,25 @@ impl Display {
             handle,
             inputs,
             streams: Arc::default(),
+            calls: Arc::default(),
             driven: Arc::default(),
         }
+    }
+
+    /// Has a call answered on a thread of its own.
+    pub fn answer(&self, reply: Reply, work: impl FnOnce(&Self, Reply) + Send + 'static) {
+        let Some(slot) = Slot::take(&self.calls, MAX_CALLS) else {
+            let text = format!("{MAX_CALLS} calls of the display are being answered: try again");
+            return reply.refuse(ApiError::new(ErrorKind::Busy, text));
+        };
+        let display = self.clone();
+        // If it cannot be made the reply says so as it is dropped.
+        let _ = thread::Builder::new()
+            .name("display-call".into())
+            .spawn(move || {
+                work(&display, reply);
+                drop(slot);
+            });
     }
 
     /// All outputs.
@@ -125,7 +147,7 @@ impl Display {
 
     /// Starts a stream; the socket's other end is the caller's.
     pub fn subscribe(&self, wanted: &WatchDisplay) -> Result<(DisplayStream, OwnedFd), ApiError> {
-        let slot = Slot::take(&self.streams).ok_or_else(|| {
+        let slot = Slot::take(&self.streams, MAX_STREAMS).ok_or_else(|| {
             ApiError::new(
                 ErrorKind::Busy,
                 format!("{MAX_STREAMS} display streams are open: close one"),
@@ -144,12 +166,12 @@ impl Display {
     }
 }
 
-/// One of the streams that may be open.
+/// One of a limited number of things at once.
 struct Slot(Arc<AtomicUsize>);
 
 impl Slot {
-    fn take(count: &Arc<AtomicUsize>) -> Option<Self> {
-        let more = |open| (open < MAX_STREAMS).then_some(open + 1);
+    fn take(count: &Arc<AtomicUsize>, most: usize) -> Option<Self> {
+        let more = |open| (open < most).then_some(open + 1);
         count
             .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
             .ok()?;
