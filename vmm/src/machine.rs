@@ -40,6 +40,7 @@ use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
+    footprint::shrink,
     inventory::{Inventory, NewDevice},
     kvm::{ClockState, ExitCounts, KvmError, KvmVcpu, KvmVm, VcpuError},
     resources::{Disk, Interface, Resources},
@@ -291,6 +292,7 @@ impl Machine {
 
     /// Starts the vCPUs.
     pub fn start(&mut self) -> Result<(), MachineError> {
+        shrink();
         let shared = Shared {
             ports: self.ports.clone(),
             memory: self.memory.clone(),

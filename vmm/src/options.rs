@@ -10,7 +10,7 @@ use fanlight_api::{
 };
 use serde::de::DeserializeOwned;
 use thiserror::Error;
-use tracing_subscriber::EnvFilter;
+use tracing_subscriber::{filter::Targets, layer::SubscriberExt, reload, util::SubscriberInitExt};
 
 /// A small KVM virtual machine monitor.
 #[derive(Debug, Parser)]
@@ -172,7 +172,7 @@ pub struct LogOptions {
         env = "FANLIGHT_LOG",
         default_value = "warn"
     )]
-    pub level: String,
+    pub level: Targets,
 }
 
 /// Options of `fanlight run`.
@@ -327,17 +327,19 @@ impl RunOptions {
 }
 
 /// Logs to standard error what `filter` lets through; gives what changes that.
-pub fn start_log(filter: &str) -> SetLog {
-    let filter = EnvFilter::try_new(filter).unwrap_or_else(|_| EnvFilter::new("warn"));
-    let builder = tracing_subscriber::fmt()
-        .with_env_filter(filter)
+pub fn start_log(filter: &Targets) -> SetLog {
+    let (filter, handle) = reload::Layer::new(filter.clone());
+    let lines = tracing_subscriber::fmt::layer()
         .with_writer(std::io::stderr)
-        .with_target(false)
-        .with_filter_reloading();
-    let handle = builder.reload_handle();
-    builder.init();
+        .with_target(false);
+    tracing_subscriber::registry()
+        .with(filter)
+        .with(lines)
+        .init();
     Box::new(move |level| {
-        let filter = EnvFilter::try_new(level).map_err(|error| format!("{level:?}: {error}"))?;
+        let filter: Targets = level
+            .parse()
+            .map_err(|error| format!("{level:?}: {error}"))?;
         handle.reload(filter).map_err(|error| error.to_string())
     })
 }
