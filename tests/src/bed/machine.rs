@@ -22,8 +22,10 @@ const STATUS: &str = "fanlight-bed: status ";
 /// Modules that make Debian's kernel a KVM host.
 const KVM_MODULES: &[&str] = &["kvm", "kvm_amd", "tun", "vhost_net", "vhost_vsock"];
 /// L1's clock ticks: the emulator now and then loses a one-shot timer while a nested guest runs, after
-/// which a tickless L1, or a guest in it, sleeps until something else happens.
-const L1_CMDLINE: &str = "console=ttyS0 panic=-1 loglevel=1 intel_iommu=on nohz=off highres=off";
+/// which a tickless L1, or a guest in it, sleeps until something else happens. Its time stamp counters are all
+/// this machine's one: a busy machine must not have L1's watchdog doubt them, and KVM with it.
+const L1_CMDLINE: &str =
+    "console=ttyS0 panic=-1 loglevel=1 intel_iommu=on nohz=off highres=off tsc=reliable";
 /// L1 gives a sign of life every ten seconds (`resources/bed/init`), which is [`ALIVE`]: one that is silent
 /// for so long hangs.
 const SILENCE: Duration = Duration::from_secs(120);

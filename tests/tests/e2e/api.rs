@@ -349,10 +349,15 @@ fn pause(assets: &Assets, cmdline: &str) -> Result<()> {
         value(line, mark)?.parse().context("a time")
     };
     let guest_time = at("at after:")? - at("at before:")?;
+    let source = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    let source = fs::read_to_string(source).context("cannot read the host's clock source")?;
     // The guest's clock has run as long as the host's, less the pauses.
     ensure(
         guest_time >= 0.0 && guest_time < host - PAUSE.as_secs_f64() + 0.5,
-        format!("the guest's clock went on by {guest_time} s, the host's by {host} s:\n{said}"),
+        format!(
+            "the guest's clock went on by {guest_time} s, the host's ({}) by {host} s:\n{said}",
+            source.trim()
+        ),
     )?;
     ensure(
         api.call("vm.info", json!({}))?["state"] == "running",

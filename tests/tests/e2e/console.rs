@@ -9,12 +9,14 @@ use std::{
 
 use fanlight_tests::{
     Context, Failure, Result,
-    guest::{Assets, ensure},
+    guest::{Assets, GuestBuilder, ensure},
 };
 use rustix::{
+    process::{Pid, Signal, kill_process},
     pty::{OpenptFlags, openpt, ptsname, unlockpt},
-    termios::{LocalModes, Termios, tcgetattr},
+    termios::{LocalModes, Termios, Winsize, tcgetattr, tcsetwinsize},
 };
+use tempfile::TempDir;
 
 use crate::Test;
 
@@ -24,13 +26,17 @@ pub const TESTS: &[(&str, Test)] = &[
     ("console::a_socket_and_a_file", socket_and_file),
     ("console::much_input_arrives_whole", much_input),
     (
+        "console::the_terminals_size_becomes_the_guests",
+        follows_size,
+    ),
+    (
         "console::ctrl_a_x_leaves_a_terminal_as_it_was",
-        leaves_terminal,
+        leaves_by_keys,
     ),
     (
         "console::a_killed_process_leaves_a_terminal_as_it_was",
         |assets| {
-            terminal(assets, |process, _| {
+            leaves_terminal(assets, |process, _| {
                 process.kill().context("cannot kill the process")
             })
             .map(drop)
@@ -118,28 +124,109 @@ fn much_input(assets: &Assets) -> Result<()> {
     ensure(said.contains(&format!("sum: {sum}")), said)
 }
 
-fn leaves_terminal(assets: &Assets) -> Result<()> {
-    let status = terminal(assets, |_, terminal| {
+fn leaves_by_keys(assets: &Assets) -> Result<()> {
+    let status = leaves_terminal(assets, |_, terminal| {
         terminal.write_all(b"\x01x").context("cannot type")
     })?;
     ensure(status.code() == Some(34), format!("ended by {status}"))
 }
 
+/// A terminal of our own, with Fanlight on it.
+struct Terminal {
+    /// Where a user types and reads.
+    ours: File,
+    /// Where Fanlight does.
+    theirs: File,
+    /// What was read so far.
+    said: String,
+}
+
+impl Terminal {
+    fn open() -> Result<Self> {
+        let ours =
+            openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).context("cannot make a terminal")?;
+        unlockpt(&ours).context("cannot unlock the terminal")?;
+        let name = ptsname(&ours, Vec::new()).context("the terminal has no name")?;
+        let theirs = File::options()
+            .read(true)
+            .write(true)
+            .open(name.to_string_lossy().as_ref())
+            .context("cannot open the terminal")?;
+        Ok(Self {
+            ours: File::from(ours),
+            theirs,
+            said: String::new(),
+        })
+    }
+
+    /// Starts the guest with the terminal as its own.
+    fn spawn(&self, guest: GuestBuilder) -> Result<(Child, TempDir)> {
+        let end_of = || {
+            self.theirs
+                .try_clone()
+                .context("cannot duplicate a descriptor")
+        };
+        let (mut command, dir) = guest.command()?;
+        let process = command
+            .stdin(Stdio::from(end_of()?))
+            .stdout(Stdio::from(end_of()?))
+            .spawn()
+            .context("cannot start Fanlight")?;
+        Ok((process, dir))
+    }
+
+    fn wait_for(&mut self, text: &str) -> Result<()> {
+        let mut bytes = [0; 1024];
+        while !self.said.contains(text) {
+            let read = self
+                .ours
+                .read(&mut bytes)
+                .context("cannot read the terminal")?;
+            self.said += &String::from_utf8_lossy(&bytes[..read]);
+        }
+        Ok(())
+    }
+
+    fn modes(&self) -> Result<Termios> {
+        tcgetattr(&self.theirs).context("the terminal has no modes")
+    }
+
+    fn resize(&self, ws_col: u16, ws_row: u16) -> Result<()> {
+        let size = Winsize {
+            ws_row,
+            ws_col,
+            ws_xpixel: 0,
+            ws_ypixel: 0,
+        };
+        tcsetwinsize(&self.ours, size).context("cannot resize the terminal")
+    }
+}
+
+fn follows_size(assets: &Assets) -> Result<()> {
+    let mut terminal = Terminal::open()?;
+    terminal.resize(91, 31)?;
+    let guest = assets
+        .guest(
+            "(echo first: $(stty size); while [ \"$(stty size)\" != '47 133' ]; do sleep 0.1; done
+              echo then: $(stty size)) < /dev/hvc0 > /dev/hvc0; sleep 1",
+        )
+        .option("--serial", "null")
+        .option("--console", "stdio");
+    let (mut process, _dir) = terminal.spawn(guest)?;
+    terminal.wait_for("first: 31 91")?;
+    terminal.resize(133, 47)?;
+    // The terminal is not the controlling one of Fanlight's session: the shell that would be is this test.
+    kill_process(Pid::from_child(&process), Signal::WINCH).context("cannot signal")?;
+    terminal.wait_for("then: 47 133")?;
+    let status = process.wait().context("cannot wait for Fanlight")?;
+    ensure(status.success(), format!("ended by {status}"))
+}
+
 /// Runs a guest on a terminal, has `end` end it, and compares the terminal's modes.
-fn terminal(
+fn leaves_terminal(
     assets: &Assets,
     end: impl FnOnce(&mut Child, &mut File) -> Result<()>,
 ) -> Result<ExitStatus> {
-    let ours = openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).context("cannot make a terminal")?;
-    unlockpt(&ours).context("cannot unlock the terminal")?;
-    let name = ptsname(&ours, Vec::new()).context("the terminal has no name")?;
-    let theirs = File::options()
-        .read(true)
-        .write(true)
-        .open(name.to_string_lossy().as_ref())
-        .context("cannot open the terminal")?;
-    let mut ours = File::from(ours);
-    let modes = || tcgetattr(&theirs).context("the terminal has no modes");
     let same = |a: &Termios, b: &Termios| {
         (
             a.input_modes,
@@ -153,38 +240,28 @@ fn terminal(
             b.local_modes,
         )
     };
-    let before = modes()?;
-    let end_of = || theirs.try_clone().context("cannot duplicate a descriptor");
-    let (mut command, _dir) = assets.guest("echo ready; sleep 1000").command()?;
-    let mut process = command
-        .stdin(Stdio::from(end_of()?))
-        .stdout(Stdio::from(end_of()?))
-        .spawn()
-        .context("cannot start Fanlight")?;
-    let mut said = Vec::new();
-    let mut bytes = [0; 1024];
-    while !String::from_utf8_lossy(&said).contains("ready") {
-        let read = ours.read(&mut bytes).context("cannot read the terminal")?;
-        said.extend_from_slice(&bytes[..read]);
-    }
-    let during = modes()?;
+    let mut terminal = Terminal::open()?;
+    let before = terminal.modes()?;
+    let (mut process, _dir) = terminal.spawn(assets.guest("echo ready; sleep 1000"))?;
+    terminal.wait_for("ready")?;
+    let during = terminal.modes()?;
     ensure(
         !during
             .local_modes
             .intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG),
         "the terminal is not raw",
     )?;
-    end(&mut process, &mut ours)?;
+    end(&mut process, &mut terminal.ours)?;
     let status = process.wait().context("cannot wait for Fanlight")?;
     // After a kill the guard process restores, a moment later.
     for _ in 0..500 {
-        if same(&before, &modes()?) {
+        if same(&before, &terminal.modes()?) {
             return Ok(status);
         }
         std::thread::sleep(std::time::Duration::from_millis(20));
     }
     Err(Failure(format!(
         "before: {before:?}, after: {:?}",
-        modes()?
+        terminal.modes()?
     )))
 }

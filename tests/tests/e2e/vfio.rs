@@ -199,7 +199,8 @@ fn igb_resets(assets: &Assets) -> Result<()> {
         .start()?;
     for round in 1..=4 {
         guest.wait_for_times("driver:", round)?;
-        let served = echo::serve(&Address::Tcp("10.9.0.1:5000".into()))?;
+        let served = echo::serve(&Address::Tcp("10.9.0.1:5000".into()))
+            .map_err(|error| Failure::new(error, guest.transcript()))?;
         ensure(
             served == BYTES,
             format!("{served} bytes came in round {round}"),
