@@ -106,9 +106,11 @@ Lists in an option are written key=value,key=value; a comma within a value is wr
 
 const CTL_HELP: &str = "\
 fanlight ctl S --help lists the methods of the server at socket S. Parameters are one JSON object, or
-key=value pairs: a value that is JSON is that, else text; a.b=value is a field of a field. The result is
-JSON, or a table where standard output is a terminal. console.attach connects the console to standard
-input and output; events.subscribe prints events until the server ends.
+key=value pairs: a value that is JSON is that, else text; a.b=value is a field of a field. Where a file
+or a tap is named, fd:N (in JSON also {\"fd\": N}) is descriptor N that the shell opened, which is sent along:
+fanlight ctl S device.add disk.path=fd:3 3<>disk.img. The result is JSON, or a table where standard output
+is a terminal. console.attach connects the console to standard input and output; on a terminal Ctrl-A x
+leaves it. events.subscribe prints events until the server ends.
 
 Exit status: 0 the method is done, 1 it is not (standard error says why), 2 the command line is wrong.";
 
