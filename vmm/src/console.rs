@@ -19,7 +19,7 @@ use fanlight_api::CharBackend;
 use fanlight_devices::legacy::output::{Output, OutputThread};
 use thiserror::Error;
 
-use crate::terminal::RawTerminal;
+use crate::{files::open_at_once, terminal::RawTerminal};
 
 /// How long a socket's client may leave its buffer full before it is disconnected.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(1);
@@ -103,14 +103,15 @@ impl HostConsole {
 }
 
 fn append_to(path: &Path) -> Result<File, ConsoleError> {
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .open(path)
-        .map_err(|source| ConsoleError::File {
-            path: path.into(),
-            source,
-        })
+    let error = |source| ConsoleError::File {
+        path: path.into(),
+        source,
+    };
+    let mut how = OpenOptions::new();
+    let file = open_at_once(how.append(true).create(true), path).map_err(error)?;
+    // Its thread may wait for a slow reader; only the opening could not.
+    rustix::io::ioctl_fionbio(&file, false).map_err(|errno| error(errno.into()))?;
+    Ok(file)
 }
 
 /// What became of a look at the input.

@@ -3,14 +3,13 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use fanlight::desk::SetLog;
 use fanlight_api::{
     CharBackend, ConsoleConfig, DiskConfig, GpuConfig, KernelUnpack, MemoryConfig, NetConfig,
     OnPanic, OnReset, PathOrFd, RngConfig, VfioConfig, VmConfig, VsockConfig, server::Settings,
 };
 use serde::de::DeserializeOwned;
 use thiserror::Error;
-use tracing_subscriber::{filter::Targets, layer::SubscriberExt, reload, util::SubscriberInitExt};
+use tracing_subscriber::filter::Targets;
 
 /// A small KVM virtual machine monitor.
 #[derive(Debug, Parser)]
@@ -172,7 +171,8 @@ pub struct LogOptions {
         long = "log",
         value_name = "LEVEL",
         env = "FANLIGHT_LOG",
-        default_value = "warn"
+        default_value = "warn",
+        value_parser = crate::log::filter
     )]
     pub level: Targets,
 }
@@ -326,24 +326,6 @@ impl RunOptions {
         set(&mut config.kvm, self.kvm.map(Some));
         Ok(config)
     }
-}
-
-/// Logs to standard error what `filter` lets through; gives what changes that.
-pub fn start_log(filter: &Targets) -> SetLog {
-    let (filter, handle) = reload::Layer::new(filter.clone());
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_target(false);
-    tracing_subscriber::registry()
-        .with(filter)
-        .with(lines)
-        .init();
-    Box::new(move |level| {
-        let filter: Targets = level
-            .parse()
-            .map_err(|error| format!("{level:?}: {error}"))?;
-        handle.reload(filter).map_err(|error| error.to_string())
-    })
 }
 
 #[cfg(test)]
