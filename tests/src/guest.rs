@@ -36,9 +36,9 @@ pub const PRESSED: &str =
     event=${1#/sys/class/input/}; exec 3< /dev/input/${event%%/*}
     echo ready; dd bs=24 count=1 <&3 > /dev/null 2>&1; echo pressed";
 
-/// In the bed a guest's clock ticks, as L1's does: the emulator now and then loses a timer that is set for
-/// one time, after which a tickless guest sleeps for good.
-fn bed_clock() -> &'static str {
+/// What a guest's command line needs in the bed, where its clock ticks, as L1's does: the emulator now and
+/// then loses a timer that is set for one time, after which a tickless guest sleeps for good.
+pub fn bed_clock() -> &'static str {
     if std::env::var_os(host::IN_BED).is_some() {
         " nohz=off highres=off lapic=notscdeadline"
     } else {

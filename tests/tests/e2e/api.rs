@@ -9,8 +9,9 @@ pub mod life;
 
 use std::{
     collections::BTreeMap,
+    fmt::Display,
     fs,
-    io::Read,
+    io::{self, Read},
     os::{
         fd::{BorrowedFd, OwnedFd},
         unix::{net::UnixStream, process::CommandExt},
@@ -28,13 +29,21 @@ use fanlight_api::{
 };
 use fanlight_tests::{
     Context, Failure, Result,
-    guest::{Assets, Guest, GuestBuilder, ensure},
+    guest::{Assets, Guest, GuestBuilder, HANG, bed_clock, ensure},
 };
 use jsonschema::Validator;
 use serde_json::{Value, json};
 
 /// A server or a guest that says nothing for so long hangs. Not a measure of speed.
 const PATIENCE: Duration = Duration::from_secs(120);
+
+/// A wait for what the guest was to do that came to nothing.
+fn hang(error: &io::Error, what: impl Display) -> Failure {
+    match error.kind() {
+        io::ErrorKind::WouldBlock => Failure(format!("{HANG}: {what}")),
+        _ => Failure::new(what, error),
+    }
+}
 
 /// A connection whose replies must be what the schema says.
 struct Api {
@@ -87,8 +96,14 @@ impl Api {
     }
 
     fn call(&mut self, method: &str, params: Value) -> Result<Value> {
-        let (result, _) = self.call_with(method, params, &[]).context(method)?;
-        Ok(result)
+        match self.call_with(method, params, &[]) {
+            Ok((result, _)) => Ok(result),
+            // Only this one waits for the guest.
+            Err(ClientError::Io { source, .. }) if method == "vm.wait" => {
+                Err(hang(&source, "vm.wait has no answer"))
+            }
+            Err(error) => Err(Failure::new(method, error)),
+        }
     }
 
     /// The kind of error that a call is refused with, and its message.
@@ -106,7 +121,12 @@ impl Api {
     /// Waits for an event.
     fn event(&mut self, name: EventName) -> Result<fanlight_api::types::Event> {
         loop {
-            let event = self.client.next_event().context("an event")?;
+            let event = match self.client.next_event() {
+                Err(ClientError::Io { source, .. }) => {
+                    return Err(hang(&source, format!("no event {name:?}")));
+                }
+                event => event.context("an event")?,
+            };
             if event.event == name {
                 return Ok(event);
             }
@@ -164,10 +184,10 @@ impl Console {
     fn wait_for(&mut self, text: &str) -> Result<()> {
         let mut bytes = [0; 4096];
         while !self.1.contains(text) {
-            let read = self.0.read(&mut bytes).context(format!(
-                "waiting for {text:?} on the console, which said:\n{}",
-                self.1
-            ))?;
+            let read = self.0.read(&mut bytes).map_err(|error| {
+                let said = format!("no {text:?} on the console, which said:\n{}", self.1);
+                hang(&error, said)
+            })?;
             ensure(read > 0, format!("the console ended:\n{}", self.1))?;
             self.1 += &String::from_utf8_lossy(&bytes[..read]).replace('\r', "");
         }
@@ -180,6 +200,6 @@ fn machine(assets: &Assets, dir: &Path, script: &str) -> Result<Value> {
     fs::write(&initrd, assets.initrd(script)?).context("cannot write the guest's root")?;
     Ok(json!({
         "kernel": assets.stock.image, "initrd": initrd, "memory": {"size": "256M"}, "serial": "null",
-        "cmdline": "console=ttyS0 panic=-1 loglevel=4",
+        "cmdline": format!("console=ttyS0 panic=-1 loglevel=4{}", bed_clock()),
     }))
 }
