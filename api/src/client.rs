@@ -126,9 +126,9 @@ impl Client {
         loop {
             let (message, fds) = self.message()?;
             match message.id {
-                // An error without an id is about a line that could not be read: ours.
                 Some(Id::Number(number)) if number.as_u64() == Some(id) => {}
-                Some(Id::Null) => {}
+                // An error without an id is about a line that could not be read, ours, or about us.
+                None | Some(Id::Null) if message.error.is_some() => {}
                 _ => continue,
             }
             if let Some(error) = message.error {

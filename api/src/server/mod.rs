@@ -45,7 +45,7 @@ pub const MAX_OTHERS: usize = MAX_CLIENTS / 2;
 pub const MAX_HELD_FDS: usize = 256;
 /// How long descriptors are kept for a line that does not end.
 pub const FDS_PATIENCE: Duration = if cfg!(test) {
-    Duration::from_millis(500)
+    Duration::from_secs(3)
 } else {
     Duration::from_secs(10)
 };
