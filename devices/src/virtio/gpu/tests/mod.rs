@@ -37,6 +37,10 @@ fn mode(width: u32, height: u32) -> Mode {
 }
 
 fn machine_with(features: u64) -> Machine {
+    machine_of(features, Exporter::open())
+}
+
+fn machine_of(features: u64, exporter: Exporter) -> Machine {
     let ram = GuestRam::new(64 << 20, None).unwrap();
     let map = Arc::new(AddressSpace::new());
     ram.insert_into(&map).unwrap();
@@ -45,7 +49,7 @@ fn machine_with(features: u64) -> Machine {
         name: "Test".into(),
         max_resource_memory: BUDGET,
     };
-    let display = DisplayHandle::new(config, Arc::new(Exporter::open())).unwrap();
+    let display = DisplayHandle::new(config, Arc::new(exporter)).unwrap();
     let mut gpu = Gpu::new(display.clone(), map);
     let driver = Driver::with_memory(2, ram.memory().clone());
     gpu.activate(driver.activation_with(features)).unwrap();

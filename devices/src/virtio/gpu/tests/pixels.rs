@@ -141,3 +141,69 @@ fn two_outputs_show_parts_of_one_blob() {
     machine.ok(VIRTIO_GPU_CMD_SET_SCANOUT_BLOB, &command);
     assert!(machine.display.frame(1).unwrap().is_some());
 }
+
+#[test]
+fn without_dma_bufs_there_are_copies() {
+    use std::{fs::File, os::unix::fs::FileExt};
+
+    let mut machine = machine_of(ALL, Exporter::none());
+    machine.create_blob(1, 0x4000, &[(PIXELS, 0x4000)]);
+    machine.driver.write(PIXELS, &pattern(64, 64));
+    let show = |machine: &mut Machine, r| {
+        let command = scanout_blob(0, 1, (64, 64), r);
+        machine.ok(VIRTIO_GPU_CMD_SET_SCANOUT_BLOB, &command);
+        machine.display.frame(0).unwrap().unwrap()
+    };
+    let frame = show(&mut machine, rect(8, 4, 32, 16));
+    assert!(matches!(
+        machine.display.export(&frame),
+        Err(FrameError::Export(_))
+    ));
+    let mut copy = machine.display.copy(frame).unwrap();
+    let image = copy.image().unwrap();
+    assert_eq!(
+        (image.memory, image.location, image.stride),
+        (ImageMemory::Shared, Location::Host, 128)
+    );
+    let file = File::from(image.fd);
+    let pixel = |x: u64, y: u64| {
+        let mut pixel = [0; 4];
+        file.read_exact_at(&mut pixel, (y * 32 + x) * 4).unwrap();
+        [pixel[0], pixel[1]]
+    };
+    assert_eq!((pixel(0, 0), pixel(31, 15)), ([8, 4], [39, 19]));
+    assert!(file.write_at(&[0], 0).is_err() && file.set_len(0).is_err());
+
+    machine.driver.write(PIXELS, &[0xee; 0x4000]);
+    let area = |x, y, width, height| Area {
+        x,
+        y,
+        width,
+        height,
+    };
+    // What lies outside is left out.
+    copy.update(&[area(1, 2, 1, 1), area(30, 15, 1000, 1000)])
+        .unwrap();
+    assert_eq!((pixel(1, 2), pixel(31, 15)), ([0xee; 2], [0xee; 2]));
+    assert_eq!((pixel(0, 2), pixel(2, 2)), ([8, 6], [10, 6]));
+
+    let moved = show(&mut machine, rect(0, 0, 32, 16));
+    copy.replace(&moved).unwrap().unwrap();
+    assert_eq!(pixel(0, 0), [0xee; 2]);
+    let larger = show(&mut machine, rect(0, 0, 64, 16));
+    assert!(copy.replace(&larger).is_none());
+}
+
+#[test]
+fn copies_are_bounded() {
+    let mut machine = machine_of(ALL, Exporter::none());
+    machine.create_2d(1, 2048, 2048);
+    machine.set_scanout(0, 1, rect(0, 0, 2048, 2048));
+    let frame = machine.display.frame(0).unwrap().unwrap();
+    let budget = super::super::budget::Budget::new(40 << 20);
+    let copy = |frame: &Frame| FrameCopy::new(frame.clone(), &budget);
+    let first = [copy(&frame).unwrap(), copy(&frame).unwrap()];
+    assert!(matches!(copy(&frame), Err(FrameError::TooManyCopies)));
+    drop(first);
+    assert!(copy(&frame).is_ok());
+}
