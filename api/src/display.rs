@@ -96,12 +96,27 @@ pub enum PixelsIn {
     Host,
 }
 
-/// A picture in a dma-buf.
+/// What a picture's descriptor is.
+#[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum PictureMemory {
+    /// A dma-buf with the pixels themselves.
+    #[default]
+    DmaBuf,
+    /// A memory file with a copy of them, for reading, which is brought up to date before each `damage`. Only
+    /// streams have such, where no dma-buf can be made.
+    Shared,
+}
+
+/// A picture that can be mapped or imported.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[schemars(deny_unknown_fields)]
 pub struct ExportedPicture {
-    /// The dma-buf's place among the message's descriptors.
+    /// The descriptor's place among the message's.
     pub fd: u32,
+    /// What the descriptor is.
+    #[serde(default)]
+    pub memory: PictureMemory,
     /// Pixels in a line.
     pub width: u32,
     /// Lines.
@@ -181,7 +196,7 @@ pub enum DisplayNews {
         output: u32,
         /// What it shows.
         picture: Option<ExportedPicture>,
-        /// Why there is a picture and yet no dma-buf of it.
+        /// Why the guest shows a picture and yet there is none here.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         error: Option<String>,
     },

@@ -17,10 +17,8 @@ use tempfile::TempDir;
 use crate::{
     Context, Failure, Result,
     bed::{ApiClients, Archive, BedKernel, DebianPrograms, Emulator, Modules, StockKernel},
-    embedded::Embedded,
     host,
 };
-use fanlight_api::{PathOrFd, VmConfig};
 
 /// A guest that says nothing for so long hangs. Not a measure of speed.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
@@ -61,6 +59,8 @@ pub struct Assets {
     pub clients: ApiClients,
     /// A Wayland compositor.
     pub weston: DebianPrograms,
+    /// DRM clients and a judge of EDIDs.
+    pub graphics_tools: DebianPrograms,
     /// The guest's root without its test.
     pub guest_archive: PathBuf,
 }
@@ -145,6 +145,13 @@ impl GuestBuilder {
         self
     }
 
+    /// Gives the guest a command of the graphics tools.
+    pub fn graphics_tool(mut self, path: &str) -> Result<Self> {
+        let tools = &self.assets.graphics_tools;
+        self.archive.debian_program(tools, path)?;
+        Ok(self)
+    }
+
     /// Gives the guest more drivers of Debian's kernel, with what they need.
     pub fn modules(mut self, names: &[&str]) -> Result<Self> {
         let modules = Modules::find(&self.assets.stock.modules)?;
@@ -167,17 +174,6 @@ impl GuestBuilder {
         let path = self.path("initrd");
         fs::write(&path, self.initrd()?).context("cannot write the guest's root")?;
         Ok(path)
-    }
-
-    /// Starts the guest in this process, with the stock kernel and the devices of `config`.
-    pub fn embed(self, config: VmConfig) -> Result<Embedded> {
-        let config = VmConfig {
-            kernel: Some(PathOrFd::Named(self.assets.stock.image.clone())),
-            initrd: Some(PathOrFd::Named(self.write_root()?)),
-            cmdline: self.cmdline,
-            ..config
-        };
-        Embedded::start(config, self.dir)
     }
 
     /// The command that starts the guest, and the directory that it needs meanwhile.

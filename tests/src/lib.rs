@@ -2,13 +2,14 @@
 //! along), guests, and the host they run on.
 
 pub mod bed;
+pub mod display;
 pub mod echo;
 pub mod edu;
-pub mod embedded;
 pub mod guest;
 pub mod host;
 pub mod pci;
 pub mod progress;
+pub mod raw_gpu;
 pub mod rogue;
 
 /// Any failure of this package, as one line for a person.

@@ -9,6 +9,7 @@ mod e2e {
     pub mod console;
     pub mod disk;
     pub mod dmabuf;
+    pub mod drm;
     pub mod gpu;
     pub mod input;
     pub mod life;
@@ -51,6 +52,7 @@ fn tests() -> Vec<(&'static str, Test)> {
         e2e::console::TESTS,
         e2e::disk::TESTS,
         e2e::gpu::TESTS,
+        e2e::drm::TESTS,
         e2e::dmabuf::TESTS,
         e2e::input::TESTS,
         e2e::life::TESTS,
@@ -149,6 +151,12 @@ fn weston(cache: &Cache) -> Result<DebianPrograms> {
     DebianPrograms::get(cache, "weston-1", &["weston"])
 }
 
+/// DRM clients that guests run, and what judges EDIDs.
+fn graphics_tools(cache: &Cache) -> Result<DebianPrograms> {
+    let packages = ["libdrm-tests", "intel-gpu-tools", "edid-decode"];
+    DebianPrograms::get(cache, "graphics-tools-1", &packages)
+}
+
 fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets> {
     Ok(Assets {
         fanlight: fanlight.into(),
@@ -157,6 +165,7 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
         emulator: Emulator::get(cache)?,
         clients: ApiClients::get(cache)?,
         weston: weston(cache)?,
+        graphics_tools: graphics_tools(cache)?,
         guest_archive: guest_archive.into(),
     })
 }
@@ -188,6 +197,7 @@ impl Beds {
         let kernel = bed_kernel(cache)?;
         ApiClients::get(cache)?;
         weston(cache)?;
+        graphics_tools(cache)?;
         for (from, to) in [(&*this, "e2e"), (fanlight, "fanlight")] {
             fs::copy(from, share.join(to)).context("cannot share a program")?;
         }

@@ -1,6 +1,10 @@
 //! Memory that holds pixels: exported once and kept, or read by the processor.
 
-use std::{io, os::unix::fs::FileExt, sync::OnceLock};
+use std::{
+    io,
+    os::unix::fs::FileExt,
+    sync::{Mutex, OnceLock, PoisonError},
+};
 
 use thiserror::Error;
 
@@ -30,7 +34,9 @@ pub enum BufferError {
 pub struct Buffer {
     pieces: Vec<Piece>,
     size: u64,
-    export: OnceLock<Result<Dmabuf, ExportError>>,
+    dmabuf: OnceLock<Dmabuf>,
+    /// Why there will be none.
+    failed: Mutex<Option<ExportError>>,
 }
 
 impl Buffer {
@@ -39,7 +45,8 @@ impl Buffer {
         Self {
             size: pieces.iter().map(|piece| piece.len).sum(),
             pieces,
-            export: OnceLock::new(),
+            dmabuf: OnceLock::new(),
+            failed: Mutex::default(),
         }
     }
 
@@ -53,20 +60,31 @@ impl Buffer {
         &self.pieces
     }
 
-    /// Its dma-buf. A failure is logged when it first happens, and is the same ever after.
-    pub fn dmabuf(&self, exporter: &Exporter) -> Result<&Dmabuf, &ExportError> {
-        let export = self.export.get_or_init(|| {
-            let result = exporter.export(&self.pieces);
-            if let Err(error) = &result {
-                tracing::warn!(
-                    size = self.size,
-                    "pixels are copied for those who look at them: {}",
-                    crate::error_line(error)
-                );
+    /// Its dma-buf. A failure is the same ever after, unless others had taken what it needs.
+    pub fn dmabuf(&self, exporter: &Exporter) -> Result<&Dmabuf, ExportError> {
+        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(dmabuf) = self.dmabuf.get() {
+            return Ok(dmabuf);
+        }
+        if let Some(error) = &*failed {
+            return Err(error.clone());
+        }
+        match exporter.export(&self.pieces) {
+            Ok(dmabuf) => Ok(self.dmabuf.get_or_init(|| dmabuf)),
+            Err(error) => {
+                if exporter.is_news(&error) {
+                    tracing::warn!(
+                        size = self.size,
+                        "pixels are copied for those who look at them: {}",
+                        crate::error_line(&error)
+                    );
+                }
+                if !matches!(error, ExportError::TooMany) {
+                    *failed = Some(error.clone());
+                }
+                Err(error)
             }
-            result
-        });
-        export.as_ref()
+        }
     }
 
     /// Reads bytes from `offset` on.

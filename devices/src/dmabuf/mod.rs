@@ -15,7 +15,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
         Arc,
-        atomic::{AtomicUsize, Ordering},
+        atomic::{AtomicU32, AtomicUsize, Ordering},
     },
 };
 
@@ -123,11 +123,29 @@ pub enum ExportError {
     Bar(#[source] Arc<DmaBufError>),
 }
 
+impl ExportError {
+    /// Tells one cause from another.
+    fn cause(&self) -> u32 {
+        match self {
+            Self::Kind { .. } => 0,
+            Self::Unaligned { .. } => 1,
+            Self::TooMany => 2,
+            Self::Bar(_) => 3,
+            Self::Udmabuf(UdmabufError::Open(_)) => 4,
+            Self::Udmabuf(UdmabufError::TooManyPieces { .. }) => 5,
+            Self::Udmabuf(UdmabufError::TooLarge { .. }) => 6,
+            Self::Udmabuf(UdmabufError::Refused { .. }) => 7,
+        }
+    }
+}
+
 /// What makes dma-bufs on this host. Opened once.
 #[derive(Debug)]
 pub struct Exporter {
     udmabuf: Result<Udmabuf, UdmabufError>,
     open: Arc<AtomicUsize>,
+    /// Causes of failures that were logged: a guest could fill a log with them.
+    told: AtomicU32,
 }
 
 impl Exporter {
@@ -136,6 +154,7 @@ impl Exporter {
         Self {
             udmabuf: Udmabuf::open(),
             open: Arc::default(),
+            told: AtomicU32::default(),
         }
     }
 
@@ -144,7 +163,14 @@ impl Exporter {
         Self {
             udmabuf: Err(UdmabufError::Open(rustix::io::Errno::NOENT)),
             open: Arc::default(),
+            told: AtomicU32::default(),
         }
+    }
+
+    /// Whether no failure of this cause was asked about before.
+    fn is_news(&self, error: &ExportError) -> bool {
+        let bit = 1 << error.cause();
+        self.told.fetch_or(bit, Ordering::Relaxed) & bit == 0
     }
 
     /// Why nothing can be exported, if nothing can.
@@ -224,5 +250,17 @@ mod tests {
         assert!(matches!(Open::new(&count), Err(ExportError::TooMany)));
         open.pop();
         assert!(Open::new(&count).is_ok());
+    }
+
+    #[test]
+    fn each_cause_of_failure_is_news_once() {
+        let exporter = Exporter::none();
+        assert!(exporter.is_news(&ExportError::TooMany));
+        assert!(!exporter.is_news(&ExportError::TooMany));
+        let too_large = UdmabufError::TooLarge {
+            size: 1,
+            limit_mb: 0,
+        };
+        assert!(exporter.is_news(&too_large.into()));
     }
 }

@@ -2,12 +2,13 @@
 //! written one behind the other; the kernel unpacks all.
 
 use std::{
+    collections::BTreeSet,
     fs,
     path::{Path, PathBuf},
     process::Command,
 };
 
-use super::{Busybox, Modules, packages::run};
+use super::{Busybox, DebianPrograms, Modules, packages::run};
 use crate::{Context, Result};
 
 /// The guest's first program. Its first line is what benchmarks wait for.
@@ -35,6 +36,8 @@ const GUEST_MODULES: &[&str] = &[
 pub struct Archive {
     bytes: Vec<u8>,
     entries: u32,
+    /// Libraries of Debian's that are there already.
+    placed: BTreeSet<String>,
 }
 
 const DIRECTORY: u32 = 0o040_755;
@@ -95,6 +98,25 @@ impl Archive {
         for library in libraries(program)? {
             self.host_file(&library.to_string_lossy(), &library)?;
         }
+        Ok(())
+    }
+
+    /// Adds a program of Debian's as a command of its own name, with its own libraries apart from the host's.
+    pub fn debian_program(&mut self, programs: &DebianPrograms, path: &str) -> Result<()> {
+        const PLACE: &str = "debian";
+        let (name, loader) = (path.rsplit('/').next().unwrap_or(path), programs.loader());
+        self.host_file(&format!("{PLACE}/{name}"), &programs.0.join(path))?;
+        for library in programs.libraries(path)?.iter().chain([&loader]) {
+            let file = library.file_name().unwrap_or_default().to_string_lossy();
+            if self.placed.insert(file.to_string()) {
+                self.host_file(&format!("{PLACE}/lib/{file}"), library)?;
+            }
+        }
+        let file = loader.file_name().unwrap_or_default().to_string_lossy();
+        let script = format!(
+            "#!/bin/sh\nexec /{PLACE}/lib/{file} --library-path /{PLACE}/lib /{PLACE}/{name} \"$@\"\n"
+        );
+        self.file(&format!("bin/{name}"), script.as_bytes());
         Ok(())
     }
 

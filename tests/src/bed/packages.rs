@@ -315,6 +315,32 @@ impl DebianPrograms {
         let root = cache.entry(key, &what, |at| unpack_system(packages, at))?;
         Ok(Self(root))
     }
+
+    /// The loader that goes with their libraries.
+    pub fn loader(&self) -> PathBuf {
+        self.0.join(LIBRARIES).join("ld-linux-x86-64.so.2")
+    }
+
+    /// A program, to be run with its own libraries whatever the machine has.
+    pub fn command(&self, path: &str) -> Command {
+        let mut command = Command::new(self.loader());
+        command
+            .arg("--library-path")
+            .arg(self.0.join(LIBRARIES))
+            .arg(self.0.join(path));
+        command
+    }
+
+    /// The libraries of a program.
+    pub fn libraries(&self, path: &str) -> Result<Vec<PathBuf>> {
+        let list = run(Command::new(self.loader())
+            .arg("--library-path")
+            .arg(self.0.join(LIBRARIES))
+            .arg("--list")
+            .arg(self.0.join(path)))?;
+        let library = |line: &str| Some(PathBuf::from(line.split_whitespace().nth(2)?));
+        Ok(list.lines().filter_map(library).collect())
+    }
 }
 
 /// QEMU and its tools, run through their own libraries whatever the machine has.

@@ -3,7 +3,7 @@
 
 use std::{ffi::CString, fs::File, os::fd::AsRawFd, process::ExitCode};
 
-use fanlight_tests::{Context, Failure, Result, echo, edu, rogue};
+use fanlight_tests::{Context, Failure, Result, echo, edu, raw_gpu, rogue};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -35,6 +35,15 @@ fn act(arguments: &[String]) -> Result<String> {
             Ok(format!("zeroed {len} bytes"))
         }
         [verb, kernel, initrd, cmdline] if verb == "kexec" => kexec(kernel, initrd, cmdline),
+        [verb] if verb == "show" => {
+            raw_gpu::show(|done| {
+                println!("agent: {done}");
+                let mut line = String::new();
+                let read = std::io::stdin().read_line(&mut line);
+                read.map(drop).context("cannot wait for a line")
+            })?;
+            Ok("showed everything".into())
+        }
         [verb] if verb == "peer" => {
             let bytes = edu::copy_in_peer()?;
             Ok(format!("edu copied {bytes} bytes of its peer"))
@@ -53,7 +62,8 @@ fn act(arguments: &[String]) -> Result<String> {
         }
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
-             kexec KERNEL INITRD CMDLINE | peer | mark NUMBER | interrupts COUNT | break VENDOR:DEVICE"
+             kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts COUNT | \
+             break VENDOR:DEVICE"
                 .into(),
         )),
     }

@@ -2,15 +2,15 @@
 
 use std::{fs, os::fd::AsFd};
 
-use fanlight_api::VmConfig;
+use fanlight_api::display::{DisplayNews, PixelsIn, WatcherSays};
 use fanlight_devices::virtio::{
-    gpu::{self, DisplayHandle, Mode, Pixels},
-    input::{EV_ABS, EV_KEY, EV_REL, InputEvent, KEY_A},
+    gpu::{self, Mode},
+    input::{EV_ABS, EV_KEY, KEY_A},
 };
 use fanlight_tests::{
     Context, Failure, Result,
-    embedded::{Embedded, zeroes},
-    guest::{Assets, GuestBuilder, ensure, value},
+    display::Screen,
+    guest::{Assets, Guest, GuestBuilder, ensure, value},
 };
 
 use crate::Test;
@@ -30,31 +30,25 @@ fn guest(assets: &Assets, script: &str) -> Result<GuestBuilder> {
     assets.guest(script).modules(MODULES)
 }
 
-/// A guest in this process that runs the lines typed on its console, once it has said "ready".
-fn shell(assets: &Assets, gpu: &str, disk: Option<u64>) -> Result<Embedded> {
-    let guest = guest(
+/// A guest that runs the lines typed on its console, once it has said "ready".
+fn shell(assets: &Assets, gpu: &str, disk: Option<u64>) -> Result<(Guest, Screen)> {
+    let mut guest = guest(
         assets,
         "echo 0 > /sys/class/graphics/fbcon/cursor_blink
         echo ready; while read -r line; do eval \"$line\"; done",
     )?;
-    let mut config = VmConfig {
-        gpu: Some(gpu.parse().context("bad GPU")?),
-        memory: "256M".parse().context("bad memory")?,
-        ..VmConfig::default()
-    };
     if let Some(size) = disk {
         let path = guest.path("disk");
-        zeroes(&path, size)?;
-        let disk = format!("path={}", path.display());
-        config.disk.push(disk.parse().context("bad disk")?);
+        fs::File::create(&path)
+            .and_then(|file| file.set_len(size))
+            .context("cannot make a disk")?;
+        guest = guest.option("--disk", format!("path={}", path.display()));
     }
-    let guest = guest.embed(config)?;
+    let socket = guest.path("api");
+    let guest = guest.option("--gpu", gpu).option("--api-socket", &socket);
+    let mut guest = guest.start()?;
     guest.wait_for("ready")?;
-    Ok(guest)
-}
-
-fn display(guest: &Embedded) -> Result<&DisplayHandle> {
-    Ok(&guest.graphics()?.display)
+    Ok((guest, Screen::connect(&socket)?))
 }
 
 const OUTPUTS: &str = "cd /sys/class/drm
@@ -94,22 +88,31 @@ fn outputs(assets: &Assets) -> Result<()> {
             &said,
         )?;
     }
-    Ok(())
+    valid_edids(assets)
 }
 
-/// Fails unless the picture is what the guest's framebuffer device holds.
-fn same(picture: &Pixels, framebuffer: &[u8]) -> Result<()> {
-    let stride = picture.width as usize * 4;
-    for y in 0..picture.height {
-        for x in 0..picture.width {
-            let at = y as usize * stride + x as usize * 4;
-            let Some(&[blue, green, red, _]) = framebuffer.get(at..at + 4) else {
-                return Err(Failure(format!("the guest's dump ends at {x},{y}")));
-            };
-            let shown = picture.rgba(x, y);
+/// Has Debian's judge of EDIDs look at those of many sizes.
+fn valid_edids(assets: &Assets) -> Result<()> {
+    let dir = tempfile::tempdir().context("cannot make a directory")?;
+    for (index, width) in [32, 641, 1366, 1920, 4096, 7680, 16384]
+        .into_iter()
+        .enumerate()
+    {
+        for height in [32, 480, 801, 2160, 4095, 16384] {
+            let path = dir.path().join("edid");
+            let edid = gpu::edid(Mode { width, height }, "Panel", index * 2);
+            fs::write(&path, edid).context("cannot write an EDID")?;
+            let output = assets
+                .graphics_tools
+                .command("usr/bin/edid-decode")
+                .arg("--check")
+                .arg(&path)
+                .output()
+                .context("cannot run edid-decode")?;
+            let said = String::from_utf8_lossy(&output.stdout);
             ensure(
-                shown == Some([red, green, blue, 0xff]),
-                format!("pixel {x},{y}: {shown:?}, and the guest has {red},{green},{blue}"),
+                output.status.success() && said.contains("EDID conformity: PASS"),
+                format!("{width}x{height}: {}\n{said}", output.status),
             )?;
         }
     }
@@ -117,58 +120,58 @@ fn same(picture: &Pixels, framebuffer: &[u8]) -> Result<()> {
 }
 
 fn console(assets: &Assets) -> Result<()> {
-    let guest = shell(assets, "outputs=1024x768", Some(8 << 20))?;
-    guest.type_line("printf '\\033[31mred \\033[44mon blue\\033[0m\\033[?25l' > /dev/tty1")?;
-    guest.type_line("sleep 1; cat /dev/fb0 > /dev/vda; sync; echo dum''ped")?;
+    let (mut guest, mut screen) = shell(assets, "outputs=1024x768", Some(8 << 20))?;
+    guest.send("printf '\\033[31mred \\033[44mon blue\\033[0m\\033[?25l' > /dev/tty1\n")?;
+    guest.send("sleep 1; cat /dev/fb0 > /dev/vda; sync; echo dum''ped\n")?;
     guest.wait_for("dumped")?;
-    let picture = display(&guest)?.read_scanout(0).context("no picture")?;
-    ensure((picture.width, picture.height) == (1024, 768), "wrong size")?;
+    let picture = screen.picture(0)?;
+    let picture = picture.ok_or_else(|| Failure("nothing is shown".into()))?;
+    ensure(picture.size() == (1024, 768), "wrong size")?;
     let dump = fs::read(guest.path("disk")).context("no dump")?;
-    same(&picture, &dump)?;
-    // Something is on it: text, and the colours of the line above.
-    let pixels = || (0..768).flat_map(|y| (0..1024).map(move |x| (x, y)));
-    let count = |rgb: [u8; 3]| {
-        pixels()
-            .filter(|&(x, y)| picture.rgba(x, y).is_some_and(|p| p[..3] == rgb))
-            .count()
+    let held = |x: u32, y: u32| {
+        let at = (y * 1024 + x) as usize * 4;
+        [dump[at + 2], dump[at + 1], dump[at]]
     };
-    let (blue, red) = (count([0, 0, 0xaa]), count([0xaa, 0, 0]));
+    if let Some(wrong) = picture.differs(held) {
+        return Err(Failure(format!("the guest has another picture: {wrong}")));
+    }
+    // Something is on it: text, and the colours of the line above.
+    let (blue, red) = (picture.count([0, 0, 0xaa]), picture.count([0xaa, 0, 0]));
     let said = format!("{blue} blue, {red} red pixels:\n{}", guest.transcript());
     ensure(blue > 300 && red > 50, said)?;
-    // The same as a file.
-    let mut file = Vec::new();
-    picture.write_png(&mut file).context("no PNG")?;
-    ensure(file.starts_with(b"\x89PNG"), "not a PNG")?;
-    let copied = display(&guest)?.statistics().transferred_bytes;
-    ensure(copied == 0, format!("{copied} bytes were copied"))
+    let shown = screen.export(0)?;
+    ensure(
+        shown.picture.location == PixelsIn::GuestRam,
+        "the pixels were copied",
+    )
 }
 
 fn shared(assets: &Assets) -> Result<()> {
-    let guest = shell(assets, "outputs=640x480", None)?;
-    let display = display(&guest)?;
-    guest.wait_until("something is shown", || {
-        display.frame(0).is_ok_and(|frame| frame.is_some())
-    })?;
-    let image = display.export_scanout(0).context("no dma-buf")?;
-    let layout = (image.width, image.height, image.stride, image.offset);
+    let (mut guest, mut screen) = shell(assets, "outputs=640x480", None)?;
+    screen.wait_lit(0, true)?;
+    let shown = screen.export(0)?;
+    let picture = &shown.picture;
+    let layout = (
+        picture.width,
+        picture.height,
+        picture.stride,
+        picture.offset,
+    );
     ensure(layout == (640, 480, 2560, 0), format!("{layout:?}"))?;
-    ensure(image.fourcc == u32::from_le_bytes(*b"XR24"), "not XRGB")?;
-    let again = display.export_scanout(0).context("no dma-buf")?;
+    ensure(picture.fourcc == u32::from_le_bytes(*b"XR24"), "not XRGB")?;
+    let again = screen.export(0)?;
     ensure(
-        identity(&image.fd)? == identity(&again.fd)?,
+        identity(shown.fd())? == identity(again.fd())?,
         "two dma-bufs of one blob",
     )?;
-
-    let mapped = Mapping::new(&image.fd, 640 * 480 * 4)?;
-    let at = 100 * 2560 + 40;
-    let before = mapped.read(at);
-    let flushes = display.statistics().flushes;
-    guest.type_line("printf 'ABCD' | dd of=/dev/fb0 bs=1 seek=256040 conv=notrunc 2>/dev/null")?;
-    guest.wait_until("a write is seen", || mapped.read(at) == *b"ABCD")?;
+    let before = shown.pixel(10, 100);
+    let mut news = screen.watch(false)?;
+    news.picture(0)?;
+    guest.send("printf 'ABCD' | dd of=/dev/fb0 bs=1 seek=256040 conv=notrunc 2>/dev/null; echo writ''ten\n")?;
+    guest.wait_for("written")?;
     ensure(before != *b"ABCD", "it was there before")?;
-    guest.wait_until("a write is flushed", || {
-        display.statistics().flushes > flushes
-    })
+    ensure(shown.pixel(10, 100) == *b"ABCD", "a write is not seen")?;
+    news.find(|news, _| matches!(news, DisplayNews::Damage { output: 0, .. }).then_some(()))
 }
 
 /// What tells one dma-buf from another.
@@ -178,104 +181,64 @@ fn identity(fd: impl AsFd) -> Result<u64> {
         .st_ino)
 }
 
-/// A dma-buf in this process's memory.
-struct Mapping(*mut u8, usize);
-
-impl Mapping {
-    fn new(fd: impl AsFd, len: usize) -> Result<Self> {
-        use rustix::mm::{MapFlags, ProtFlags, mmap};
-        // SAFETY: a new mapping at an address of the kernel's choice replaces nothing.
-        let at = unsafe {
-            mmap(
-                std::ptr::null_mut(),
-                len,
-                ProtFlags::READ,
-                MapFlags::SHARED,
-                fd,
-                0,
-            )
-        };
-        Ok(Self(at.context("cannot map a dma-buf")?.cast(), len))
-    }
-
-    fn read(&self, at: usize) -> [u8; 4] {
-        assert!(at + 4 <= self.1);
-        // SAFETY: within the mapping, and any bytes are such an array; the guest may write meanwhile, which
-        // a volatile read allows for.
-        unsafe { self.0.add(at).cast::<[u8; 4]>().read_volatile() }
-    }
-}
-
-impl Drop for Mapping {
-    fn drop(&mut self) {
-        // SAFETY: the mapping is this one's, and nothing refers to it any more.
-        let _ = unsafe { rustix::mm::munmap(self.0.cast(), self.1) };
-    }
-}
-
 fn hotplug(assets: &Assets) -> Result<()> {
-    let guest = shell(assets, "outputs=800x600+640x480", None)?;
-    let display = display(&guest)?;
+    let (mut guest, mut screen) = shell(assets, "outputs=800x600+640x480", None)?;
+    let mut round = 0;
     // The console's own probe leaves out what is larger than its framebuffer: another one is asked for.
-    let ask = |name: &str| {
-        guest.type_line(&format!(
-            "cd /sys/class/drm; echo {name}: \
-             $(for i in 1 2 3; do echo detect > card0-Virtual-$i/status; \
-             echo $(cat card0-Virtual-$i/status) \
-             $(head -n 1 card0-Virtual-$i/modes) /; done)"
-        ))
-    };
-    let reaches = |expected: &str| -> Result<()> {
-        for round in 0..200 {
-            ask(&format!("r{round}"))?;
+    let mut reaches = |guest: &mut Guest, expected: &str| -> Result<()> {
+        for _ in 0..200 {
+            round += 1;
+            guest.send(&format!(
+                "cd /sys/class/drm; echo r{round}: \
+                 $(for i in 1 2 3; do echo detect > card0-Virtual-$i/status; \
+                 echo $(cat card0-Virtual-$i/status) \
+                 $(head -n 1 card0-Virtual-$i/modes) /; done)\n"
+            ))?;
             guest.wait_for(&format!("\nr{round}:"))?;
             if guest.transcript().contains(expected) {
                 return Ok(());
             }
         }
-        Err(Failure(format!(
-            "never {expected:?}:\n{}",
-            guest.transcript()
-        )))
+        let said = guest.transcript();
+        Err(Failure(format!("never {expected:?}:\n{said}")))
     };
-    reaches("connected 800x600 / connected 640x480 / disconnected /")?;
-    let set = |index, mode: Option<(u32, u32)>| {
-        let mode = mode.map(|(width, height)| Mode { width, height });
-        display
-            .set_output(index, mode)
-            .context("cannot set an output")
-    };
-    set(0, Some((1371, 801)))?;
-    set(1, None)?;
-    set(2, Some((1024, 768)))?;
-    reaches("connected 1371x801 / disconnected / connected 1024x768 /")?;
-    set(2, None)?;
-    set(1, Some((640, 480)))?;
-    reaches("connected 1371x801 / connected 640x480 / disconnected /")
+    reaches(
+        &mut guest,
+        "connected 800x600 / connected 640x480 / disconnected /",
+    )?;
+    screen.set_output(0, Some("1371x801"))?;
+    screen.set_output(1, None)?;
+    screen.set_output(2, Some("1024x768"))?;
+    reaches(
+        &mut guest,
+        "connected 1371x801 / disconnected / connected 1024x768 /",
+    )?;
+    screen.set_output(2, None)?;
+    screen.set_output(1, Some("640x480"))?;
+    reaches(
+        &mut guest,
+        "connected 1371x801 / connected 640x480 / disconnected /",
+    )
 }
 
 fn rebind(assets: &Assets) -> Result<()> {
-    let guest = shell(assets, "outputs=800x600", None)?;
-    let display = display(&guest)?;
-    let lit = || display.frame(0).is_ok_and(|frame| frame.is_some());
-    for round in 0..3 {
-        guest.wait_until("something is shown", lit)?;
-        display.export_scanout(0).context("no dma-buf")?;
-        guest.type_line(
+    let (mut guest, mut screen) = shell(assets, "outputs=800x600", None)?;
+    for _ in 0..3 {
+        screen.wait_lit(0, true)?;
+        screen.export(0)?;
+        guest.send(
             "echo 0 > /sys/class/vtconsole/vtcon1/bind; cd /sys/bus/virtio/drivers/virtio_gpu; \
-             d=$(ls -d virtio*); echo $d > unbind",
+             d=$(ls -d virtio*); echo $d > unbind\n",
         )?;
-        guest.wait_until("nothing is shown", || !lit())?;
-        let held = display.statistics().resource_memory;
-        ensure(held == 0, format!("{held} bytes are left in round {round}"))?;
-        guest.type_line("echo $d > bind; echo 1 > /sys/class/vtconsole/vtcon1/bind")?;
+        screen.wait_lit(0, false)?;
+        guest.send("echo $d > bind; echo 1 > /sys/class/vtconsole/vtcon1/bind\n")?;
     }
-    guest.wait_until("something is shown at last", lit)
+    screen.wait_lit(0, true)
 }
 
 fn input(assets: &Assets) -> Result<()> {
-    let guest = shell(assets, "", None)?;
-    guest.type_line("grep -E 'Name=.Fanlight|Handlers' /proc/bus/input/devices; echo lis''ted")?;
+    let (mut guest, mut screen) = shell(assets, "outputs=640x480", None)?;
+    guest.send("grep -E 'Name=.Fanlight|Handlers' /proc/bus/input/devices; echo lis''ted\n")?;
     guest.wait_for("listed")?;
     let said = guest.transcript();
     let handler = |name: &str| -> Result<String> {
@@ -289,52 +252,71 @@ fn input(assets: &Assets) -> Result<()> {
             .map(str::to_owned)
             .ok_or_else(|| Failure(said.clone()))
     };
-    let event = |type_, code, value| InputEvent { type_, code, value };
-    let reports = [
-        ("keyboard", vec![event(EV_KEY, KEY_A, 1)]),
+    let mut news = screen.drive()?;
+    let cases = [
+        (
+            "keyboard",
+            WatcherSays::Key {
+                code: KEY_A,
+                pressed: true,
+            },
+            vec![(EV_KEY, KEY_A, 1), (0, 0, 0)],
+        ),
         (
             "pointer",
-            vec![event(EV_ABS, 0, 1234), event(EV_REL, 8, -1)],
+            WatcherSays::Pointer {
+                output: 0,
+                x: 0.5,
+                y: 0.25,
+            },
+            vec![(EV_ABS, 0, 16383), (EV_ABS, 1, 8191), (0, 0, 0)],
         ),
         (
             "touch screen",
-            vec![event(EV_ABS, 0x39, 7), event(EV_ABS, 0x35, 99)],
+            WatcherSays::Touch {
+                output: 0,
+                finger: 5,
+                at: Some([0.5, 1.0]),
+            },
+            vec![
+                (EV_ABS, 0x39, 0),
+                (EV_ABS, 0x35, 16383),
+                (EV_ABS, 0x36, 32767),
+            ],
         ),
     ];
-    for (handle, (name, report)) in guest.graphics()?.inputs.iter().zip(reports) {
+    for (name, says, expected) in cases {
+        let word = name.replace(' ', "-");
         // struct input_event: 16 bytes of time, then type, code, value.
-        let bytes = 24 * (report.len() + 1);
-        guest.type_line(&format!(
-            "(echo open''ed {}; head -c {bytes} | od -An -v -w24 -td2 -j0 | sed 's/^/{}:/'; echo do''ne {}) \
-             < /dev/input/{}",
-            handle.kind().name().replace(' ', "-"),
-            handle.kind().name().replace(' ', "-"),
-            handle.kind().name().replace(' ', "-"),
+        let bytes = 24 * expected.len();
+        guest.send(&format!(
+            "(echo open''ed {word}; head -c {bytes} | od -An -v -w24 -td2 -j0 | sed 's/^/{word}:/'; \
+             echo do''ne {word}) < /dev/input/{}\n",
             handler(name)?
         ))?;
-        let word = name.replace(' ', "-");
         guest.wait_for(&format!("opened {word}"))?;
-        handle.send(&report).context("cannot send")?;
+        news.say(&says)?;
         guest.wait_for(&format!("done {word}"))?;
         let said = guest.transcript();
-        let got: Vec<Vec<i32>> = said
+        let got: Vec<(u16, u16, i32)> = said
             .lines()
             .filter_map(|line| line.strip_prefix(&format!("{word}:")))
-            .map(|line| {
-                let words = line.split_whitespace().filter_map(|w| w.parse().ok());
-                words.collect()
+            .filter_map(|line| {
+                let words: Vec<i32> = line
+                    .split_whitespace()
+                    .filter_map(|w| w.parse().ok())
+                    .collect();
+                Some((
+                    *words.get(8)? as u16,
+                    *words.get(9)? as u16,
+                    *words.get(10)?,
+                ))
             })
             .collect();
-        let sent: Vec<_> = report
-            .iter()
-            .map(|e| (i32::from(e.type_), i32::from(e.code), e.value))
-            .chain([(0, 0, 0)])
-            .collect();
-        let got: Vec<_> = got
-            .iter()
-            .filter_map(|w| Some((*w.get(8)?, *w.get(9)?, *w.get(10)?)))
-            .collect();
-        ensure(got == sent, format!("{word}: {got:?} of {sent:?}\n{said}"))?;
+        ensure(
+            got == expected,
+            format!("{word}: {got:?}, not {expected:?}\n{said}"),
+        )?;
     }
     Ok(())
 }

@@ -16,14 +16,16 @@ use std::{
 use fanlight_api::{
     ApiError, ErrorKind, OutputMode,
     display::{
-        DisplayStream, ExportedMemory, ExportedPicture, OutputState, Outputs, PixelsIn, Screenshot,
-        ScreenshotTaken, SetOutput, WatchDisplay,
+        DisplayStream, ExportedMemory, ExportedPicture, OutputState, Outputs, PictureMemory,
+        PixelsIn, Screenshot, ScreenshotTaken, SetOutput, WatchDisplay,
     },
     server::Reply,
 };
 use fanlight_devices::{
     error_line,
-    virtio::gpu::{DisplayError, DisplayHandle, ExportedImage, FrameError, Location, Mode, Pixels},
+    virtio::gpu::{
+        DisplayError, DisplayHandle, ExportedImage, FrameError, ImageMemory, Location, Mode, Pixels,
+    },
 };
 use rustix::fs::{MemfdFlags, memfd_create};
 
@@ -234,6 +236,10 @@ fn location(location: Location) -> PixelsIn {
 fn described(image: &ExportedImage) -> ExportedPicture {
     ExportedPicture {
         fd: 0,
+        memory: match image.memory {
+            ImageMemory::DmaBuf => PictureMemory::DmaBuf,
+            ImageMemory::Shared => PictureMemory::Shared,
+        },
         width: image.width,
         height: image.height,
         stride: image.stride,

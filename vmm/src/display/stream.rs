@@ -4,6 +4,7 @@
 //! nothing more than one that does.
 
 use std::{
+    collections::BTreeMap,
     io,
     os::{
         fd::{AsFd, OwnedFd},
@@ -18,7 +19,10 @@ use fanlight_api::{
 };
 use fanlight_devices::{
     error_line,
-    virtio::gpu::{CURSOR_SIZE, CursorImage, DisplayEvent, DisplayHandle, Mode, Subscription},
+    virtio::gpu::{
+        CURSOR_SIZE, CursorImage, DisplayEvent, DisplayHandle, ExportedImage, Frame, FrameCopy,
+        FrameError, Mode, Subscription,
+    },
 };
 use rustix::{
     event::{PollFd, PollFlags, poll},
@@ -41,6 +45,7 @@ pub fn start(
         subscription,
         display,
         inputs,
+        copies: BTreeMap::new(),
         _slot: slot,
     };
     thread::Builder::new()
@@ -66,6 +71,8 @@ struct Server {
     subscription: Subscription,
     display: DisplayHandle,
     inputs: Option<(Driver, Inputs)>,
+    /// What outputs show of which there is no dma-buf.
+    copies: BTreeMap<usize, FrameCopy>,
     _slot: Slot,
 }
 
@@ -104,11 +111,11 @@ impl Server {
         Ok(())
     }
 
-    fn tell(&self, event: DisplayEvent) -> (DisplayNews, Vec<OwnedFd>) {
+    fn tell(&mut self, event: DisplayEvent) -> (DisplayNews, Vec<OwnedFd>) {
         match event {
             DisplayEvent::Outputs => (DisplayNews::Outputs(outputs(&self.display)), vec![]),
             DisplayEvent::Scanout { output, frame } => {
-                let (picture, error, fds) = match frame.map(|frame| self.display.export(&frame)) {
+                let (picture, error, fds) = match self.picture(output, frame) {
                     None => (None, None, vec![]),
                     Some(Ok(image)) => (Some(described(&image)), None, vec![image.fd]),
                     Some(Err(error)) => (None, Some(error_line(&error)), vec![]),
@@ -126,6 +133,11 @@ impl Server {
                 areas,
                 serial,
             } => {
+                if let Some(copy) = self.copies.get(&output)
+                    && let Err(error) = copy.update(&areas)
+                {
+                    tracing::debug!("a frame is not copied: {}", error_line(&error));
+                }
                 let areas = areas
                     .iter()
                     .map(|area| [area.x, area.y, area.width, area.height])
@@ -156,6 +168,30 @@ impl Server {
                 (DisplayNews::CursorPosition { output, x, y }, vec![])
             }
         }
+    }
+
+    /// What an output shows, in a dma-buf, or copied where there can be none.
+    fn picture(
+        &mut self,
+        output: usize,
+        frame: Option<Frame>,
+    ) -> Option<Result<ExportedImage, FrameError>> {
+        let old = self.copies.remove(&output);
+        let frame = frame?;
+        let exported = self.display.export(&frame);
+        if !matches!(exported, Err(FrameError::Export(_))) {
+            return Some(exported);
+        }
+        let copied = old.and_then(|mut copy| match copy.replace(&frame)? {
+            Ok(()) => Some(Ok(copy)),
+            Err(error) => Some(Err(error)),
+        });
+        let copied = copied.unwrap_or_else(|| self.display.copy(frame));
+        Some(copied.and_then(|copy| {
+            let image = copy.image();
+            self.copies.insert(output, copy);
+            image
+        }))
     }
 
     fn obey(&self, says: WatcherSays) {

@@ -11,6 +11,8 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
+    budget::Budget,
+    copy::{FrameCopy, MAX_COPIES},
     cursor::{Cursor, CursorImage},
     output::{Mode, OUTPUTS, Output, outputs},
     protocol::{VIRTIO_GPU_EVENT_DISPLAY, VIRTIO_GPU_F_EDID},
@@ -18,10 +20,7 @@ use super::{
     scanout::{Area, ExportedImage, Frame, FrameError, Location, Pixels, Scanout},
     watch::{Watch, Watches},
 };
-use crate::{
-    dmabuf::{ExportError, Exporter},
-    virtio::DeviceStatus,
-};
+use crate::{dmabuf::Exporter, virtio::DeviceStatus};
 
 /// What a display is made of.
 #[derive(Clone, Debug)]
@@ -206,6 +205,7 @@ fn location(resource: &Resource) -> Location {
 pub(super) struct Shared {
     state: Mutex<State>,
     exporter: Arc<Exporter>,
+    copies: Budget,
     /// Signalled when a watcher releases something or leaves.
     pub released: EventFd,
 }
@@ -245,6 +245,7 @@ impl DisplayHandle {
         Ok(Self(Arc::new(Shared {
             state: Mutex::new(state),
             exporter,
+            copies: Budget::new(MAX_COPIES),
             released: EventFd::new(EFD_NONBLOCK)?,
         })))
     }
@@ -316,6 +317,11 @@ impl DisplayHandle {
         frame.export(&self.0.exporter)
     }
 
+    /// A copy of a frame of which there is no dma-buf.
+    pub fn copy(&self, frame: Frame) -> Result<FrameCopy, FrameError> {
+        FrameCopy::new(frame, &self.0.copies)
+    }
+
     /// A dma-buf of a resource's memory.
     pub fn export_resource(&self, id: u32) -> Result<ExportedResource, DisplayError> {
         let (surface, location, uuid) = {
@@ -326,7 +332,7 @@ impl DisplayHandle {
                 .ok_or(DisplayError::NoResource(id))?
         };
         let dmabuf = surface.buffer.dmabuf(&self.0.exporter);
-        let dmabuf = dmabuf.map_err(|error| FrameError::from(ExportError::clone(error)))?;
+        let dmabuf = dmabuf.map_err(FrameError::from)?;
         Ok(ExportedResource {
             fd: dmabuf.try_clone().map_err(FrameError::Duplicate)?,
             size: surface.buffer.size(),

@@ -9,6 +9,7 @@
 
 mod budget;
 mod commands;
+mod copy;
 mod cursor;
 mod display;
 mod edid;
@@ -17,6 +18,8 @@ mod output;
 mod protocol;
 mod resources;
 mod scanout;
+#[cfg(any(test, feature = "test-util"))]
+pub mod stream_check;
 mod transfer;
 mod watch;
 
@@ -30,6 +33,7 @@ use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, 
 use zerocopy::IntoBytes;
 
 pub use commands::BLOB_ALIGNMENT;
+pub use copy::{FrameCopy, MAX_COPIES};
 pub use cursor::{Cursor, CursorImage, SIZE as CURSOR_SIZE};
 pub use display::{
     DisplayConfig, DisplayError, DisplayEvent, DisplayHandle, ExportedResource, OutputInfo,
@@ -38,7 +42,7 @@ pub use display::{
 pub use edid::{NAME_MAX, edid};
 pub use format::{DRM_FORMAT_MOD_LINEAR, FORMATS, Format};
 pub use output::{Mode, OUTPUTS, Output};
-pub use scanout::{Area, ExportedImage, Frame, FrameError, Layout, Location, Pixels};
+pub use scanout::{Area, ExportedImage, Frame, FrameError, ImageMemory, Layout, Location, Pixels};
 pub use watch::PATIENCE;
 
 use super::{
@@ -126,6 +130,7 @@ impl VirtioDevice for Gpu {
             map: self.map.clone(),
             held: Vec::new(),
             timer,
+            told: false,
         };
         let mut state = self.display.0.lock();
         state.features = activation.features;
@@ -164,6 +169,8 @@ struct Handler {
     /// In the order in which they came; no more than the control queue has room for.
     held: Vec<Held>,
     timer: OwnedFd,
+    /// Whether a failure of the host's has been logged. The driver could have many.
+    told: bool,
 }
 
 const CONTROL: usize = 0;
@@ -205,7 +212,7 @@ impl Handler {
             while let Some(request) = self.control.pop()? {
                 let head = request.head;
                 let mem = self.control.memory();
-                let (written, hold) = answer(mem, request, |type_, input| {
+                let (written, hold) = answer(mem, request, &mut self.told, |type_, input| {
                     self.display.0.lock().control(type_, input, &self.map)
                 });
                 match hold {
@@ -230,9 +237,9 @@ impl Handler {
 
     fn serve_cursor(&mut self) -> Result<(), QueueError> {
         self.cursor.clear_kick();
-        let display = &self.display;
+        let (display, told) = (&self.display, &mut self.told);
         self.cursor.drain(|mem, request| {
-            let (written, _) = answer(mem, request, |type_, input| {
+            let (written, _) = answer(mem, request, told, |type_, input| {
                 display.0.lock().cursor(type_, input)
             });
             Ok(written)
@@ -282,6 +289,7 @@ impl Handler {
 fn answer(
     mem: &crate::GuestMemory,
     request: Request,
+    told: &mut bool,
     execute: impl FnOnce(u32, &mut Input) -> Result<Answer, CommandError>,
 ) -> (u32, Option<Hold>) {
     let mut input = Input {
@@ -302,7 +310,7 @@ fn answer(
         .and_then(|header| execute(header.type_.get(), &mut input))
         .unwrap_or_else(|error| {
             match &error {
-                CommandError::Host(_) => {
+                CommandError::Host(_) if !std::mem::replace(told, true) => {
                     tracing::warn!(error = %crate::error_line(&error), "no memory for the guest's GPU");
                 }
                 _ => tracing::debug!(

@@ -164,11 +164,22 @@ pub struct Frame {
     pub surface: Arc<Surface>,
 }
 
-/// An image in a dma-buf.
+/// What a descriptor of an image is.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum ImageMemory {
+    /// A dma-buf with the pixels themselves.
+    DmaBuf,
+    /// A memory file with a copy of them.
+    Shared,
+}
+
+/// An image that others can look at.
 #[derive(Debug)]
 pub struct ExportedImage {
-    /// The dma-buf.
+    /// Its memory.
     pub fd: OwnedFd,
+    /// What kind of memory that is.
+    pub memory: ImageMemory,
     /// Pixels in a row.
     pub width: u32,
     /// Rows.
@@ -194,6 +205,15 @@ pub enum FrameError {
     /// It cannot be read.
     #[error(transparent)]
     Read(#[from] BufferError),
+    /// There are as many copies as there may be.
+    #[error(
+        "there are {} MiB of copied frames already: close another viewer, or have dma-bufs made",
+        super::copy::MAX_COPIES >> 20
+    )]
+    TooManyCopies,
+    /// There is no memory for a copy.
+    #[error("cannot copy it to shared memory")]
+    Copy(#[source] io::Error),
     /// A descriptor cannot be duplicated.
     #[error("cannot duplicate a descriptor")]
     Duplicate(#[source] io::Error),
@@ -209,10 +229,10 @@ impl Frame {
 
     /// A dma-buf with what is shown; the same one for everybody, until the driver takes the memory away.
     pub fn export(&self, exporter: &Exporter) -> Result<ExportedImage, FrameError> {
-        let dmabuf = self.surface.buffer.dmabuf(exporter);
-        let dmabuf = dmabuf.map_err(|error| error.clone())?;
+        let dmabuf = self.surface.buffer.dmabuf(exporter)?;
         Ok(ExportedImage {
             fd: dmabuf.try_clone().map_err(FrameError::Duplicate)?,
+            memory: ImageMemory::DmaBuf,
             width: self.area.width,
             height: self.area.height,
             stride: self.layout.stride,
@@ -223,15 +243,20 @@ impl Frame {
         })
     }
 
+    /// Reads pixels of one row, from `x` on. Both count from the corner of what is shown.
+    pub(super) fn read_row(&self, x: u32, y: u32, to: &mut [u8]) -> Result<(), FrameError> {
+        let row = u64::from(y) * u64::from(self.layout.stride);
+        let at = self.offset() + row + u64::from(x) * u64::from(Format::BYTES);
+        Ok(self.surface.buffer.read(at, to)?)
+    }
+
     /// A copy of what is shown.
     pub fn read(&self) -> Result<Pixels, FrameError> {
         let Area { width, height, .. } = self.area;
         let row = width as usize * Format::BYTES as usize;
         let mut bytes = vec![0; row * height as usize];
-        let (mut at, stride) = (self.offset(), u64::from(self.layout.stride));
-        for row in bytes.chunks_exact_mut(row) {
-            self.surface.buffer.read(at, row)?;
-            at += stride;
+        for (y, row) in (0..).zip(bytes.chunks_exact_mut(row)) {
+            self.read_row(0, y, row)?;
         }
         Ok(Pixels {
             format: self.layout.format,

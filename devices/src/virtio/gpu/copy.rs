@@ -1,0 +1,116 @@
+//! Frames of which no dma-buf can be made, copied into memory that others can map.
+
+use std::{fs::File, io, os::fd::OwnedFd};
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+
+use super::{
+    budget::{Budget, Charge},
+    format::{DRM_FORMAT_MOD_LINEAR, Format},
+    scanout::{Area, ExportedImage, Frame, FrameError, ImageMemory, Location},
+};
+
+/// Memory for all copies of a display's frames: eight of an 8K screen.
+pub const MAX_COPIES: u64 = 1 << 30;
+
+/// A copy of a frame, as of when it was last brought up to date. Others can only read it.
+#[derive(Debug)]
+pub struct FrameCopy {
+    frame: Frame,
+    file: OwnedFd,
+    memory: MmapRegion,
+    _charge: Charge,
+}
+
+impl FrameCopy {
+    /// Copies a frame into memory on the account of `budget`.
+    pub(super) fn new(frame: Frame, budget: &Budget) -> Result<Self, FrameError> {
+        let size = row(&frame) as u64 * u64::from(frame.area.height);
+        let charge = budget.charge(size).ok_or(FrameError::TooManyCopies)?;
+        let (file, memory) = shared_memory(size).map_err(FrameError::Copy)?;
+        let copy = Self {
+            frame,
+            file,
+            memory,
+            _charge: charge,
+        };
+        copy.update(&[copy.whole()])?;
+        Ok(copy)
+    }
+
+    /// Takes another frame into the same memory. `None`: it is of another size or format.
+    pub fn replace(&mut self, frame: &Frame) -> Option<Result<(), FrameError>> {
+        let shape = |frame: &Frame| {
+            let Area { width, height, .. } = frame.area;
+            (width, height, frame.layout.format)
+        };
+        if shape(frame) != shape(&self.frame) {
+            return None;
+        }
+        self.frame = frame.clone();
+        Some(self.update(&[self.whole()]))
+    }
+
+    fn whole(&self) -> Area {
+        Area {
+            x: 0,
+            y: 0,
+            ..self.frame.area
+        }
+    }
+
+    /// Copies what of the frame lies in `areas`, which count from its corner, again.
+    pub fn update(&self, areas: &[Area]) -> Result<(), FrameError> {
+        let row_len = row(&self.frame);
+        for area in areas {
+            // The guest may have set another frame since it drew.
+            let Some(area) = area.intersection(&self.whole()) else {
+                continue;
+            };
+            let mut line = vec![0; area.width as usize * Format::BYTES as usize];
+            let from_row = area.x as usize * Format::BYTES as usize;
+            for y in area.y..area.y + area.height {
+                self.frame.read_row(area.x, y, &mut line)?;
+                self.memory
+                    .as_volatile_slice()
+                    .write_slice(&line, y as usize * row_len + from_row)
+                    .map_err(|error| FrameError::Copy(io::Error::other(error)))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The memory, for one who looks at it.
+    pub fn image(&self) -> Result<ExportedImage, FrameError> {
+        Ok(ExportedImage {
+            fd: self.file.try_clone().map_err(FrameError::Duplicate)?,
+            memory: ImageMemory::Shared,
+            width: self.frame.area.width,
+            height: self.frame.area.height,
+            stride: row(&self.frame) as u32,
+            offset: 0,
+            fourcc: self.frame.layout.format.fourcc(),
+            modifier: DRM_FORMAT_MOD_LINEAR,
+            location: Location::Host,
+        })
+    }
+}
+
+/// Bytes of a line of the copy.
+fn row(frame: &Frame) -> usize {
+    frame.area.width as usize * Format::BYTES as usize
+}
+
+/// A memfd that only this mapping can write to, of a size that stays.
+fn shared_memory(size: u64) -> io::Result<(OwnedFd, MmapRegion)> {
+    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
+    let memfd = rustix::fs::memfd_create("fanlight-frame", flags)?;
+    rustix::fs::ftruncate(&memfd, size)?;
+    let file = File::from(memfd.try_clone()?);
+    let memory =
+        MmapRegion::from_file(FileOffset::new(file, 0), size as usize).map_err(io::Error::other)?;
+    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL;
+    rustix::fs::fcntl_add_seals(&memfd, seals)?;
+    Ok((memfd, memory))
+}

@@ -1,0 +1,316 @@
+//! A driver of a virtio GPU in a program, over what sysfs shows of the device: it asks for what Linux's driver
+//! never does, of the real transport and with real pages (Virtio 1.4, 4.1, 5.7).
+
+use std::{
+    fs::{self, File},
+    io,
+    os::unix::fs::FileExt,
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::mm::{MapFlags, ProtFlags, mlock, mmap_anonymous};
+
+use crate::{
+    Context, Failure, Result,
+    guest::ensure,
+    pci::{Function, Mmio},
+};
+
+/// Vendor and device id.
+const IDS: &str = "1af4:1050";
+const PAGE: usize = 4096;
+/// Far more than a command takes.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// What is drawn: so many pixels of four bytes, with room between lines and in front of the first.
+pub const WIDTH: u32 = 64;
+/// Lines.
+pub const HEIGHT: u32 = 32;
+const STRIDE: u32 = WIDTH * 4 + 64;
+const OFFSET: u32 = 128;
+const BLOB_PAGES: usize = 3;
+
+/// The specification's formats (5.7.6.8): bytes of a pixel in their order, and the number. Outputs show them in
+/// this order: blobs first, then 2D resources.
+pub const FORMATS: [(&str, u32); 8] = [
+    ("BGRA", 1),
+    ("BGRX", 2),
+    ("ARGB", 3),
+    ("XRGB", 4),
+    ("RGBA", 67),
+    ("XBGR", 68),
+    ("ABGR", 121),
+    ("RGBX", 134),
+];
+
+/// The bytes of a pixel in round `round`.
+pub fn pixel(x: u32, y: u32, round: u8) -> [u8; 4] {
+    [
+        x as u8,
+        y as u8 ^ 0x40,
+        (x * y) as u8,
+        0xa5u8.rotate_left(round.into()),
+    ]
+}
+
+/// Pages whose physical addresses are known, and stay.
+struct Pages {
+    start: *mut u8,
+    physical: Vec<u64>,
+}
+
+impl Pages {
+    fn new(count: usize) -> Result<Self> {
+        let len = count * PAGE;
+        // SAFETY: a new mapping at an address of the kernel's choice, which stays for the program's life.
+        let start = unsafe {
+            let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
+            mmap_anonymous(
+                std::ptr::null_mut(),
+                len,
+                ProtFlags::READ | ProtFlags::WRITE,
+                flags,
+            )
+            .and_then(|start| mlock(start, len).map(|()| start))
+        };
+        let start: *mut u8 = start.context("cannot lock memory")?.cast();
+        let map = File::open("/proc/self/pagemap").context("cannot look up pages")?;
+        let physical = (0..count).map(|index| {
+            let mut word = [0; 8];
+            let page = (start as usize / PAGE + index) as u64;
+            map.read_exact_at(&mut word, page * 8)?;
+            // Bits 0 to 54 are the number of the page's frame.
+            match u64::from_ne_bytes(word) & ((1 << 55) - 1) {
+                0 => Err(io::Error::other("pages are not shown; run this as root")),
+                frame => Ok(frame * PAGE as u64),
+            }
+        });
+        let physical = physical
+            .collect::<io::Result<_>>()
+            .context("cannot look up pages")?;
+        Ok(Self { start, physical })
+    }
+
+    fn check(&self, at: usize, len: usize) {
+        assert!(at + len <= self.physical.len() * PAGE, "{len} at {at}");
+    }
+
+    fn write(&self, at: usize, bytes: &[u8]) {
+        self.check(at, bytes.len());
+        for (index, &byte) in bytes.iter().enumerate() {
+            // SAFETY: within the mapping; the device reads meanwhile.
+            unsafe { self.start.add(at + index).write_volatile(byte) };
+        }
+    }
+
+    fn read<T: Copy>(&self, at: usize) -> T {
+        self.check(at, size_of::<T>());
+        // SAFETY: within the mapping, of a type that any bytes are; the device writes meanwhile.
+        unsafe { self.start.add(at).cast::<T>().read_unaligned() }
+    }
+}
+
+/// Where things are in the first pages.
+const TABLE: usize = 0;
+const AVAILABLE: usize = 0x400;
+const USED: usize = 0x800;
+const REQUEST: usize = PAGE;
+const RESPONSE: usize = 2 * PAGE;
+const QUEUE_SIZE: u16 = 16;
+
+/// The device with its control queue.
+struct Gpu {
+    common: (Mmio, usize),
+    notify: (Mmio, usize),
+    pages: Pages,
+    submitted: u16,
+}
+
+/// Offsets in the common configuration (4.1.4.3).
+const DRIVER_FEATURE_SELECT: usize = 8;
+const DRIVER_FEATURE: usize = 12;
+const DEVICE_STATUS: usize = 20;
+const QUEUE_SELECT: usize = 22;
+const QUEUE_SIZE_AT: usize = 24;
+const QUEUE_ENABLE: usize = 28;
+const QUEUE_NOTIFY_OFF: usize = 30;
+const QUEUE_ADDRESSES: usize = 32;
+/// EDID, RESOURCE_UUID, RESOURCE_BLOB, BLOB_ALIGNMENT; VERSION_1 is bit 0 of the second word.
+const FEATURES: [u32; 2] = [1 << 1 | 1 << 2 | 1 << 3 | 1 << 5, 1];
+
+impl Gpu {
+    fn open() -> Result<Self> {
+        let function = Function::only(IDS)?;
+        function.enable(true)?;
+        let config = fs::read(function.path().join("config")).context("cannot read registers")?;
+        let word = |at: usize| -> Result<u32> {
+            let bytes = config.get(at..at + 4).and_then(|b| b.try_into().ok());
+            let bytes = bytes.ok_or_else(|| Failure("no such register".into()))?;
+            Ok(u32::from_le_bytes(bytes))
+        };
+        // Vendor capabilities with type, BAR and place (4.1.4).
+        let find = |type_: u8| -> Result<(Mmio, usize, usize)> {
+            let mut at = word(0x34)? as usize & 0xfc;
+            while at != 0 {
+                let head = word(at)?.to_le_bytes();
+                if head[0] == 9 && head[3] == type_ {
+                    let bar = word(at + 4)? as usize & 0xff;
+                    return Ok((function.map(bar)?, word(at + 8)? as usize, at));
+                }
+                at = head[1].into();
+            }
+            Err(Failure(format!("no capability of type {type_}")))
+        };
+        let (registers, base, _) = find(1)?;
+        let (notify, notify_base, capability) = find(2)?;
+        let multiplier = word(capability + 16)? as usize;
+        let pages = Pages::new(3)?;
+        let set = |status: u8| registers.write(base + DEVICE_STATUS, status);
+        set(0);
+        set(1);
+        set(3);
+        for (select, features) in (0u32..).zip(FEATURES) {
+            registers.write(base + DRIVER_FEATURE_SELECT, select);
+            registers.write(base + DRIVER_FEATURE, features);
+        }
+        set(11);
+        let status: u8 = registers.read(base + DEVICE_STATUS);
+        ensure(status & 8 != 0, "the device refuses its own features")?;
+        registers.write(base + QUEUE_SELECT, 0u16);
+        registers.write(base + QUEUE_SIZE_AT, QUEUE_SIZE);
+        for (index, place) in [TABLE, AVAILABLE, USED].into_iter().enumerate() {
+            let address = pages.physical[0] + place as u64;
+            let at = base + QUEUE_ADDRESSES + index * 8;
+            registers.write(at, address as u32);
+            registers.write(at + 4, (address >> 32) as u32);
+        }
+        registers.write(base + QUEUE_ENABLE, 1u16);
+        let off: u16 = registers.read(base + QUEUE_NOTIFY_OFF);
+        set(15);
+        Ok(Self {
+            common: (registers, base),
+            notify: (notify, notify_base + usize::from(off) * multiplier),
+            pages,
+            submitted: 0,
+        })
+    }
+
+    /// Sends a command of 32-bit words, which must be done.
+    fn command(&mut self, type_: u32, body: &[u32]) -> Result<()> {
+        let words = [&[type_, 0, 0, 0, 0, 0], body].concat();
+        let request: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        ensure(request.len() <= PAGE, "a command of more than a page")?;
+        let pages = &self.pages;
+        pages.write(REQUEST, &request);
+        let descriptor = |page: usize, len: u32, flags: u16, next: u16| {
+            let mut bytes = pages.physical[page].to_le_bytes().to_vec();
+            bytes.extend(len.to_le_bytes());
+            bytes.extend(flags.to_le_bytes());
+            bytes.extend(next.to_le_bytes());
+            bytes
+        };
+        pages.write(TABLE, &descriptor(1, request.len() as u32, 1, 1));
+        pages.write(TABLE + 16, &descriptor(2, PAGE as u32, 2, 0));
+        let slot = usize::from(self.submitted % QUEUE_SIZE);
+        pages.write(AVAILABLE + 4 + slot * 2, &0u16.to_le_bytes());
+        self.submitted = self.submitted.wrapping_add(1);
+        pages.write(AVAILABLE + 2, &self.submitted.to_le_bytes());
+        self.notify.0.write(self.notify.1, 0u16);
+        let start = Instant::now();
+        while pages.read::<u16>(USED + 2) != self.submitted {
+            ensure(
+                start.elapsed() < PATIENCE,
+                format!("{type_:#x} is never answered"),
+            )?;
+            thread::sleep(Duration::from_millis(1));
+        }
+        let answer: u32 = pages.read(RESPONSE);
+        ensure(
+            answer == 0x1100,
+            format!("{type_:#x} is answered by {answer:#x}"),
+        )
+    }
+}
+
+impl Drop for Gpu {
+    fn drop(&mut self) {
+        self.common.0.write(self.common.1 + DEVICE_STATUS, 0u8);
+    }
+}
+
+const CREATE_2D: u32 = 0x101;
+const SET_SCANOUT: u32 = 0x103;
+const FLUSH: u32 = 0x104;
+const TRANSFER: u32 = 0x105;
+const ATTACH: u32 = 0x106;
+const DETACH: u32 = 0x107;
+const CREATE_BLOB: u32 = 0x10c;
+const SET_SCANOUT_BLOB: u32 = 0x10d;
+
+/// Every other page from page `first` on, last first: pages that are no neighbours.
+fn scattered(first: usize) -> Vec<usize> {
+    (0..BLOB_PAGES).rev().map(|page| first + page * 2).collect()
+}
+
+fn entries(pages: &Pages, which: &[usize]) -> Vec<u32> {
+    let entry = |&page: &usize| {
+        let address = pages.physical[page];
+        [address as u32, (address >> 32) as u32, PAGE as u32, 0]
+    };
+    which.iter().flat_map(entry).collect()
+}
+
+/// Draws line by line into pages that are one buffer in the order given.
+fn draw(pages: &Pages, which: &[usize], (stride, offset): (u32, u32), round: u8) {
+    for y in 0..HEIGHT {
+        for x in 0..WIDTH {
+            let at = (offset + y * stride + x * 4) as usize;
+            pages.write(which[at / PAGE] * PAGE + at % PAGE, &pixel(x, y, round));
+        }
+    }
+}
+
+/// Shows every format on an output of its own, each as a blob and as a 2D resource; then gives the first blob
+/// other pages; then writes to those without a command. `next` is told what has been done, and waits.
+pub fn show(mut next: impl FnMut(&str) -> Result<()>) -> Result<()> {
+    let mut gpu = Gpu::open()?;
+    let memory = Pages::new(4 * BLOB_PAGES)?;
+    let (first, second) = (scattered(0), scattered(1));
+    let rectangle = [0, 0, WIDTH, HEIGHT];
+    let layout = (STRIDE, OFFSET);
+    draw(&memory, &first, layout, 0);
+    for (scanout, (_, format)) in (0..).zip(FORMATS) {
+        let id = scanout + 1;
+        let size = (BLOB_PAGES * PAGE) as u32;
+        let mut create = vec![id, 1, 2, BLOB_PAGES as u32, 0, 0, size, 0];
+        create.extend(entries(&memory, &first));
+        gpu.command(CREATE_BLOB, &create)?;
+        let mut show = rectangle.to_vec();
+        show.extend([scanout, id, WIDTH, HEIGHT, format, 0]);
+        show.extend([STRIDE, 0, 0, 0, OFFSET, 0, 0, 0]);
+        gpu.command(SET_SCANOUT_BLOB, &show)?;
+    }
+    let plain: Vec<usize> = (2 * BLOB_PAGES..4 * BLOB_PAGES).collect();
+    draw(&memory, &plain, (WIDTH * 4, 0), 0);
+    for (scanout, (_, format)) in (8..).zip(FORMATS) {
+        let id = scanout + 1;
+        gpu.command(CREATE_2D, &[id, format, WIDTH, HEIGHT])?;
+        let mut attach = vec![id, plain.len() as u32];
+        attach.extend(entries(&memory, &plain));
+        gpu.command(ATTACH, &attach)?;
+        let transfer = [&rectangle[..], &[0, 0, id, 0]].concat();
+        gpu.command(TRANSFER, &transfer)?;
+        gpu.command(SET_SCANOUT, &[&rectangle[..], &[scanout, id]].concat())?;
+        gpu.command(FLUSH, &[&rectangle[..], &[id, 0]].concat())?;
+    }
+    next("shown")?;
+    gpu.command(DETACH, &[1, 0])?;
+    next("detached")?;
+    draw(&memory, &second, layout, 1);
+    let attach = [&[1, BLOB_PAGES as u32], &entries(&memory, &second)[..]].concat();
+    gpu.command(ATTACH, &attach)?;
+    next("moved")?;
+    draw(&memory, &second, layout, 2);
+    next("written")
+}
