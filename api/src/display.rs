@@ -181,7 +181,8 @@ pub enum DisplayNews {
         output: u32,
         /// What it shows.
         picture: Option<ExportedPicture>,
-        /// Why there is a picture and yet no dma-buf of it.
+        /// Why there is a picture and yet no dma-buf of it: none can be made, or it lies in memory of a
+        /// passed-through device that is off for the moment.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         error: Option<String>,
     },

@@ -18,7 +18,9 @@ use fanlight_api::{
 };
 use fanlight_devices::{
     error_line,
-    virtio::gpu::{CURSOR_SIZE, CursorImage, DisplayEvent, DisplayHandle, Mode, Subscription},
+    virtio::gpu::{
+        CURSOR_SIZE, CursorImage, DisplayError, DisplayEvent, DisplayHandle, Mode, Subscription,
+    },
 };
 use rustix::{
     event::{PollFd, PollFlags, poll},
@@ -107,9 +109,16 @@ impl Server {
     fn tell(&self, event: DisplayEvent) -> (DisplayNews, Vec<OwnedFd>) {
         match event {
             DisplayEvent::Outputs => (DisplayNews::Outputs(outputs(&self.display)), vec![]),
-            DisplayEvent::Scanout { output, frame } => {
+            DisplayEvent::Scanout {
+                output,
+                frame,
+                gone,
+            } => {
                 let (picture, error, fds) = match frame.map(|frame| self.display.export(&frame)) {
-                    None => (None, None, vec![]),
+                    None => {
+                        let why = gone.then(|| DisplayError::Gone(output).to_string());
+                        (None, why, vec![])
+                    }
                     Some(Ok(image)) => (Some(described(&image)), None, vec![image.fd]),
                     Some(Err(error)) => (None, Some(error_line(&error)), vec![]),
                 };

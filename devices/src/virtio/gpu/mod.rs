@@ -7,6 +7,7 @@
 //! One thread serves both queues; it and the host's side share one state behind a lock that is held for the
 //! time of a command.
 
+mod blob_memory;
 mod budget;
 mod commands;
 mod cursor;
@@ -68,6 +69,7 @@ pub struct Gpu {
 impl Gpu {
     /// A device that drives `display`; blobs are looked up in `map`.
     pub fn new(display: DisplayHandle, map: Arc<AddressSpace>) -> Self {
+        display.follow(&map);
         Self {
             display,
             map,

@@ -147,6 +147,8 @@ impl Scanout {
 pub enum Location {
     /// In the guest's RAM: what the guest writes is there at once.
     GuestRam,
+    /// In memory of a passed-through device's, where it may draw too.
+    Device,
     /// In memory of Fanlight's, as of the guest's last transfer.
     Host,
 }
@@ -229,8 +231,9 @@ impl Frame {
         let row = width as usize * Format::BYTES as usize;
         let mut bytes = vec![0; row * height as usize];
         let (mut at, stride) = (self.offset(), u64::from(self.layout.stride));
+        let reader = self.surface.buffer.reader();
         for row in bytes.chunks_exact_mut(row) {
-            self.surface.buffer.read(at, row)?;
+            reader.read(at, row)?;
             at += stride;
         }
         Ok(Pixels {
