@@ -9,6 +9,8 @@ pub mod guest;
 pub mod host;
 pub mod pci;
 pub mod progress;
+pub mod reader;
+pub mod screen;
 
 /// Any failure of this package, as one line for a person.
 #[derive(Debug, thiserror::Error)]

@@ -16,6 +16,7 @@ mod e2e {
     pub mod topology;
     pub mod vfio;
     pub mod view;
+    pub mod vram;
 }
 
 use std::{
@@ -53,6 +54,7 @@ fn tests() -> Vec<(&'static str, Test)> {
         e2e::topology::TESTS,
         e2e::view::TESTS,
         e2e::vfio::TESTS,
+        e2e::vram::TESTS,
     ];
     groups.concat()
 }
@@ -205,7 +207,12 @@ impl Beds {
 
     fn run(&self, name: &str) -> Result<()> {
         let programs = [&*self.this, &*self.fanlight];
-        let devices = [e2e::vfio::l1_devices(name), e2e::dmabuf::l1_devices(name)].concat();
+        let devices = [
+            e2e::vfio::l1_devices(name),
+            e2e::dmabuf::l1_devices(name),
+            e2e::vram::l1_devices(name),
+        ]
+        .concat();
         let mut tries = 0;
         loop {
             let mut output = Vec::new();

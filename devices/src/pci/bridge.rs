@@ -81,6 +81,9 @@ const ATTENTION_INDICATOR_OFF: u16 = 0b11 << 6;
 const POWER_OFF: u16 = 1 << 10;
 const SLOT_CONTROL_WRITABLE: u16 = 0x7ff | LINK_STATE_CHANGED_ENABLE;
 
+/// Bridge Control: Secondary Bus Reset.
+const BUS_RESET: u16 = 1 << 6;
+
 /// Granularity of memory windows.
 const MEMORY_UNIT: u64 = 1 << 20;
 /// Low bits of the prefetchable window's registers: 64 bits.
@@ -135,7 +138,7 @@ impl RootPort {
         config.set(reg::PREFETCHABLE_LIMIT, &PREFETCHABLE_64.to_le_bytes());
         config.set_writable(reg::PREFETCHABLE_BASE, &[0xf0, 0xff, 0xf0, 0xff]);
         config.set_writable(reg::PREFETCHABLE_BASE_UPPER, &[0xff; 8]);
-        // SERR, VGA and reset bits mean nothing here, but software may set them.
+        // SERR and VGA bits mean nothing here, but software may set them.
         config.set_writable(reg::BRIDGE_CONTROL, &[0x4f, 0]);
         let express = config.add_capability(&express(slot));
         let msi = Msi::new(&mut config, vector);
@@ -373,7 +376,12 @@ impl PciFunction for RootPort {
         let state = &mut *self.lock();
         let offset = usize::from(offset);
         let powered = state.slot_control() & POWER_OFF == 0;
+        let in_reset = |state: &State| state.config.u16(reg::BRIDGE_CONTROL) & BUS_RESET != 0;
+        let was_in_reset = in_reset(state);
         state.config.write(offset, data);
+        if in_reset(state) && !was_in_reset {
+            self.bus.reset();
+        }
         if state.msi.touched(offset, data.len()) {
             state.msi.update(&state.config);
         }

@@ -216,3 +216,20 @@ proptest::proptest! {
         }
     }
 }
+
+#[test]
+fn the_reset_bit_resets_what_is_behind_the_port_once() {
+    let slot = slot();
+    slot.port.insert(slot.card.clone()).unwrap();
+    let resets = || slot.card.0.load(Ordering::Relaxed);
+    let control = reg::BRIDGE_CONTROL as u16;
+    slot.port.write_config(control, &[0x03]);
+    assert_eq!(resets(), 0);
+    slot.port.write_config(control, &[0x43]);
+    slot.port.write_config(control, &[0x43]);
+    assert_eq!(resets(), 1);
+    slot.port.write_config(control, &[0]);
+    assert_eq!(resets(), 1);
+    slot.port.write_config(control, &[0x40]);
+    assert_eq!(resets(), 2);
+}

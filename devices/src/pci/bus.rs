@@ -93,6 +93,15 @@ impl PciBus {
         self.lock().clear();
     }
 
+    /// Resets every function on the bus.
+    pub fn reset(&self) {
+        // No lock is held meanwhile: functions wait for their threads.
+        let nodes: Vec<_> = self.lock().values().cloned().collect();
+        for node in nodes {
+            node.function().reset();
+        }
+    }
+
     /// Adds a root port.
     pub fn add_port(&self, port: Arc<RootPort>) -> Result<DevFn, PciError> {
         self.insert(Node::Port(port))

@@ -3,7 +3,7 @@
 
 use std::{ffi::CString, fs::File, os::fd::AsRawFd, process::ExitCode};
 
-use fanlight_tests::{Context, Failure, Result, echo, edu};
+use fanlight_tests::{Context, Failure, Result, echo, edu, screen};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -47,9 +47,12 @@ fn act(arguments: &[String]) -> Result<String> {
             let heard = edu::interrupts(number(count)? as u32)?;
             Ok(format!("edu interrupted {heard} times"))
         }
+        [verb, ids, bar, offset] if verb == "screen" => {
+            screen::show_bar(ids, number(bar)? as u32, number(offset)?)
+        }
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
-             kexec KERNEL INITRD CMDLINE | peer | mark NUMBER | interrupts COUNT"
+             kexec KERNEL INITRD CMDLINE | peer | mark NUMBER | interrupts COUNT | screen IDS BAR OFFSET"
                 .into(),
         )),
     }

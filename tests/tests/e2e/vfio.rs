@@ -46,7 +46,7 @@ const AHCI: &str = "8086:2922";
 const BYTES: u64 = 2 << 20;
 
 /// Runs a command that must succeed; what it printed.
-fn run(program: &Path, arguments: &[&str]) -> Result<String> {
+pub fn run(program: &Path, arguments: &[&str]) -> Result<String> {
     let output = Command::new(program)
         .args(arguments)
         .output()
@@ -71,7 +71,7 @@ fn virtual_function(assets: &Assets, ids: &str) -> Result<(String, String)> {
 }
 
 /// Binds a function with these ids to vfio-pci: the last, since L1's own controllers come first.
-fn whole_function(assets: &Assets, ids: &str) -> Result<String> {
+pub fn whole_function(assets: &Assets, ids: &str) -> Result<String> {
     let function = Function::find(ids)?.pop();
     let function = function.ok_or_else(|| Failure(format!("no function has ids {ids}")))?;
     run(&assets.fanlight, &["vfio", "bind", &function.address()])
