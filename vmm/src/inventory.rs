@@ -21,6 +21,9 @@ use thiserror::Error;
 
 use crate::{machine::MachineError, passthrough::PassedThrough};
 
+/// Where what is put into a slot is on the bus behind it.
+const PLUGGED: DevFn = DevFn::new(0, 0);
+
 /// A device that is to be part of a machine.
 pub struct NewDevice {
     /// Its name.
@@ -109,6 +112,8 @@ pub struct Inventory {
     /// Where each port is on the root bus.
     port_places: BTreeMap<u8, DevFn>,
     entries: Vec<Entry>,
+    /// The number of the next device of the host's: none is given twice.
+    next_passed: u32,
     environment: Environment,
     ejected: EjectSink,
     failed: Arc<dyn Fn(&str) + Send + Sync>,
@@ -128,6 +133,7 @@ impl Inventory {
             ports: BTreeMap::new(),
             port_places: BTreeMap::new(),
             entries: Vec::new(),
+            next_passed: 0,
             environment,
             ejected,
             failed,
@@ -169,19 +175,9 @@ impl Inventory {
 
     /// Adds a device of the host's before the guest runs.
     pub fn add_passed_through(&mut self, passed: &PassedThrough) -> Result<(), MachineError> {
-        let is_passed = |entry: &&Entry| matches!(entry.function, Function::PassedThrough(_));
-        let number = self.entries.iter().filter(is_passed).count() as u32;
-        let function = VfioFunction::new(passed.device.clone(), number, &self.environment)?;
+        let function = self.passed_function(passed)?;
         let place = self.put(function.clone(), passed.port)?;
-        if let Some(pin) = function.interrupt_pin() {
-            let port = passed.port.and_then(|port| self.port_places.get(&port));
-            // A bridge passes a pin on rotated by the device's number behind it.
-            let (device, pin) = match port {
-                Some(port) => (port.device(), (pin + place.device()) % 4),
-                None => (place.device(), pin),
-            };
-            function.connect_pin(&*self.environment.hypervisor, layout::pci_irq(device, pin));
-        }
+        self.connect_pin(&function, place, passed.port);
         self.entries.push(Entry {
             id: passed.id.clone(),
             function: Function::PassedThrough(function),
@@ -189,6 +185,32 @@ impl Inventory {
             port: passed.port,
         });
         Ok(())
+    }
+
+    fn passed_function(
+        &mut self,
+        passed: &PassedThrough,
+    ) -> Result<Arc<VfioFunction>, MachineError> {
+        let number = self.next_passed;
+        self.next_passed = number.wrapping_add(1);
+        Ok(VfioFunction::new(
+            passed.device.clone(),
+            number,
+            &self.environment,
+        )?)
+    }
+
+    fn connect_pin(&self, function: &VfioFunction, place: DevFn, port: Option<u8>) {
+        let Some(pin) = function.interrupt_pin() else {
+            return;
+        };
+        let port = port.and_then(|port| self.port_places.get(&port));
+        // A bridge passes a pin on rotated by the device's number behind it.
+        let (device, pin) = match port {
+            Some(port) => (port.device(), (pin + place.device()) % 4),
+            None => (place.device(), pin),
+        };
+        function.connect_pin(&*self.environment.hypervisor, layout::pci_irq(device, pin));
     }
 
     /// Puts a function on the root bus or behind a port.
@@ -261,25 +283,53 @@ impl Inventory {
 
     /// Puts a device into the slot that it names, while the guest runs.
     pub fn plug(&mut self, new: NewDevice) -> Result<(), InventoryError> {
-        let id = new.id.clone();
-        if self.has(&id) {
-            return Err(InventoryError::Exists(id));
-        }
-        let number = self.choose_port(new.port)?;
-        let port = self
-            .ports
-            .get(&number)
-            .ok_or(InventoryError::NoSlot)?
-            .clone();
+        let (id, asked) = (new.id.clone(), new.port);
+        let (number, port) = self.slot(&id, asked)?;
         let function = self.function(new)?;
         port.plug(function.clone())?;
+        self.plugged(id, Function::Virtio(function), number);
+        Ok(())
+    }
+
+    /// The same for a device of the host's.
+    pub fn plug_passed_through(&mut self, passed: &PassedThrough) -> Result<(), InventoryError> {
+        let (number, port) = self.slot(&passed.id, passed.port)?;
+        let function = self.passed_function(passed)?;
+        self.connect_pin(&function, PLUGGED, Some(number));
+        port.plug(function.clone())?;
+        self.plugged(passed.id.clone(), Function::PassedThrough(function), number);
+        Ok(())
+    }
+
+    /// The free slot for a device that is to come.
+    fn slot(&self, id: &str, asked: Option<u8>) -> Result<(u8, Arc<RootPort>), InventoryError> {
+        if self.has(id) {
+            return Err(InventoryError::Exists(id.to_owned()));
+        }
+        let number = self.choose_port(asked)?;
+        let port = self.ports.get(&number).ok_or(InventoryError::NoSlot)?;
+        Ok((number, port.clone()))
+    }
+
+    fn plugged(&mut self, id: String, function: Function, port: u8) {
         self.entries.push(Entry {
             id,
-            function: Function::Virtio(function),
-            place: DevFn::new(0, 0),
-            port: Some(number),
+            function,
+            place: PLUGGED,
+            port: Some(port),
         });
-        Ok(())
+    }
+
+    /// Takes a device of the host's away, whatever the guest does with it.
+    pub fn take_away(&mut self, id: &str) {
+        let Some(at) = self.entries.iter().position(|entry| entry.id == id) else {
+            return;
+        };
+        let entry = self.entries.remove(at);
+        match entry.port.and_then(|number| self.ports.get(&number)) {
+            Some(port) => port.take_away(),
+            None => self.bus.remove(entry.place),
+        }
     }
 
     /// Asks the guest to give a device up.

@@ -8,6 +8,7 @@ pub mod doctor;
 mod footprint;
 pub mod graphics;
 pub mod host_devices;
+pub mod host_requests;
 pub mod input;
 pub mod inventory;
 pub mod kvm;

@@ -22,7 +22,7 @@ use fanlight_devices::{
     },
     memory::{AddressSpace, AddressSpaceError, IoHandler, RamError},
     pci::{ConfigMechanism1, Ecam, EjectSink, MECHANISM_1_PORTS, MsixError, PciError, Windows},
-    vfio::{DmaMapping, VfioError},
+    vfio::{DmaMapping, Iommu, VfioError},
     virtio::{
         VirtioDevice,
         block::Block,
@@ -41,8 +41,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
     footprint::shrink,
-    inventory::{Inventory, NewDevice},
+    inventory::{Inventory, InventoryError, NewDevice},
     kvm::{ClockState, ExitCounts, KvmError, KvmVcpu, KvmVm, VcpuError},
+    passthrough::PassedThrough,
     resources::{Disk, Interface, Resources},
     vcpus::{Shared, VcpuThreads},
 };
@@ -160,7 +161,8 @@ pub struct Machine {
     memory: Arc<AddressSpace>,
     ports: Arc<AddressSpace>,
     callbacks: Callbacks,
-    _dma: Vec<DmaMapping>,
+    /// Guest RAM in reach of passed-through devices, while there are any.
+    dma: Vec<DmaMapping>,
     _slots: Vec<MappedSlot>,
 }
 
@@ -285,7 +287,7 @@ impl Machine {
             memory,
             ports,
             callbacks,
-            _dma: dma,
+            dma,
             _slots: slots,
         })
     }
@@ -338,6 +340,26 @@ impl Machine {
             vcpus.resume();
         }
         Ok(())
+    }
+
+    /// Puts a device of the host's into the slot that it names, while the guest runs. The first one brings guest RAM
+    /// into the devices' reach.
+    pub fn plug_passed_through(
+        &mut self,
+        passed: &PassedThrough,
+        iommu: &Arc<Iommu>,
+        mem: &GuestMemory,
+    ) -> Result<(), InventoryError> {
+        if self.dma.is_empty() {
+            self.kvm.honour_guest_pat().map_err(MachineError::from)?;
+            self.dma = iommu.map_ram(mem).map_err(MachineError::from)?;
+        }
+        self.inventory.plug_passed_through(passed)
+    }
+
+    /// The last passed-through device goes, and with it the address space that guest RAM is mapped in.
+    pub fn end_dma(&mut self) {
+        self.dma.clear();
     }
 
     /// Presses the power button: a guest that listens shuts down.

@@ -234,6 +234,21 @@ impl RootPort {
         Ok(())
     }
 
+    /// Takes what is in the slot away without asking: the guest finds it gone (PCI Express 5.0, 6.7.1, surprise
+    /// removal).
+    pub fn take_away(&self) {
+        let state = &mut *self.lock();
+        if state.card.is_empty() {
+            return;
+        }
+        self.bus.clear();
+        state.card.clear();
+        state.removing = false;
+        state.set_register(LINK_STATUS, LINK_SPEED_WIDTH);
+        state.set_status(PRESENCE_DETECT_CHANGED | LINK_STATE_CHANGED, PRESENCE);
+        state.interrupt();
+    }
+
     fn power_on(&self, state: &mut State) {
         for function in &state.card {
             if let Err(error) = self.bus.add(function.clone()) {

@@ -218,6 +218,24 @@ proptest::proptest! {
 }
 
 #[test]
+fn what_is_taken_away_is_gone_without_asking() {
+    let slot = slot();
+    slot.port.insert(slot.card.clone()).unwrap();
+    assert_eq!(slot.read(SLOT_STATUS) & PRESENCE, PRESENCE);
+    slot.port.take_away();
+    let status = slot.read(SLOT_STATUS);
+    assert_eq!(status & PRESENCE, 0);
+    assert_eq!(status & PRESENCE_DETECT_CHANGED, PRESENCE_DETECT_CHANGED);
+    assert_eq!(slot.read(LINK_STATUS) & LINK_ACTIVE, 0);
+    assert!(slot.port.is_empty());
+    assert_eq!(Arc::strong_count(&slot.card), 1);
+    assert_eq!(slot.ejected.load(Ordering::Relaxed), 0);
+    slot.port.take_away();
+    slot.port.plug(slot.card.clone()).unwrap();
+    assert_eq!(slot.read(LINK_STATUS) & LINK_ACTIVE, LINK_ACTIVE);
+}
+
+#[test]
 fn the_reset_bit_resets_what_is_behind_the_port_once() {
     let slot = slot();
     slot.port.insert(slot.card.clone()).unwrap();

@@ -88,6 +88,13 @@ impl PciBus {
         self.insert(Node::Endpoint(function))
     }
 
+    /// Takes the function at `place` off the bus.
+    pub fn remove(&self, place: DevFn) {
+        // It may wait for threads as it goes, which is not for others to wait for.
+        let node = self.lock().remove(&place);
+        drop(node);
+    }
+
     /// Takes every function off the bus.
     pub fn clear(&self) {
         self.lock().clear();

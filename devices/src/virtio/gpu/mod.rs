@@ -307,6 +307,10 @@ fn answer(
                 CommandError::Host(_) => {
                     tracing::warn!(error = %crate::error_line(&error), "no memory for the guest's GPU");
                 }
+                // Rare, and told by nobody else: Linux's driver does not read the answer.
+                CommandError::Memory(_) => {
+                    tracing::info!("refused memory of the guest's GPU driver: {}", crate::error_line(&error));
+                }
                 _ => tracing::debug!(
                     error = %crate::error_line(&error),
                     "refused a command of the guest's GPU driver"
