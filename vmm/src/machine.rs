@@ -218,6 +218,9 @@ impl Machine {
             callbacks.ejected.clone(),
             callbacks.device_failed.clone(),
         )?;
+        if resources.graphics.is_some() && resources.passthrough.is_some() {
+            inventory.make_switch()?;
+        }
         let mut dma = Vec::new();
         if let Some(passthrough) = &resources.passthrough {
             kvm.honour_guest_pat()?;
@@ -442,33 +445,43 @@ fn add_devices(
         inventory.add(net_device(interface, mem)?)?;
     }
     let map = inventory.address_space();
-    let mut add = |id: &str, device: Box<dyn VirtioDevice>, class, port| {
+    let add = |inventory: &mut Inventory, id: &str, device: Box<dyn VirtioDevice>, class| {
         inventory.add(NewDevice {
             id: id.into(),
             device,
             class,
-            port,
+            port: None,
         })
     };
     let host = |action| move |source| MachineError::Host { action, source };
     if let (Some(config), Some(file)) = (&config.vsock, &resources.vsock) {
         let file = file.try_clone().map_err(host("duplicate a descriptor"))?;
         let vsock = Vsock::new(config.cid, file, mem)?;
-        add("vsock", Box::new(vsock), CLASS_COMMUNICATION_OTHER, None)?;
+        add(
+            inventory,
+            "vsock",
+            Box::new(vsock),
+            CLASS_COMMUNICATION_OTHER,
+        )?;
     }
     if config.rng.enabled {
-        add("rng", Box::<Rng>::default(), CLASS_OTHER, None)?;
+        add(inventory, "rng", Box::<Rng>::default(), CLASS_OTHER)?;
     }
     if let Some(graphics) = &resources.graphics {
         let gpu = Gpu::new(graphics.display.clone(), map);
-        add("gpu", Box::new(gpu), CLASS_DISPLAY_OTHER, graphics.port)?;
+        inventory.add_together(NewDevice {
+            id: "gpu".into(),
+            device: Box::new(gpu),
+            class: CLASS_DISPLAY_OTHER,
+            port: graphics.port,
+        })?;
         for handle in &graphics.inputs {
             let (id, class) = match handle.kind() {
                 Kind::Keyboard => ("keyboard", CLASS_INPUT_KEYBOARD),
                 Kind::Pointer => ("pointer", CLASS_INPUT_MOUSE),
                 Kind::Touch => ("touch", CLASS_INPUT_OTHER),
             };
-            add(id, Box::new(Input::new(handle)), class, None)?;
+            add(inventory, id, Box::new(Input::new(handle)), class)?;
         }
     }
     let Some(console) = &resources.console else {
@@ -478,6 +491,11 @@ fn add_devices(
     let signal = room.try_clone().map_err(host("duplicate a descriptor"))?;
     let (device, handle) =
         Console::new(console.output.clone(), signal).map_err(host("make an event descriptor"))?;
-    add("console", Box::new(device), CLASS_COMMUNICATION_OTHER, None)?;
+    add(
+        inventory,
+        "console",
+        Box::new(device),
+        CLASS_COMMUNICATION_OTHER,
+    )?;
     Ok(Some((handle, room)))
 }
