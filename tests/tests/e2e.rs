@@ -30,7 +30,7 @@ use fanlight_tests::{
     Context, Failure, Result,
     bed::{
         ApiClients, Bed, Busybox, Cache, DebianPrograms, Emulator, L1Kernel, Modules, Share,
-        StockKernel, bed_kernel, build_program, guest_archive, pulse,
+        StockKernel, bed_kernel, build_program, guest_archive, guest_module, pulse,
     },
     guest::{Assets, HANG},
     host::{self, Kvm},
@@ -151,6 +151,7 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
         fanlight: fanlight.into(),
         stock: StockKernel::get(cache)?,
         bed: bed_kernel(cache)?,
+        guest_module: guest_module(cache)?,
         emulator: Emulator::get(cache)?,
         clients: ApiClients::get(cache)?,
         weston: weston(cache)?,
@@ -183,6 +184,7 @@ impl Beds {
     fn new(cache: &Cache, fanlight: &Path, share: &Path) -> Result<Self> {
         let this = std::env::current_exe().context("cannot find this program")?;
         let kernel = bed_kernel(cache)?;
+        guest_module(cache)?;
         ApiClients::get(cache)?;
         weston(cache)?;
         for (from, to) in [(&*this, "e2e"), (fanlight, "fanlight")] {

@@ -50,9 +50,10 @@ fn act(arguments: &[String]) -> Result<String> {
         [verb, ids, bar, offset] if verb == "screen" => {
             screen::show_bar(ids, number(bar)? as u32, number(offset)?)
         }
+        [verb] if verb == "buffers" => screen::show_buffers(),
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
-             kexec KERNEL INITRD CMDLINE | peer | mark NUMBER | interrupts COUNT | screen IDS BAR OFFSET"
+             kexec KERNEL INITRD CMDLINE | peer | mark NUMBER | interrupts COUNT | screen IDS BAR OFFSET | buffers"
                 .into(),
         )),
     }

@@ -2,11 +2,13 @@
 //! exported as a dma-buf, imported into the stock virtio-gpu driver and shown.
 
 mod drm;
+mod exporter;
 mod noiommu;
 
 use std::{io::BufRead, os::fd::OwnedFd};
 
-pub use drm::Card;
+pub use drm::{Card, Shown};
+pub use exporter::Buffer;
 pub use noiommu::NoIommu;
 
 use crate::{
@@ -86,6 +88,49 @@ pub fn show_bar(ids: &str, bar: u32, offset: u64) -> Result<String> {
         println!("agent: did {}", words.join("-"));
     }
     card.forget(shown)?;
+    Ok("showed".into())
+}
+
+/// Shows buffers of the guest's kernel module, as the lines of standard input say.
+pub fn show_buffers() -> Result<String> {
+    let card = Card::open()?;
+    let mut screen: Option<(Buffer, Shown)> = None;
+    println!("agent: shows");
+    for line in std::io::stdin().lock().lines() {
+        let line = line.context("cannot read a line")?;
+        let words: Vec<_> = line.split_whitespace().collect();
+        match (&*words, &screen) {
+            (["show", number, ranges @ ..], _) => {
+                let ranges = exporter::parse(ranges)?;
+                if let Some((_, shown)) = screen.take() {
+                    card.forget(shown)?;
+                }
+                let buffer = Buffer::create(&ranges)?;
+                // Nothing can be drawn into addresses of which nobody knows what they are.
+                if *number != "0" {
+                    draw(&buffer.map(SIZE)?, number.parse().context("not a number")?);
+                }
+                let shown = card.import(&buffer, WIDTH, HEIGHT)?;
+                card.show(&shown, WIDTH, HEIGHT)?;
+                screen = Some((buffer, shown));
+            }
+            (["move", ranges @ ..], Some((buffer, shown))) => {
+                buffer.move_to(&exporter::parse(ranges)?)?;
+                card.dirty(shown)?;
+            }
+            (["draw", number], Some((buffer, shown))) => {
+                draw(&buffer.map(SIZE)?, number.parse().context("not a number")?);
+                card.dirty(shown)?;
+            }
+            (["where"], Some((buffer, _))) => {
+                let (in_bars, distance) = buffer.whereabouts()?;
+                println!("agent: {in_bars} ranges in BARs at distance {distance}");
+            }
+            (["end"], _) => break,
+            _ => return Err(Failure(format!("{line:?}?"))),
+        }
+        println!("agent: did {}", words.join("-"));
+    }
     Ok("showed".into())
 }
 

@@ -30,20 +30,32 @@ use super::{
 };
 use crate::Test;
 
-pub const TESTS: &[(&str, Test)] = &[("vram::a_bar_is_shown_and_read", shown)];
+pub const TESTS: &[(&str, Test)] = &[
+    ("vram::a_bar_is_shown_and_read", shown),
+    ("vram::buffers_scatter_move_and_are_refused", buffers),
+];
 
 /// What a test's L1 has to pass through.
 pub fn l1_devices(name: &str) -> &'static [L1Device] {
     match name {
+        "vram::buffers_scatter_move_and_are_refused" => {
+            &[L1Device::Edu, L1Device::Ivshmem(64), L1Device::BochsDisplay]
+        }
         _ if name.starts_with("vram::") => &[L1Device::Edu, L1Device::Ivshmem(64)],
         _ => &[],
     }
 }
 
-/// A guest whose own vfio-pci needs no IOMMU. It has the kernel of the bed, since Debian's is built without that.
+/// Vendor and device id of bochs-display, whose BAR 0 is memory.
+const BOCHS_IDS: &str = "1234:1111";
+
+/// A guest whose own vfio-pci needs no IOMMU, and which has the module that exports buffers. It has the kernel of
+/// the bed, since Debian's is built without the first.
 fn guest(assets: &Assets, script: &str, devices: &[&str]) -> Result<(Guest, Client)> {
+    let module = std::fs::read(&assets.guest_module).context("cannot read the module")?;
     let guest = assets
         .guest(script)
+        .file("vram.ko", &module)
         .kernel(GuestKernel::Vmlinux)
         .cmdline("vfio.enable_unsafe_noiommu_mode=1")
         .option("--gpu", format!("outputs={WIDTH}x{HEIGHT}"))
@@ -65,13 +77,13 @@ fn does(guest: &mut Guest, line: &str) -> Result<()> {
     guest.wait_for_times(&done, before + 1)
 }
 
-fn export(client: &mut Client) -> Result<OwnedFd> {
+fn export(client: &mut Client, from: PixelsIn) -> Result<OwnedFd> {
     let (exported, fds) = client
         .call_with::<GpuExportScanout>(&OutputIndex::default(), &[])
         .context("gpu.export_scanout")?;
     let is = (exported.width, exported.height, exported.offset);
     ensure(
-        is == (WIDTH, HEIGHT, 0) && exported.location == PixelsIn::Device,
+        is == (WIDTH, HEIGHT, 0) && exported.location == from,
         format!("{exported:?}"),
     )?;
     one(fds)
@@ -121,7 +133,7 @@ fn shown(assets: &Assets) -> Result<()> {
     let (mut guest, mut client) = guest(assets, &script, &[&format!("{memory},port=1")])?;
     let reader = Reader::open(&edu)?;
     shows(&mut client, 1)?;
-    let first = export(&mut client)?;
+    let first = export(&mut client, PixelsIn::Device)?;
     let by = exporter(&first)?;
     ensure(by.contains("vfio"), format!("a dma-buf of {by}"))?;
     read_by_device(&reader, &first, 1)?;
@@ -164,14 +176,110 @@ fn shown(assets: &Assets) -> Result<()> {
         let error = heard(true)?;
         ensure(error.is_none(), format!("{way}: {error:?}"))?;
         shows(&mut client, 2)?;
-        read_by_device(&reader, &export(&mut client)?, 2)?;
+        read_by_device(&reader, &export(&mut client, PixelsIn::Device)?, 2)?;
     }
     // Both at once, by the port that the device is behind.
     does(&mut guest, "reset")?;
     heard(true)?;
     does(&mut guest, "draw 3")?;
     shows(&mut client, 3)?;
-    read_by_device(&reader, &export(&mut client)?, 3)?;
+    read_by_device(&reader, &export(&mut client, PixelsIn::Device)?, 3)?;
+    guest.send("end\n")?;
+    guest.expect_exit(0)
+}
+
+/// Buffers as a GPU's driver has them: in many ranges, moved while they are on screen, and where nobody can have
+/// them.
+fn buffers(assets: &Assets) -> Result<()> {
+    let edu = whole_function(assets, edu::IDS)?;
+    let memory = whole_function(assets, edu::MEMORY_IDS)?;
+    let display = whole_function(assets, BOCHS_IDS)?;
+    let script = "insmod /vram.ko; guest-agent buffers";
+    let (mut guest, mut client) = guest(assets, script, &[&memory, &display])?;
+    let reader = Reader::open(&edu)?;
+    let ids = edu::MEMORY_IDS;
+    let scattered = format!("pages,{ids},2,100000,3000,12c");
+    does(&mut guest, &format!("show 1 {scattered}"))?;
+    shows(&mut client, 1)?;
+    let dmabuf = export(&mut client, PixelsIn::Device)?;
+    ensure(exporter(&dmabuf)?.contains("vfio"), "no dma-buf of VFIO's")?;
+    does(&mut guest, "where")?;
+    let said = guest.transcript();
+    // Up to the switch, and down again: the guest's check of whether the GPU reaches the memory does not depend on its
+    // processor.
+    let reached = "agent: 300 ranges in BARs at distance 4\n";
+    ensure(said.contains(reached), said)?;
+
+    // Each time the bytes are the same, and those who watch get the memory where they are now.
+    let watch = WatchDisplay::default();
+    let (_, fds) = client
+        .call_with::<DisplaySubscribe>(&watch, &[])
+        .context("display.subscribe")?;
+    let mut stream = MessageStream::new(UnixStream::from(one(fds)?)).context("a stream")?;
+    let mut heard = |wanted: PixelsIn| {
+        wait_for(&mut stream, |news, _| match news {
+            DisplayNews::Scanout {
+                output: 0,
+                picture: Some(picture),
+                ..
+            } if picture.location == wanted => Some(()),
+            _ => None,
+        })
+    };
+    heard(PixelsIn::Device)?;
+    let whole = format!("bar,{ids},2,2000000,{SIZE:x}");
+    let ram = format!("ram,{SIZE:x}");
+    does(&mut guest, &format!("move {ram}"))?;
+    heard(PixelsIn::GuestRam)?;
+    shows(&mut client, 1)?;
+    let dmabuf = export(&mut client, PixelsIn::GuestRam)?;
+    ensure(exporter(&dmabuf)?.contains("udmabuf"), "no udmabuf")?;
+    does(&mut guest, &format!("move {whole}"))?;
+    heard(PixelsIn::Device)?;
+    shows(&mut client, 1)?;
+    let dmabuf = export(&mut client, PixelsIn::Device)?;
+    read_by_device(&reader, &dmabuf, 1)?;
+    does(&mut guest, "draw 2")?;
+    shows(&mut client, 2)?;
+    read_by_device(&reader, &dmabuf, 2)?;
+    does(&mut guest, &format!("move {scattered}"))?;
+    shows(&mut client, 2)?;
+    does(&mut guest, &format!("move {ram}"))?;
+    heard(PixelsIn::GuestRam)?;
+    shows(&mut client, 2)?;
+
+    // What no dma-buf can be is refused, and the message says which entry it is and why.
+    let most = SIZE - PAGE;
+    let bar = format!("bar,{ids},2,0,{most:x}");
+    for (ranges, why) in [
+        (
+            format!("ram,1000 {bar}"),
+            "BAR 2 of passed-through device 0, and what is before it in the guest's RAM",
+        ),
+        (
+            format!("bar,{BOCHS_IDS},2,0,1000 bar,{BOCHS_IDS},0,800000,{most:x}"),
+            "BAR 0 of passed-through device 1, and what is before it in BAR 2 of passed-through device 1",
+        ),
+        (
+            format!("bar,{BOCHS_IDS},0,800000,1000 {bar}"),
+            "BAR 2 of passed-through device 0, and what is before it in BAR 0 of passed-through device 1",
+        ),
+        (
+            format!("{bar} raw,f000000000,1000"),
+            "nothing lies at guest-physical address 0xf000000000",
+        ),
+        (
+            format!("{bar} raw,fec00000,1000"),
+            "guest-physical address 0xfec00000",
+        ),
+    ] {
+        does(&mut guest, &format!("show 0 {ranges}"))?;
+        guest.wait_for(why)?;
+        ensure(take_picture(&mut client).is_err(), "there is a picture")?;
+    }
+    // And the driver goes on.
+    does(&mut guest, &format!("show 3 {whole}"))?;
+    shows(&mut client, 3)?;
     guest.send("end\n")?;
     guest.expect_exit(0)
 }
