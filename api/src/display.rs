@@ -196,7 +196,8 @@ pub enum DisplayNews {
         output: u32,
         /// What it shows.
         picture: Option<ExportedPicture>,
-        /// Why the guest shows a picture and yet there is none here.
+        /// Why the guest shows a picture and yet there is none here: none can be made, or it lies in memory of a
+        /// passed-through device that is off for the moment.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         error: Option<String>,
     },

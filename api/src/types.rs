@@ -3,7 +3,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
-use crate::{ByteSize, DiskConfig, NetConfig};
+use crate::{ByteSize, DiskConfig, NetConfig, VfioConfig};
 
 /// A method without parameters.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
@@ -242,6 +242,9 @@ pub struct AddDevice {
     /// A virtio network device. Without a port it takes the first free one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub net: Option<NetConfig>,
+    /// A PCI device of the host's. Without a port it takes the first free one.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub vfio: Option<VfioConfig>,
 }
 
 /// A device that was added.
@@ -352,8 +355,12 @@ pub enum EventName {
     DeviceError,
     /// A device was put into a slot; `device` names it.
     DeviceAdded,
-    /// A device is gone: its guest has given it up. `device` names it.
+    /// A device is gone: its guest has given it up, or its host has taken it. `device` names it.
     DeviceRemoved,
+    /// The host wants a passed-through device back: its driver is being unbound, or its physical function goes. The
+    /// guest is asked for it; if it still has it when the host asks again, ten seconds later, it is taken away.
+    /// `device` names it.
+    DeviceRequested,
     /// A disk has a new size; `device` names it.
     DiskResized,
 }

@@ -19,14 +19,14 @@ pub const IDS: &str = "1234:11e8";
 /// The same of `ivshmem-plain`, whose BAR 2 is memory.
 pub const MEMORY_IDS: &str = "1af4:1110";
 
-const DMA_SOURCE: usize = 0x80;
-const DMA_DESTINATION: usize = 0x88;
-const DMA_COUNT: usize = 0x90;
-const DMA_COMMAND: usize = 0x98;
+pub(crate) const DMA_SOURCE: usize = 0x80;
+pub(crate) const DMA_DESTINATION: usize = 0x88;
+pub(crate) const DMA_COUNT: usize = 0x90;
+pub(crate) const DMA_COMMAND: usize = 0x98;
 const DMA_START: u64 = 1;
 const DMA_FROM_BUFFER: u64 = 2;
 /// Where the device's own buffer is, in its own addresses.
-const BUFFER: u64 = 0x40000;
+pub(crate) const BUFFER: u64 = 0x40000;
 const BUFFER_LEN: usize = 4096;
 /// Far more than a transfer takes.
 const PATIENCE: Duration = Duration::from_secs(30);

@@ -53,6 +53,8 @@ pub struct Assets {
     pub stock: StockKernel,
     /// The bed's kernel.
     pub bed: BedKernel,
+    /// The module for the bed's kernel that exports dma-bufs.
+    pub guest_module: PathBuf,
     /// QEMU and its tools.
     pub emulator: Emulator,
     /// Programs that speak to the control API.

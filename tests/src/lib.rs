@@ -10,7 +10,9 @@ pub mod host;
 pub mod pci;
 pub mod progress;
 pub mod raw_gpu;
+pub mod reader;
 pub mod rogue;
+pub mod screen;
 
 /// Any failure of this package, as one line for a person.
 #[derive(Debug, thiserror::Error)]

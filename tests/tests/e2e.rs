@@ -17,6 +17,7 @@ mod e2e {
     pub mod topology;
     pub mod vfio;
     pub mod view;
+    pub mod vram;
 }
 
 use std::{
@@ -30,7 +31,7 @@ use fanlight_tests::{
     Context, Failure, Result,
     bed::{
         ApiClients, Bed, Busybox, Cache, DebianPrograms, Emulator, L1Kernel, Modules, Share,
-        StockKernel, bed_kernel, build_program, guest_archive, pulse,
+        StockKernel, bed_kernel, build_program, guest_archive, guest_module, pulse,
     },
     guest::{Assets, HANG},
     host::{self, Kvm},
@@ -60,6 +61,7 @@ fn tests() -> Vec<(&'static str, Test)> {
         e2e::topology::TESTS,
         e2e::view::TESTS,
         e2e::vfio::TESTS,
+        e2e::vram::TESTS,
     ];
     groups.concat()
 }
@@ -162,6 +164,7 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
         fanlight: fanlight.into(),
         stock: StockKernel::get(cache)?,
         bed: bed_kernel(cache)?,
+        guest_module: guest_module(cache)?,
         emulator: Emulator::get(cache)?,
         clients: ApiClients::get(cache)?,
         weston: weston(cache)?,
@@ -195,6 +198,7 @@ impl Beds {
     fn new(cache: &Cache, fanlight: &Path, share: &Path) -> Result<Self> {
         let this = std::env::current_exe().context("cannot find this program")?;
         let kernel = bed_kernel(cache)?;
+        guest_module(cache)?;
         ApiClients::get(cache)?;
         weston(cache)?;
         graphics_tools(cache)?;
@@ -220,7 +224,12 @@ impl Beds {
 
     fn run(&self, name: &str) -> Result<()> {
         let programs = [&*self.this, &*self.fanlight];
-        let devices = [e2e::vfio::l1_devices(name), e2e::dmabuf::l1_devices(name)].concat();
+        let devices = [
+            e2e::vfio::l1_devices(name),
+            e2e::dmabuf::l1_devices(name),
+            e2e::vram::l1_devices(name),
+        ]
+        .concat();
         let mut tries = 0;
         loop {
             let mut output = Vec::new();

@@ -8,8 +8,8 @@ use fanlight_arch::layout;
 use fanlight_devices::{
     memory::AddressSpace,
     pci::{
-        BarKind, BarReport, DevFn, EjectSink, HostBridge, PciBus, PciError, PciFunction, RootPort,
-        SlotError,
+        BarKind, BarReport, DevFn, EjectSink, HostBridge, PciBus, PciError, PciFunction, Port,
+        PortKind, SlotError,
     },
     vfio::VfioFunction,
     virtio::{
@@ -20,6 +20,9 @@ use fanlight_devices::{
 use thiserror::Error;
 
 use crate::{machine::MachineError, passthrough::PassedThrough};
+
+/// Where what is put into a slot is on the bus behind it.
+const PLUGGED: DevFn = DevFn::new(0, 0);
 
 /// A device that is to be part of a machine.
 pub struct NewDevice {
@@ -37,7 +40,8 @@ pub struct NewDevice {
 struct Entry {
     id: String,
     function: Function,
-    place: DevFn,
+    place: Place,
+    /// Number of the port that it is behind, if that has one.
     port: Option<u8>,
 }
 
@@ -102,13 +106,34 @@ fn free_ports(free: &[u8]) -> String {
     }
 }
 
+/// A switch: GPUs share memory with what is behind the same one, whatever the processor is (Linux
+/// `drivers/pci/p2pdma.c`).
+struct Switch {
+    /// Where the root port in front of it is.
+    place: DevFn,
+    /// The bus within.
+    upstream: Arc<Port>,
+}
+
+/// Where a device is.
+struct Place {
+    /// On its own bus.
+    own: DevFn,
+    /// The port that it is behind, and where that is.
+    behind: Option<(DevFn, Arc<Port>)>,
+}
+
 /// The devices of one machine.
 pub struct Inventory {
     bus: Arc<PciBus>,
-    ports: BTreeMap<u8, Arc<RootPort>>,
-    /// Where each port is on the root bus.
+    /// The switch that ports belong to, if there is one.
+    switch: Option<Switch>,
+    ports: BTreeMap<u8, Arc<Port>>,
+    /// Where each port is, on the root bus or in the switch.
     port_places: BTreeMap<u8, DevFn>,
     entries: Vec<Entry>,
+    /// The number of the next device of the host's: none is given twice.
+    next_passed: u32,
     environment: Environment,
     ejected: EjectSink,
     failed: Arc<dyn Fn(&str) + Send + Sync>,
@@ -125,9 +150,11 @@ impl Inventory {
         bus.add(Arc::new(HostBridge::default()))?;
         Ok(Self {
             bus,
+            switch: None,
             ports: BTreeMap::new(),
             port_places: BTreeMap::new(),
             entries: Vec::new(),
+            next_passed: 0,
             environment,
             ejected,
             failed,
@@ -167,21 +194,25 @@ impl Inventory {
         Ok(())
     }
 
+    /// The same for a device that shares memory with passed-through ones.
+    pub fn add_together(&mut self, new: NewDevice) -> Result<(), MachineError> {
+        let (id, port) = (new.id.clone(), new.port);
+        let function = self.function(new)?;
+        let place = self.put_together(function.clone(), port)?;
+        self.entries.push(Entry {
+            id,
+            function: Function::Virtio(function),
+            place,
+            port,
+        });
+        Ok(())
+    }
+
     /// Adds a device of the host's before the guest runs.
     pub fn add_passed_through(&mut self, passed: &PassedThrough) -> Result<(), MachineError> {
-        let is_passed = |entry: &&Entry| matches!(entry.function, Function::PassedThrough(_));
-        let number = self.entries.iter().filter(is_passed).count() as u32;
-        let function = VfioFunction::new(passed.device.clone(), number, &self.environment)?;
-        let place = self.put(function.clone(), passed.port)?;
-        if let Some(pin) = function.interrupt_pin() {
-            let port = passed.port.and_then(|port| self.port_places.get(&port));
-            // A bridge passes a pin on rotated by the device's number behind it.
-            let (device, pin) = match port {
-                Some(port) => (port.device(), (pin + place.device()) % 4),
-                None => (place.device(), pin),
-            };
-            function.connect_pin(&*self.environment.hypervisor, layout::pci_irq(device, pin));
-        }
+        let function = self.passed_function(passed)?;
+        let place = self.put_together(function.clone(), passed.port)?;
+        self.connect_pin(&function, &place);
         self.entries.push(Entry {
             id: passed.id.clone(),
             function: Function::PassedThrough(function),
@@ -191,16 +222,104 @@ impl Inventory {
         Ok(())
     }
 
+    fn passed_function(
+        &mut self,
+        passed: &PassedThrough,
+    ) -> Result<Arc<VfioFunction>, MachineError> {
+        let number = self.next_passed;
+        self.next_passed = number.wrapping_add(1);
+        Ok(VfioFunction::new(
+            passed.device.clone(),
+            number,
+            &self.environment,
+        )?)
+    }
+
+    fn connect_pin(&self, function: &VfioFunction, place: &Place) {
+        let Some(pin) = function.interrupt_pin() else {
+            return;
+        };
+        // A bridge passes a pin on rotated by the device's number behind it.
+        let (mut device, mut pin) = (place.own.device(), pin);
+        let port = place.behind.as_ref().map(|(place, _)| *place);
+        let switch = self.switch.as_ref().map(|switch| switch.place);
+        for above in port.into_iter().chain(port.and(switch)) {
+            pin = (pin + device) % 4;
+            device = above.device();
+        }
+        function.connect_pin(&*self.environment.hypervisor, layout::pci_irq(device, pin));
+    }
+
     /// Puts a function on the root bus or behind a port.
     fn put(
         &mut self,
         function: Arc<dyn PciFunction>,
         port: Option<u8>,
-    ) -> Result<DevFn, MachineError> {
-        Ok(match port {
-            None => self.bus.add(function)?,
-            Some(number) => self.port(number)?.insert(function)?,
+    ) -> Result<Place, MachineError> {
+        let Some(number) = port else {
+            return Ok(Place {
+                own: self.bus.add(function)?,
+                behind: None,
+            });
+        };
+        let port = self.port(number)?;
+        let own = port.insert(function)?;
+        Ok(self.behind(number, own))
+    }
+
+    /// Puts a function where those are that share memory with each other: in the switch, if there is one and no port
+    /// is named.
+    fn put_together(
+        &mut self,
+        function: Arc<dyn PciFunction>,
+        port: Option<u8>,
+    ) -> Result<Place, MachineError> {
+        let (Some(switch), None) = (&self.switch, port) else {
+            return self.put(function, port);
+        };
+        let upstream = switch.upstream.clone();
+        let port = self.make_port(PortKind::Downstream, 0)?;
+        let place = upstream.bus().add_port(port.clone())?;
+        let own = port.insert(function)?;
+        Ok(Place {
+            own,
+            behind: Some((place, port)),
         })
+    }
+
+    /// A place behind a port that has a number.
+    fn behind(&self, number: u8, own: DevFn) -> Place {
+        let place = self.port_places.get(&number);
+        let port = self.ports.get(&number);
+        Place {
+            own,
+            behind: place.copied().zip(port.cloned()),
+        }
+    }
+
+    /// Makes a switch: ports are its ports from now on. It has no access control services, so that what is behind it
+    /// reaches each other without the root complex.
+    pub fn make_switch(&mut self) -> Result<(), MachineError> {
+        let root = self.make_port(PortKind::Root, 0)?;
+        let upstream = self.make_port(PortKind::Upstream, 0)?;
+        root.bus().add_port(upstream.clone())?;
+        let place = self.bus.add_port(root)?;
+        self.switch = Some(Switch { place, upstream });
+        Ok(())
+    }
+
+    fn make_port(&self, kind: PortKind, slot: u8) -> Result<Arc<Port>, MachineError> {
+        let vector = self.environment.hypervisor.msi_vector();
+        let vector = vector.map_err(|source| MachineError::Host {
+            action: "make an interrupt",
+            source,
+        })?;
+        Ok(Arc::new(Port::new(
+            kind,
+            slot,
+            vector,
+            self.ejected.clone(),
+        )))
     }
 
     /// Adds ports with nothing behind them, of the lowest numbers that are free.
@@ -216,17 +335,19 @@ impl Inventory {
     }
 
     /// The port of this number, which is made when it is first named.
-    fn port(&mut self, number: u8) -> Result<Arc<RootPort>, MachineError> {
+    fn port(&mut self, number: u8) -> Result<Arc<Port>, MachineError> {
         if let Some(port) = self.ports.get(&number) {
             return Ok(port.clone());
         }
-        let vector = self.environment.hypervisor.msi_vector();
-        let vector = vector.map_err(|source| MachineError::Host {
-            action: "make an interrupt",
-            source,
-        })?;
-        let port = Arc::new(RootPort::new(number, vector, self.ejected.clone()));
-        let place = self.bus.add_port(port.clone())?;
+        let (kind, bus) = match &self.switch {
+            None => (PortKind::Root, None),
+            Some(switch) => (PortKind::Downstream, Some(switch.upstream.clone())),
+        };
+        let port = self.make_port(kind, number)?;
+        let place = match bus {
+            None => self.bus.add_port(port.clone())?,
+            Some(upstream) => upstream.bus().add_port(port.clone())?,
+        };
         self.port_places.insert(number, place);
         self.ports.insert(number, port.clone());
         Ok(port)
@@ -261,25 +382,53 @@ impl Inventory {
 
     /// Puts a device into the slot that it names, while the guest runs.
     pub fn plug(&mut self, new: NewDevice) -> Result<(), InventoryError> {
-        let id = new.id.clone();
-        if self.has(&id) {
-            return Err(InventoryError::Exists(id));
-        }
-        let number = self.choose_port(new.port)?;
-        let port = self
-            .ports
-            .get(&number)
-            .ok_or(InventoryError::NoSlot)?
-            .clone();
+        let (id, asked) = (new.id.clone(), new.port);
+        let (number, port) = self.slot(&id, asked)?;
         let function = self.function(new)?;
         port.plug(function.clone())?;
+        self.plugged(id, Function::Virtio(function), number);
+        Ok(())
+    }
+
+    /// The same for a device of the host's.
+    pub fn plug_passed_through(&mut self, passed: &PassedThrough) -> Result<(), InventoryError> {
+        let (number, port) = self.slot(&passed.id, passed.port)?;
+        let function = self.passed_function(passed)?;
+        self.connect_pin(&function, &self.behind(number, PLUGGED));
+        port.plug(function.clone())?;
+        self.plugged(passed.id.clone(), Function::PassedThrough(function), number);
+        Ok(())
+    }
+
+    /// The free slot for a device that is to come.
+    fn slot(&self, id: &str, asked: Option<u8>) -> Result<(u8, Arc<Port>), InventoryError> {
+        if self.has(id) {
+            return Err(InventoryError::Exists(id.to_owned()));
+        }
+        let number = self.choose_port(asked)?;
+        let port = self.ports.get(&number).ok_or(InventoryError::NoSlot)?;
+        Ok((number, port.clone()))
+    }
+
+    fn plugged(&mut self, id: String, function: Function, port: u8) {
         self.entries.push(Entry {
             id,
-            function: Function::Virtio(function),
-            place: DevFn::new(0, 0),
-            port: Some(number),
+            function,
+            place: self.behind(port, PLUGGED),
+            port: Some(port),
         });
-        Ok(())
+    }
+
+    /// Takes a device of the host's away, whatever the guest does with it.
+    pub fn take_away(&mut self, id: &str) {
+        let Some(at) = self.entries.iter().position(|entry| entry.id == id) else {
+            return;
+        };
+        let entry = self.entries.remove(at);
+        match &entry.place.behind {
+            Some((_, port)) => port.take_away(),
+            None => self.bus.remove(entry.place.own),
+        }
     }
 
     /// Asks the guest to give a device up.
@@ -336,8 +485,8 @@ impl Inventory {
             Function::PassedThrough(_) => None,
         };
         let bars = entry.function.bars().into_iter();
-        let port = entry.port.and_then(|number| self.ports.get(&number));
-        let bus = port.map_or(0, |port| *port.forwarded_buses().start());
+        let behind = entry.place.behind.as_ref();
+        let bus = behind.map_or(0, |(_, port)| *port.forwarded_buses().start());
         let bars = bars.map(|bar| types::Bar {
             index: bar.index as u8,
             kind: match bar.kind {
@@ -353,7 +502,7 @@ impl Inventory {
         types::Device {
             id: entry.id.clone(),
             kind: virtio.as_ref().map_or("vfio", |report| report.name).into(),
-            address: format!("0000:{bus:02x}:{}", entry.place),
+            address: format!("0000:{bus:02x}:{}", entry.place.own),
             port: entry.port,
             bars: bars.collect(),
             offered_features: format!("{:#x}", virtio.as_ref().map_or(0, |report| report.offered)),

@@ -9,6 +9,7 @@ mod files;
 mod footprint;
 pub mod graphics;
 pub mod host_devices;
+pub mod host_requests;
 pub mod input;
 pub mod inventory;
 pub mod kvm;

@@ -1,7 +1,7 @@
 //! A machine's life: started, reset, ended; signals, console input, and what the guest asks for.
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeSet, VecDeque},
     io,
     os::{
         fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
@@ -176,6 +176,7 @@ fn live(
         wake,
         signals,
         desk,
+        requested: BTreeSet::new(),
         kill_at: None,
         outcome: None,
     });
@@ -287,6 +288,8 @@ struct MainLoop<'a> {
     machine: Machine,
     holdings: Holdings<'a>,
     desk: &'a mut Desk,
+    /// Passed-through devices that the host wants back.
+    requested: BTreeSet<String>,
     on_reset: OnReset,
     on_panic: OnPanic,
     inputs: Vec<ConsoleInput<'a>>,
@@ -302,7 +305,8 @@ struct MainLoop<'a> {
 const WAKE: u32 = 0;
 const SIGNAL: u32 = 1;
 const COMMAND: u32 = 2;
-const FIRST_INPUT: u32 = 3;
+const REQUESTED: u32 = 3;
+const FIRST_INPUT: u32 = 4;
 
 impl MainLoop<'_> {
     fn milliseconds_to_kill(&self) -> i32 {
@@ -442,6 +446,7 @@ impl MutEventSubscriber for MainLoop<'_> {
             WAKE => self.take_events(),
             SIGNAL => self.take_signals(),
             COMMAND => self.take_commands(),
+            REQUESTED => self.take_requests(),
             data => {
                 let (index, room) = ((data - FIRST_INPUT) / 2, (data - FIRST_INPUT) % 2 == 1);
                 self.move_input(index as usize, !room, ops);
@@ -458,6 +463,7 @@ impl MutEventSubscriber for MainLoop<'_> {
         add(self.wake.as_raw_fd(), WAKE);
         add(self.signals.as_fd().as_raw_fd(), SIGNAL);
         add(self.desk.as_fd().as_raw_fd(), COMMAND);
+        add(self.holdings.requests.as_fd().as_raw_fd(), REQUESTED);
         for (index, input) in (0..).zip(&self.inputs) {
             add(input.room.as_raw_fd(), FIRST_INPUT + 2 * index + 1);
         }

@@ -22,7 +22,7 @@ use fanlight_devices::{
     },
     memory::{AddressSpace, AddressSpaceError, IoHandler, RamError},
     pci::{ConfigMechanism1, Ecam, EjectSink, MECHANISM_1_PORTS, MsixError, PciError, Windows},
-    vfio::{DmaMapping, VfioError},
+    vfio::{DmaMapping, Iommu, VfioError},
     virtio::{
         VirtioDevice,
         block::Block,
@@ -41,8 +41,9 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
     footprint::shrink,
-    inventory::{Inventory, NewDevice},
+    inventory::{Inventory, InventoryError, NewDevice},
     kvm::{ClockState, ExitCounts, KvmError, KvmVcpu, KvmVm, VcpuError},
+    passthrough::PassedThrough,
     resources::{Disk, Interface, Resources},
     vcpus::{Shared, VcpuThreads},
 };
@@ -160,7 +161,8 @@ pub struct Machine {
     memory: Arc<AddressSpace>,
     ports: Arc<AddressSpace>,
     callbacks: Callbacks,
-    _dma: Vec<DmaMapping>,
+    /// Guest RAM in reach of passed-through devices, while there are any.
+    dma: Vec<DmaMapping>,
     _slots: Vec<MappedSlot>,
 }
 
@@ -216,6 +218,9 @@ impl Machine {
             callbacks.ejected.clone(),
             callbacks.device_failed.clone(),
         )?;
+        if resources.graphics.is_some() && resources.passthrough.is_some() {
+            inventory.make_switch()?;
+        }
         let mut dma = Vec::new();
         if let Some(passthrough) = &resources.passthrough {
             kvm.honour_guest_pat()?;
@@ -285,7 +290,7 @@ impl Machine {
             memory,
             ports,
             callbacks,
-            _dma: dma,
+            dma,
             _slots: slots,
         })
     }
@@ -338,6 +343,26 @@ impl Machine {
             vcpus.resume();
         }
         Ok(())
+    }
+
+    /// Puts a device of the host's into the slot that it names, while the guest runs. The first one brings guest RAM
+    /// into the devices' reach.
+    pub fn plug_passed_through(
+        &mut self,
+        passed: &PassedThrough,
+        iommu: &Arc<Iommu>,
+        mem: &GuestMemory,
+    ) -> Result<(), InventoryError> {
+        if self.dma.is_empty() {
+            self.kvm.honour_guest_pat().map_err(MachineError::from)?;
+            self.dma = iommu.map_ram(mem).map_err(MachineError::from)?;
+        }
+        self.inventory.plug_passed_through(passed)
+    }
+
+    /// The last passed-through device goes, and with it the address space that guest RAM is mapped in.
+    pub fn end_dma(&mut self) {
+        self.dma.clear();
     }
 
     /// Presses the power button: a guest that listens shuts down.
@@ -420,33 +445,43 @@ fn add_devices(
         inventory.add(net_device(interface, mem)?)?;
     }
     let map = inventory.address_space();
-    let mut add = |id: &str, device: Box<dyn VirtioDevice>, class, port| {
+    let add = |inventory: &mut Inventory, id: &str, device: Box<dyn VirtioDevice>, class| {
         inventory.add(NewDevice {
             id: id.into(),
             device,
             class,
-            port,
+            port: None,
         })
     };
     let host = |action| move |source| MachineError::Host { action, source };
     if let (Some(config), Some(file)) = (&config.vsock, &resources.vsock) {
         let file = file.try_clone().map_err(host("duplicate a descriptor"))?;
         let vsock = Vsock::new(config.cid, file, mem)?;
-        add("vsock", Box::new(vsock), CLASS_COMMUNICATION_OTHER, None)?;
+        add(
+            inventory,
+            "vsock",
+            Box::new(vsock),
+            CLASS_COMMUNICATION_OTHER,
+        )?;
     }
     if config.rng.enabled {
-        add("rng", Box::<Rng>::default(), CLASS_OTHER, None)?;
+        add(inventory, "rng", Box::<Rng>::default(), CLASS_OTHER)?;
     }
     if let Some(graphics) = &resources.graphics {
         let gpu = Gpu::new(graphics.display.clone(), map);
-        add("gpu", Box::new(gpu), CLASS_DISPLAY_OTHER, graphics.port)?;
+        inventory.add_together(NewDevice {
+            id: "gpu".into(),
+            device: Box::new(gpu),
+            class: CLASS_DISPLAY_OTHER,
+            port: graphics.port,
+        })?;
         for handle in &graphics.inputs {
             let (id, class) = match handle.kind() {
                 Kind::Keyboard => ("keyboard", CLASS_INPUT_KEYBOARD),
                 Kind::Pointer => ("pointer", CLASS_INPUT_MOUSE),
                 Kind::Touch => ("touch", CLASS_INPUT_OTHER),
             };
-            add(id, Box::new(Input::new(handle)), class, None)?;
+            add(inventory, id, Box::new(Input::new(handle)), class)?;
         }
     }
     let Some(console) = &resources.console else {
@@ -456,6 +491,11 @@ fn add_devices(
     let signal = room.try_clone().map_err(host("duplicate a descriptor"))?;
     let (device, handle) =
         Console::new(console.output.clone(), signal).map_err(host("make an event descriptor"))?;
-    add("console", Box::new(device), CLASS_COMMUNICATION_OTHER, None)?;
+    add(
+        inventory,
+        "console",
+        Box::new(device),
+        CLASS_COMMUNICATION_OTHER,
+    )?;
     Ok(Some((handle, room)))
 }

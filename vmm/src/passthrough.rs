@@ -18,6 +18,9 @@ pub enum PassthroughError {
     /// One device twice.
     #[error("{0}: given twice")]
     Twice(PciAddress),
+    /// There already.
+    #[error("{0}: the machine has it already")]
+    Present(PciAddress),
     /// Both interfaces at once.
     #[error(
         "iommufd=on for one device and iommufd=off for another: a machine uses one of them for all, so \
@@ -70,19 +73,54 @@ impl Passthrough {
         let devices = functions
             .iter()
             .zip(configs)
-            .map(|(function, config)| {
-                let id = config.id.clone().unwrap_or_default();
-                let device = HostDevice::open(function, iommu.clone())?;
-                tracing::info!(address = %function.address, %id, iommu = iommu.name(), "passed through");
-                Ok(PassedThrough {
-                    device: Arc::new(device),
-                    id,
-                    port: config.port,
-                })
-            })
+            .map(|(function, config)| open(function, config, &iommu))
             .collect::<Result<_, VfioError>>()?;
         Ok(Some(Self { devices, iommu }))
     }
+
+    /// Opens one more device for a machine that runs.
+    pub fn add(this: &mut Option<Self>, config: &VfioConfig) -> Result<(), PassthroughError> {
+        let address: PciAddress = config.device.parse()?;
+        let Some(present) = this else {
+            *this = Self::open(std::slice::from_ref(config))?;
+            return Ok(());
+        };
+        if present
+            .devices
+            .iter()
+            .any(|passed| passed.device.address == address)
+        {
+            return Err(PassthroughError::Present(address));
+        }
+        let with_iommufd = matches!(*present.iommu, Iommu::Iommufd(_));
+        if interface(std::slice::from_ref(config))?.is_some_and(|wish| wish != with_iommufd) {
+            return Err(PassthroughError::BothInterfaces);
+        }
+        let function = HostFunction::find(address).ok_or(VfioError::NoDevice(address))?;
+        let device = open(&function, config, &present.iommu)?;
+        present.devices.push(device);
+        Ok(())
+    }
+
+    /// The device of this name.
+    pub fn find(&self, id: &str) -> Option<&PassedThrough> {
+        self.devices.iter().find(|passed| passed.id == id)
+    }
+}
+
+fn open(
+    function: &HostFunction,
+    config: &VfioConfig,
+    iommu: &Arc<Iommu>,
+) -> Result<PassedThrough, VfioError> {
+    let id = config.id.clone().unwrap_or_default();
+    let device = HostDevice::open(function, iommu.clone())?;
+    tracing::info!(address = %function.address, %id, iommu = iommu.name(), "passed through");
+    Ok(PassedThrough {
+        device: Arc::new(device),
+        id,
+        port: config.port,
+    })
 }
 
 /// Which interface the devices are to use, if somebody cares.

@@ -14,6 +14,7 @@ use fanlight_api::{
 };
 use fanlight_devices::{
     memory::{GuestRam, HugePageSize, RamError},
+    vfio::VfioError,
     virtio::{
         block::{DiskError, DiskFormat, DiskImage},
         net::{Mac, MacError, Tap, TapError},
@@ -26,6 +27,7 @@ use crate::{
     console::{ConsoleError, HostConsole},
     files::open_at_once,
     graphics::{Graphics, GraphicsError},
+    host_requests::HostRequests,
     passthrough::{Passthrough, PassthroughError},
 };
 
@@ -75,6 +77,9 @@ pub enum ConfigError {
     /// A passed-through device.
     #[error("--vfio")]
     Vfio(#[from] PassthroughError),
+    /// What listens to the host.
+    #[error(transparent)]
+    Requests(#[from] VfioError),
     /// The GPU.
     #[error("--gpu")]
     Graphics(#[from] GraphicsError),
@@ -154,6 +159,8 @@ pub struct Resources {
     pub interfaces: Vec<Interface>,
     /// Passed-through devices.
     pub passthrough: Option<Passthrough>,
+    /// Tells when the host wants one of those back.
+    pub requests: HostRequests,
     /// The display and what is typed and pointed at, if there is a GPU.
     pub graphics: Option<Graphics>,
     /// The serial port's host side.
@@ -180,6 +187,10 @@ pub struct Holdings<'a> {
     pub disks: &'a mut Vec<Disk>,
     /// Network interfaces.
     pub interfaces: &'a mut Vec<Interface>,
+    /// Passed-through devices.
+    pub passthrough: &'a mut Option<Passthrough>,
+    /// Tells when the host wants one of them back.
+    pub requests: &'a HostRequests,
 }
 
 impl Resources {
@@ -194,6 +205,8 @@ impl Resources {
             ram: &self.ram,
             disks: &mut self.disks,
             interfaces: &mut self.interfaces,
+            passthrough: &mut self.passthrough,
+            requests: &self.requests,
         };
         (consoles, holdings)
     }
@@ -254,6 +267,7 @@ impl Resources {
             check_port(device.port)?;
         }
         let passthrough = Passthrough::open(&config.vfio)?;
+        let requests = HostRequests::new(passthrough.as_ref())?;
         let graphics = config.gpu.as_ref().map(Graphics::new).transpose()?;
         let console = config.console.as_ref().map(|console| &console.0);
         if config.serial == CharBackend::Stdio && console == Some(&CharBackend::Stdio) {
@@ -273,6 +287,7 @@ impl Resources {
             disks,
             interfaces,
             passthrough,
+            requests,
             graphics,
             config,
         })

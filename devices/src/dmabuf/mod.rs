@@ -9,6 +9,7 @@
 mod buffer;
 mod scatter;
 mod udmabuf;
+mod view;
 
 use std::{
     fs::File,
@@ -21,7 +22,7 @@ use std::{
 
 use thiserror::Error;
 
-pub use buffer::{Buffer, BufferError};
+pub use buffer::{Buffer, BufferError, Reader};
 pub use scatter::{MemoryEntry, ScatterError, ScatterList};
 pub use udmabuf::{Limits, Udmabuf, UdmabufError, UdmabufItem};
 

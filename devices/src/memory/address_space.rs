@@ -11,7 +11,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     fs::File,
-    sync::{Arc, RwLock},
+    sync::{Arc, RwLock, Weak},
 };
 
 use thiserror::Error;
@@ -153,11 +153,20 @@ struct Entry {
     region: Region,
 }
 
+/// Who keeps what it looked up wants to know when that is no longer so: a passed-through device's memory comes
+/// and goes as the guest has it.
+pub trait MapWatcher: fmt::Debug + Send + Sync {
+    /// Memory has come to lie at `[gpa, gpa + len)`, or lies there no longer. Called on the thread that changed
+    /// the map, with no lock of it held.
+    fn memory_changed(&self, map: &AddressSpace, gpa: u64, len: u64);
+}
+
 /// The map from guest-physical ranges to what lies there.
 #[derive(Debug, Default)]
 pub struct AddressSpace {
     /// Keyed by start; entries never overlap.
     entries: RwLock<BTreeMap<u64, Entry>>,
+    watchers: RwLock<Vec<Weak<dyn MapWatcher>>>,
 }
 
 impl AddressSpace {
@@ -183,7 +192,25 @@ impl AddressSpace {
         len: u64,
         backing: Backing,
     ) -> Result<(), AddressSpaceError> {
-        self.insert(gpa, len, Region::Backed(backing))
+        self.insert(gpa, len, Region::Backed(backing))?;
+        self.tell(gpa, len);
+        Ok(())
+    }
+
+    /// Has `watcher` told of memory that comes and goes from now on, for as long as it is there.
+    pub fn watch(&self, watcher: Weak<dyn MapWatcher>) {
+        let mut watchers = self.watchers.write().unwrap_or_else(|e| e.into_inner());
+        watchers.retain(|watcher| watcher.strong_count() > 0);
+        watchers.push(watcher);
+    }
+
+    fn tell(&self, gpa: u64, len: u64) {
+        let all = self.watchers.read().unwrap_or_else(|e| e.into_inner());
+        let watchers: Vec<_> = all.iter().filter_map(Weak::upgrade).collect();
+        drop(all);
+        for watcher in watchers {
+            watcher.memory_changed(self, gpa, len);
+        }
     }
 
     fn insert(&self, gpa: u64, len: u64, region: Region) -> Result<(), AddressSpaceError> {
@@ -206,13 +233,15 @@ impl AddressSpace {
     /// Removes the region that was inserted with exactly this start and length.
     pub fn remove(&self, gpa: u64, len: u64) -> Result<(), AddressSpaceError> {
         let mut entries = self.entries.write().unwrap_or_else(|e| e.into_inner());
-        match entries.get(&gpa) {
-            Some(entry) if entry.len == len => {
-                entries.remove(&gpa);
-                Ok(())
-            }
-            _ => Err(AddressSpaceError::NotFound { gpa, len }),
+        let removed = match entries.get(&gpa) {
+            Some(entry) if entry.len == len => entries.remove(&gpa),
+            _ => return Err(AddressSpaceError::NotFound { gpa, len }),
+        };
+        drop(entries);
+        if removed.is_some_and(|entry| matches!(entry.region, Region::Backed(_))) {
+            self.tell(gpa, len);
         }
+        Ok(())
     }
 
     /// The region that holds `gpa`: its start, length and content.
@@ -385,6 +414,36 @@ mod tests {
             map.resolve(0, 0),
             Err(AddressSpaceError::BadRange { .. })
         ));
+    }
+
+    #[derive(Debug, Default)]
+    struct Watcher(std::sync::Mutex<Vec<(u64, bool)>>);
+
+    impl MapWatcher for Watcher {
+        fn memory_changed(&self, map: &AddressSpace, gpa: u64, len: u64) {
+            let there = map.resolve(gpa, len).is_ok();
+            self.0.lock().unwrap().push((gpa, there));
+        }
+    }
+
+    #[test]
+    fn who_watches_hears_of_memory_that_comes_and_goes() {
+        let map = AddressSpace::new();
+        let watcher = Arc::new(Watcher::default());
+        let weak: Weak<Watcher> = Arc::downgrade(&watcher);
+        map.watch(weak);
+        let file = file();
+        map.insert_backed(0x1000, 0x1000, ram(&file, 0)).unwrap();
+        map.insert_io(0x3000, 8, Arc::new(Recorder::default()))
+            .unwrap();
+        map.remove(0x3000, 8).unwrap();
+        map.remove(0x1000, 0x1000).unwrap();
+        assert_eq!(
+            *watcher.0.lock().unwrap(),
+            [(0x1000, true), (0x1000, false)]
+        );
+        drop(watcher);
+        map.insert_backed(0x1000, 0x1000, ram(&file, 0)).unwrap();
     }
 
     #[test]

@@ -5,7 +5,7 @@ mod aligned_hole;
 mod ram;
 
 pub use address_space::{
-    AddressSpace, AddressSpaceError, Backing, BackingKind, IoHandler, Region, Segment,
+    AddressSpace, AddressSpaceError, Backing, BackingKind, IoHandler, MapWatcher, Region, Segment,
 };
 pub use ram::{GuestRam, HugePageSize, RamError};
 

@@ -1,5 +1,5 @@
-//! A PCI Express root port: a type 1 bridge to a bus of its own. It has no access control services, so
-//! functions below it may reach each other.
+//! A PCI Express port: a type 1 bridge to a bus of its own, from the root complex or from a switch. It has no
+//! access control services, so functions below it may reach each other.
 //!
 //! Configuration accesses are routed by the bus numbers that the guest programs. Its windows are kept
 //! for the guest to read back; what functions behind it decode follows from their own BARs alone.
@@ -23,18 +23,15 @@ use super::{
     config::{COMMAND_BUS_MASTER, COMMAND_IO, COMMAND_MEMORY, reg},
 };
 
-/// Red Hat's id for a PCI Express root port (QEMU `docs/specs/pci-ids`).
-const IDENTITY: Identity = Identity {
-    vendor: 0x1b36,
-    device: 0x000c,
-    class: 0x06_0400,
-    revision: 0,
-    subsystem: (0, 0),
-};
+/// PCI-to-PCI bridges.
+const CLASS_BRIDGE: u32 = 0x06_0400;
 
 const CAP_ID_PCI_EXPRESS: u8 = 0x10;
-/// PCI Express Capabilities Register: version 2, root port, slot implemented.
-const EXPRESS_ROOT_PORT: u16 = 2 | 4 << 4 | 1 << 8;
+/// PCI Express Capabilities Register: version 2, and whether there is a slot.
+const EXPRESS_VERSION: u16 = 2;
+const EXPRESS_SLOT: u16 = 1 << 8;
+/// Position of Device/Port Type there.
+const EXPRESS_TYPE_SHIFT: u16 = 4;
 /// Link Capabilities and Status: 2.5 GT/s, one lane.
 const LINK_SPEED_WIDTH: u16 = 1 | 1 << 4;
 /// Link Capabilities: Link Status tells whether the link is up.
@@ -81,6 +78,9 @@ const ATTENTION_INDICATOR_OFF: u16 = 0b11 << 6;
 const POWER_OFF: u16 = 1 << 10;
 const SLOT_CONTROL_WRITABLE: u16 = 0x7ff | LINK_STATE_CHANGED_ENABLE;
 
+/// Bridge Control: Secondary Bus Reset.
+const BUS_RESET: u16 = 1 << 6;
+
 /// Granularity of memory windows.
 const MEMORY_UNIT: u64 = 1 << 20;
 /// Low bits of the prefetchable window's registers: 64 bits.
@@ -116,18 +116,59 @@ struct State {
     asserted: bool,
 }
 
-/// A root port and the bus behind it.
-pub struct RootPort {
+/// Which way a port leads.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum PortKind {
+    /// From the root complex down.
+    Root,
+    /// From a switch up.
+    Upstream,
+    /// From a switch down.
+    Downstream,
+}
+
+impl PortKind {
+    /// Device/Port Type (PCI Express 5.0, 7.5.3.2).
+    fn express_type(self) -> u16 {
+        match self {
+            PortKind::Root => 4,
+            PortKind::Upstream => 5,
+            PortKind::Downstream => 6,
+        }
+    }
+
+    /// Red Hat's id for a root port, and Texas Instruments' for the ports of their XIO3130 (QEMU
+    /// `docs/specs/pci-ids`).
+    fn identity(self) -> Identity {
+        let (vendor, device) = match self {
+            PortKind::Root => (0x1b36, 0x000c),
+            PortKind::Upstream => (0x104c, 0x8232),
+            PortKind::Downstream => (0x104c, 0x8233),
+        };
+        Identity {
+            vendor,
+            device,
+            class: CLASS_BRIDGE,
+            revision: 0,
+            subsystem: (0, 0),
+        }
+    }
+}
+
+/// A port and the bus behind it.
+pub struct Port {
     state: Mutex<State>,
     bus: Arc<PciBus>,
+    /// Number of the slot behind it, or 0: what is there cannot come or go.
     slot: u8,
     ejected: EjectSink,
 }
 
-impl RootPort {
-    /// The port of physical slot `slot`, with nothing behind it. It interrupts by `vector`.
-    pub fn new(slot: u8, vector: Arc<dyn MsiVector>, ejected: EjectSink) -> Self {
-        let mut config = ConfigSpace::new(1, IDENTITY);
+impl Port {
+    /// The port of physical slot `slot`, with nothing behind it; with slot 0 there is no slot. It interrupts by
+    /// `vector`.
+    pub fn new(kind: PortKind, slot: u8, vector: Arc<dyn MsiVector>, ejected: EjectSink) -> Self {
+        let mut config = ConfigSpace::new(1, kind.identity());
         config.set_writable(reg::PRIMARY_BUS, &[0xff; 3]);
         config.set_writable(reg::IO_BASE, &[0xf0, 0xf0]);
         config.set_writable(reg::MEMORY_BASE, &[0xf0, 0xff, 0xf0, 0xff]);
@@ -135,9 +176,9 @@ impl RootPort {
         config.set(reg::PREFETCHABLE_LIMIT, &PREFETCHABLE_64.to_le_bytes());
         config.set_writable(reg::PREFETCHABLE_BASE, &[0xf0, 0xff, 0xf0, 0xff]);
         config.set_writable(reg::PREFETCHABLE_BASE_UPPER, &[0xff; 8]);
-        // SERR, VGA and reset bits mean nothing here, but software may set them.
+        // SERR and VGA bits mean nothing here, but software may set them.
         config.set_writable(reg::BRIDGE_CONTROL, &[0x4f, 0]);
-        let express = config.add_capability(&express(slot));
+        let express = config.add_capability(&express(kind, slot));
         let msi = Msi::new(&mut config, vector);
         let port = Self {
             state: Mutex::new(State {
@@ -170,10 +211,13 @@ impl RootPort {
         let state = &mut *self.lock();
         let place = self.bus.add(function.clone())?;
         state.card.push(function);
-        state.set_status(PRESENCE, 0);
-        let control = state.slot_control() & !(POWER_OFF | POWER_INDICATOR) | POWER_INDICATOR_ON;
-        state.set_register(SLOT_CONTROL, control);
         state.set_register(LINK_STATUS, LINK_SPEED_WIDTH | LINK_ACTIVE);
+        if self.slot != 0 {
+            state.set_status(PRESENCE, 0);
+            let control =
+                state.slot_control() & !(POWER_OFF | POWER_INDICATOR) | POWER_INDICATOR_ON;
+            state.set_register(SLOT_CONTROL, control);
+        }
         Ok(place)
     }
 
@@ -229,6 +273,37 @@ impl RootPort {
         state.set_status(ATTENTION_BUTTON_PRESSED, 0);
         state.interrupt();
         Ok(())
+    }
+
+    /// Takes what is in the slot away without asking: the guest finds it gone (PCI Express 5.0, 6.7.1, surprise
+    /// removal).
+    pub fn take_away(&self) {
+        let state = &mut *self.lock();
+        if state.card.is_empty() {
+            return;
+        }
+        self.bus.clear();
+        state.card.clear();
+        state.removing = false;
+        state.set_register(LINK_STATUS, LINK_SPEED_WIDTH);
+        if self.slot == 0 {
+            return;
+        }
+        state.set_status(PRESENCE_DETECT_CHANGED | LINK_STATE_CHANGED, PRESENCE);
+        state.interrupt();
+    }
+
+    /// The registers of every bridge.
+    fn write_plain(&self, state: &mut State, offset: usize, data: &[u8]) {
+        let in_reset = |state: &State| state.config.u16(reg::BRIDGE_CONTROL) & BUS_RESET != 0;
+        let was_in_reset = in_reset(state);
+        state.config.write(offset, data);
+        if in_reset(state) && !was_in_reset {
+            self.bus.reset();
+        }
+        if state.msi.touched(offset, data.len()) {
+            state.msi.update(&state.config);
+        }
     }
 
     fn power_on(&self, state: &mut State) {
@@ -342,13 +417,25 @@ impl State {
     }
 }
 
-/// The PCI Express capability of a root port with an empty slot.
-fn express(slot: u8) -> Capability {
+/// The PCI Express capability of a port with an empty slot, or none.
+fn express(kind: PortKind, slot: u8) -> Capability {
     let mut body = vec![0; EXPRESS_SIZE - 2];
     let mut put = |offset: usize, bytes: &[u8]| {
         body[offset - 2..offset - 2 + bytes.len()].copy_from_slice(bytes);
     };
-    put(EXPRESS_FLAGS, &EXPRESS_ROOT_PORT.to_le_bytes());
+    let flags = EXPRESS_VERSION | kind.express_type() << EXPRESS_TYPE_SHIFT;
+    if slot == 0 {
+        put(EXPRESS_FLAGS, &flags.to_le_bytes());
+        let link = u32::from(LINK_SPEED_WIDTH);
+        put(LINK_CAPABILITIES, &link.to_le_bytes());
+        put(LINK_STATUS, &LINK_SPEED_WIDTH.to_le_bytes());
+        return Capability {
+            id: CAP_ID_PCI_EXPRESS,
+            body,
+            writable: Vec::new(),
+        };
+    }
+    put(EXPRESS_FLAGS, &(flags | EXPRESS_SLOT).to_le_bytes());
     let link = u32::from(LINK_SPEED_WIDTH) | LINK_ACTIVE_REPORTING | u32::from(slot) << 24;
     put(LINK_CAPABILITIES, &link.to_le_bytes());
     put(LINK_STATUS, &LINK_SPEED_WIDTH.to_le_bytes());
@@ -364,7 +451,7 @@ fn express(slot: u8) -> Capability {
     }
 }
 
-impl PciFunction for RootPort {
+impl PciFunction for Port {
     fn read_config(&self, offset: u16, data: &mut [u8]) {
         self.lock().config.read(offset.into(), data);
     }
@@ -372,11 +459,11 @@ impl PciFunction for RootPort {
     fn write_config(&self, offset: u16, data: &[u8]) {
         let state = &mut *self.lock();
         let offset = usize::from(offset);
-        let powered = state.slot_control() & POWER_OFF == 0;
-        state.config.write(offset, data);
-        if state.msi.touched(offset, data.len()) {
-            state.msi.update(&state.config);
+        if self.slot == 0 {
+            return self.write_plain(state, offset, data);
         }
+        let powered = state.slot_control() & POWER_OFF == 0;
+        self.write_plain(state, offset, data);
         let control = state.express + SLOT_CONTROL;
         let written = offset..offset + data.len();
         // A write of 1 clears an event.
@@ -404,6 +491,11 @@ impl PciFunction for RootPort {
     }
 
     fn place_bar(&self, _index: usize, _address: u64) {}
+
+    /// A reset from above goes on below.
+    fn reset(&self) {
+        self.bus.reset();
+    }
 }
 
 #[cfg(test)]

@@ -5,11 +5,11 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use super::*;
 use crate::hypervisor::{Hypervisor, test_util::FakeHypervisor};
 
-impl RootPort {
+impl Port {
     /// A port that interrupts nobody.
     pub fn for_tests(slot: u8) -> Arc<Self> {
         let vector = FakeHypervisor::default().msi_vector().unwrap();
-        Arc::new(Self::new(slot, vector, Arc::new(|_| ())))
+        Arc::new(Self::new(PortKind::Root, slot, vector, Arc::new(|_| ())))
     }
 }
 
@@ -32,7 +32,7 @@ impl PciFunction for Card {
 }
 
 struct Slot {
-    port: RootPort,
+    port: Port,
     vector: Arc<dyn MsiVector>,
     ejected: Arc<AtomicU32>,
     card: Arc<Card>,
@@ -42,7 +42,8 @@ fn slot() -> Slot {
     let vector = FakeHypervisor::default().msi_vector().unwrap();
     let ejected = Arc::new(AtomicU32::new(0));
     let sink = ejected.clone();
-    let port = RootPort::new(
+    let port = Port::new(
+        PortKind::Root,
         7,
         vector.clone(),
         Arc::new(move |slot| sink.store(slot.into(), Ordering::Relaxed)),
@@ -112,7 +113,7 @@ impl Slot {
 
 #[test]
 fn windows_read_back_as_programmed() {
-    let port = RootPort::for_tests(1);
+    let port = Port::for_tests(1);
     port.set_windows(
         Some((0xc010_0000, 0xc030_0000)),
         Some((0x80_0000_0000, 0x81_0000_0000)),
@@ -126,7 +127,7 @@ fn windows_read_back_as_programmed() {
 
 #[test]
 fn a_new_port_forwards_nothing() {
-    let port = RootPort::for_tests(1);
+    let port = Port::for_tests(1);
     let config = &port.lock().config;
     assert!(config.u16(reg::MEMORY_BASE) > config.u16(reg::MEMORY_LIMIT));
     assert!(config.u16(reg::PREFETCHABLE_BASE) > config.u16(reg::PREFETCHABLE_LIMIT));
@@ -215,4 +216,39 @@ proptest::proptest! {
             let _ = slot.port.plug(slot.card.clone());
         }
     }
+}
+
+#[test]
+fn what_is_taken_away_is_gone_without_asking() {
+    let slot = slot();
+    slot.port.insert(slot.card.clone()).unwrap();
+    assert_eq!(slot.read(SLOT_STATUS) & PRESENCE, PRESENCE);
+    slot.port.take_away();
+    let status = slot.read(SLOT_STATUS);
+    assert_eq!(status & PRESENCE, 0);
+    assert_eq!(status & PRESENCE_DETECT_CHANGED, PRESENCE_DETECT_CHANGED);
+    assert_eq!(slot.read(LINK_STATUS) & LINK_ACTIVE, 0);
+    assert!(slot.port.is_empty());
+    assert_eq!(Arc::strong_count(&slot.card), 1);
+    assert_eq!(slot.ejected.load(Ordering::Relaxed), 0);
+    slot.port.take_away();
+    slot.port.plug(slot.card.clone()).unwrap();
+    assert_eq!(slot.read(LINK_STATUS) & LINK_ACTIVE, LINK_ACTIVE);
+}
+
+#[test]
+fn the_reset_bit_resets_what_is_behind_the_port_once() {
+    let slot = slot();
+    slot.port.insert(slot.card.clone()).unwrap();
+    let resets = || slot.card.0.load(Ordering::Relaxed);
+    let control = reg::BRIDGE_CONTROL as u16;
+    slot.port.write_config(control, &[0x03]);
+    assert_eq!(resets(), 0);
+    slot.port.write_config(control, &[0x43]);
+    slot.port.write_config(control, &[0x43]);
+    assert_eq!(resets(), 1);
+    slot.port.write_config(control, &[0]);
+    assert_eq!(resets(), 1);
+    slot.port.write_config(control, &[0x40]);
+    assert_eq!(resets(), 2);
 }

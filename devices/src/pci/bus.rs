@@ -9,7 +9,7 @@ use std::{
 
 use thiserror::Error;
 
-use super::{BarKind, DevFn, PciFunction, RootPort};
+use super::{BarKind, DevFn, PciFunction, Port};
 
 /// Devices on a bus.
 const DEVICES: u8 = 32;
@@ -26,6 +26,9 @@ pub enum PciError {
     /// All device numbers are in use.
     #[error("the PCI bus has {DEVICES} devices already: put some behind a root port with port=N")]
     Full,
+    /// All bus numbers are in use.
+    #[error("there are more than 255 PCI buses: use fewer ports")]
+    TooManyBuses,
     /// A window is too small.
     #[error("no room for a BAR of {size:#x} bytes in the {window} PCI window")]
     NoRoom {
@@ -50,7 +53,7 @@ pub struct Windows {
 #[derive(Clone)]
 enum Node {
     Endpoint(Arc<dyn PciFunction>),
-    Port(Arc<RootPort>),
+    Port(Arc<Port>),
 }
 
 impl Node {
@@ -88,13 +91,29 @@ impl PciBus {
         self.insert(Node::Endpoint(function))
     }
 
+    /// Takes the function at `place` off the bus.
+    pub fn remove(&self, place: DevFn) {
+        // It may wait for threads as it goes, which is not for others to wait for.
+        let node = self.lock().remove(&place);
+        drop(node);
+    }
+
     /// Takes every function off the bus.
     pub fn clear(&self) {
         self.lock().clear();
     }
 
-    /// Adds a root port.
-    pub fn add_port(&self, port: Arc<RootPort>) -> Result<DevFn, PciError> {
+    /// Resets every function on the bus.
+    pub fn reset(&self) {
+        // No lock is held meanwhile: functions wait for their threads.
+        let nodes: Vec<_> = self.lock().values().cloned().collect();
+        for node in nodes {
+            node.function().reset();
+        }
+    }
+
+    /// Adds a port.
+    pub fn add_port(&self, port: Arc<Port>) -> Result<DevFn, PciError> {
         self.insert(Node::Port(port))
     }
 
@@ -148,38 +167,53 @@ impl PciBus {
     /// the last bus's number.
     pub fn assign(&self, windows: &Windows) -> Result<u8, PciError> {
         let mut free = Free::new(windows);
-        let mut next_bus = 1;
+        let mut last = 0;
         for node in self.lock().values() {
             match node {
                 Node::Endpoint(function) => free.place(std::slice::from_ref(function))?,
-                Node::Port(port) => {
-                    let functions: Vec<_> = port
-                        .bus()
-                        .lock()
-                        .values()
-                        .filter_map(|node| match node {
-                            Node::Endpoint(function) => Some(function.clone()),
-                            Node::Port(_) => None,
-                        })
-                        .collect();
-                    free.align(WINDOW_UNIT);
-                    let before = (free.memory32.start, free.memory64.start);
-                    free.place(&functions)?;
-                    if functions.is_empty() {
-                        free.reserve(SLOT_MEMORY32, SLOT_MEMORY64);
-                    }
-                    free.align(WINDOW_UNIT);
-                    let window = |from, to| (from != to).then_some((from, to));
-                    port.set_buses(0, next_bus, next_bus);
-                    port.set_windows(
-                        window(before.0, free.memory32.start),
-                        window(before.1, free.memory64.start),
-                    );
-                    next_bus += 1;
-                }
+                Node::Port(port) => port.bus().assign_behind(port, 0, &mut last, &mut free)?,
             }
         }
-        Ok(next_bus - 1)
+        Ok(last)
+    }
+
+    /// The same for this bus, which is behind `port` of bus `primary`.
+    fn assign_behind(
+        &self,
+        port: &Port,
+        primary: u8,
+        last: &mut u8,
+        free: &mut Free,
+    ) -> Result<(), PciError> {
+        *last = last.checked_add(1).ok_or(PciError::TooManyBuses)?;
+        let own = *last;
+        free.align(WINDOW_UNIT);
+        let before = (free.memory32.start, free.memory64.start);
+        let nodes: Vec<_> = self.lock().values().cloned().collect();
+        let functions: Vec<_> = nodes
+            .iter()
+            .filter_map(|node| match node {
+                Node::Endpoint(function) => Some(function.clone()),
+                Node::Port(_) => None,
+            })
+            .collect();
+        free.place(&functions)?;
+        for node in &nodes {
+            if let Node::Port(port) = node {
+                port.bus().assign_behind(port, own, last, free)?;
+            }
+        }
+        if nodes.is_empty() {
+            free.reserve(SLOT_MEMORY32, SLOT_MEMORY64);
+        }
+        free.align(WINDOW_UNIT);
+        let window = |from, to| (from != to).then_some((from, to));
+        port.set_buses(primary, own, *last);
+        port.set_windows(
+            window(before.0, free.memory32.start),
+            window(before.1, free.memory64.start),
+        );
+        Ok(())
     }
 }
 
@@ -283,7 +317,7 @@ mod tests {
     #[test]
     fn accesses_follow_the_bus_numbers() {
         let bus = PciBus::default();
-        let port = RootPort::for_tests(1);
+        let port = Port::for_tests(1);
         bus.add(function(0x11, &[])).unwrap();
         bus.add_port(port.clone()).unwrap();
         port.bus().add(function(0x22, &[])).unwrap();
@@ -299,9 +333,30 @@ mod tests {
     }
 
     #[test]
+    fn a_switch_is_numbered_and_its_windows_lie_in_each_other() {
+        let bus = PciBus::default();
+        let [root, up, down, other] = [1, 2, 3, 4].map(Port::for_tests);
+        let far = function(0x33, &[1 << 24]);
+        bus.add_port(root.clone()).unwrap();
+        root.bus().add_port(up.clone()).unwrap();
+        up.bus().add_port(down.clone()).unwrap();
+        up.bus().add_port(other.clone()).unwrap();
+        down.bus().add(far.clone()).unwrap();
+        assert_eq!(bus.assign(&windows()), Ok(4));
+        let buses = [&root, &up, &down, &other].map(|port| port.forwarded_buses());
+        assert_eq!(buses, [1..=4, 2..=4, 3..=3, 4..=4]);
+        assert_eq!(read(&bus, 3, 0), 0x33);
+        assert_eq!(read(&bus, 4, 0), 0xff);
+        // A guest that numbers buses in a circle gets nowhere, and neither does the host.
+        up.set_buses(1, 0, 255);
+        down.set_buses(0, 0, 255);
+        read(&bus, 3, 0);
+    }
+
+    #[test]
     fn bars_are_aligned_and_behind_their_ports_window() {
         let bus = PciBus::default();
-        let port = RootPort::for_tests(1);
+        let port = Port::for_tests(1);
         let (near, far) = (function(1, &[0x4000]), function(2, &[1 << 14, 1 << 34]));
         bus.add(near.clone()).unwrap();
         bus.add_port(port.clone()).unwrap();

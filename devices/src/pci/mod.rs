@@ -14,7 +14,7 @@ mod msix;
 
 pub use access::{ConfigMechanism1, Ecam, MECHANISM_1_PORTS};
 pub use bar::{BarContent, BarHandler, BarKind, BarReport, Bars, Piece, ROM_INDEX};
-pub use bridge::{EjectSink, RootPort, SlotError};
+pub use bridge::{EjectSink, Port, PortKind, SlotError};
 pub use bus::{PciBus, PciError, Windows};
 pub use config::{
     COMMAND_BUS_MASTER, COMMAND_INTX_DISABLE, COMMAND_IO, COMMAND_MEMORY, CONFIG_SPACE_SIZE,

@@ -8,7 +8,10 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd},
         unix::fs::FileExt,
     },
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use vfio_bindings::bindings::vfio::{
@@ -54,6 +57,8 @@ pub struct HostDevice {
     file: ManuallyDrop<Arc<File>>,
     /// Signalled when the host wants the device back.
     request: EventFd,
+    /// Whether that has been seen.
+    wanted: AtomicBool,
 }
 
 impl std::fmt::Debug for HostDevice {
@@ -74,6 +79,7 @@ impl HostDevice {
             iommu,
             file: ManuallyDrop::new(Arc::new(duplicate(&device)?)),
             device: ManuallyDrop::new(device),
+            wanted: AtomicBool::new(false),
             request: EventFd::new(EFD_NONBLOCK).map_err(|source| VfioError::Host {
                 action: "make an event descriptor",
                 source,
@@ -112,6 +118,13 @@ impl HostDevice {
     /// Signalled when the host wants the device back: its driver is being unbound, or it vanishes.
     pub fn request(&self) -> &EventFd {
         &self.request
+    }
+
+    /// Whether the host has asked for the device since the last call.
+    pub fn take_request(&self) -> bool {
+        let asked = self.request.read().is_ok();
+        self.wanted.fetch_or(asked, Ordering::AcqRel);
+        asked
     }
 
     /// Region `index`, below [`REGIONS`]. vfio-ioctls leaves regions out that the kernel refuses, but
@@ -197,7 +210,8 @@ impl Drop for HostDevice {
     /// longer wakes up, and the group of a device that vanished is nowhere to be found. Such a device is
     /// only closed; the kernel does the rest, and what vfio-ioctls keeps of it stays until the process ends.
     fn drop(&mut self) {
-        let vanishing = self.request.read().is_ok();
+        self.take_request();
+        let vanishing = self.wanted.load(Ordering::Acquire);
         let in_order = match &*self.iommu {
             Iommu::Iommufd(_) => self.device.detach_hwpt().is_ok(),
             Iommu::Container(_) => {

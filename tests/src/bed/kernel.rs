@@ -14,7 +14,8 @@ use super::{
 };
 use crate::{Context, Failure, Result, progress};
 
-const CONFIG: &str = include_str!("../../../resources/bed/kernel.config");
+/// What the kernel has.
+pub(super) const CONFIG: &str = include_str!("../../../resources/bed/kernel.config");
 /// Programs and headers that the build needs, and the packages that have them.
 const NEEDED: &[(&str, &str)] = &[
     ("/usr/bin/make", "make"),
@@ -44,6 +45,26 @@ impl BedKernel {
             vmlinux: dir.join("vmlinux"),
         }
     }
+}
+
+/// Configures a source tree by way of the file `config`; what runs make in it.
+pub(super) fn configure(
+    tree: &Path,
+    config: &Path,
+) -> Result<impl Fn(&[&str]) -> Result<String> + use<>> {
+    fs::write(config, CONFIG).context("cannot write the kernel's configuration")?;
+    let jobs = std::thread::available_parallelism().map_or(2, usize::from);
+    let tree = tree.to_owned();
+    let make = move |arguments: &[&str]| {
+        run(Command::new("make")
+            .arg("-C")
+            .arg(&tree)
+            .arg(format!("-j{jobs}"))
+            .args(arguments))
+    };
+    let all = format!("KCONFIG_ALLCONFIG={}", config.display());
+    make(&[&all, "allnoconfig"])?;
+    Ok(make)
 }
 
 /// The kernel from the cache, or built: about five minutes on two cores.
@@ -79,20 +100,7 @@ pub fn bed_kernel(cache: &Cache) -> Result<BedKernel> {
                 .arg(&source)
                 .arg("-C")
                 .arg(&tree))?;
-            let config = at.join("config");
-            fs::write(&config, CONFIG).context("cannot write the kernel's configuration")?;
-            let jobs = std::thread::available_parallelism().map_or(2, usize::from);
-            let make = |arguments: &[&str]| {
-                run(Command::new("make")
-                    .arg("-C")
-                    .arg(&tree)
-                    .arg(format!("-j{jobs}"))
-                    .args(arguments))
-            };
-            make(&[
-                &format!("KCONFIG_ALLCONFIG={}", config.display()),
-                "allnoconfig",
-            ])?;
+            let make = configure(&tree, &at.join("config"))?;
             progress::step("compiling", || make(&["bzImage"]))?;
             let kernel = BedKernel::at(at);
             for (from, to) in [

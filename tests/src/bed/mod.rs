@@ -2,6 +2,7 @@
 //! (L1) has a real KVM, and runs the tests, whose guests are L2.
 
 mod cache;
+mod guest_module;
 mod initramfs;
 mod kernel;
 mod machine;
@@ -10,6 +11,7 @@ mod packages;
 pub mod pulse;
 
 pub use cache::Cache;
+pub use guest_module::guest_module;
 pub use initramfs::{Archive, guest_archive};
 pub use kernel::{BedKernel, bed_kernel};
 pub use machine::{Bed, L1Device, L1Kernel, Share, build_program};

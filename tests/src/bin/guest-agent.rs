@@ -3,7 +3,7 @@
 
 use std::{ffi::CString, fs::File, os::fd::AsRawFd, process::ExitCode};
 
-use fanlight_tests::{Context, Failure, Result, echo, edu, raw_gpu, rogue};
+use fanlight_tests::{Context, Failure, Result, echo, edu, raw_gpu, rogue, screen};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -60,10 +60,14 @@ fn act(arguments: &[String]) -> Result<String> {
             let heard = edu::interrupts(number(count)? as u32)?;
             Ok(format!("edu interrupted {heard} times"))
         }
+        [verb, ids, bar, offset] if verb == "screen" => {
+            screen::show_bar(ids, number(bar)? as u32, number(offset)?)
+        }
+        [verb] if verb == "buffers" => screen::show_buffers(),
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
              kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts COUNT | \
-             break VENDOR:DEVICE"
+             break VENDOR:DEVICE | screen IDS BAR OFFSET | buffers"
                 .into(),
         )),
     }

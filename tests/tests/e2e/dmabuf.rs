@@ -1,6 +1,6 @@
 //! Memory of a passed-through device as a dma-buf: what it is, what reads it, and what is refused.
 
-use std::{io, os::fd::AsFd, path::Path, process::Command, sync::Arc, thread, time::Duration};
+use std::{io, os::fd::AsFd, path::Path, process::Command, sync::Arc};
 
 use fanlight_devices::{
     error_line,
@@ -16,6 +16,7 @@ use fanlight_tests::{
     edu,
     guest::{Assets, ensure},
     pci::Function,
+    reader::Reader,
 };
 
 use crate::Test;
@@ -74,24 +75,6 @@ fn range(offset: u64, len: u64) -> BarRange {
     BarRange { offset, len }
 }
 
-/// Runs edu's DMA engine, whose buffer is at 0x40000 of its own addresses.
-fn transfer(edu: &HostDevice, from: u64, to: u64, command: u64) -> Result<()> {
-    for (register, value) in [(0x80, from), (0x88, to), (0x90, PAGE), (0x98, command)] {
-        edu.write(0, register, &u64::to_le_bytes(value))
-            .context("cannot write a register")?;
-    }
-    for _ in 0..1000 {
-        let mut status = [0; 8];
-        edu.read(0, 0x98, &mut status)
-            .context("cannot read a register")?;
-        if status[0] & 1 == 0 {
-            return Ok(());
-        }
-        thread::sleep(Duration::from_millis(10));
-    }
-    Err(Failure("the DMA never ends".into()))
-}
-
 /// A page that no other page is like.
 fn pattern(seed: u64) -> Vec<u8> {
     let word = |index: u64| (index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ seed;
@@ -101,10 +84,8 @@ fn pattern(seed: u64) -> Vec<u8> {
 }
 
 fn another_device_reads(assets: &Assets) -> Result<()> {
-    /// Where edu finds the dma-buf and the file.
-    const SOURCE: u64 = 0x1000_0000;
-    const SINK: u64 = 0x2000_0000;
     let [edu, memory] = open(assets, true)?;
+    let reader = Reader::new(edu)?;
     let offset = 0x12_3000;
     memory
         .write(BAR, offset, &pattern(1))
@@ -120,32 +101,16 @@ fn another_device_reads(assets: &Assets) -> Result<()> {
         "ranges are lost",
     )?;
 
-    let file = rustix::fs::memfd_create("sink", rustix::fs::MemfdFlags::CLOEXEC)
-        .context("cannot make a file")?;
-    let file = std::fs::File::from(file);
-    file.set_len(PAGE).context("cannot size a file")?;
-    let iommu = &memory.iommu;
-    let copy = || -> Result<Vec<u8>> {
-        let _source = iommu
-            .map_file(SOURCE, &one, 0, PAGE)
-            .context("cannot map the dma-buf")?;
-        let _sink = iommu
-            .map_file(SINK, &file, 0, PAGE)
-            .context("cannot map the file")?;
-        transfer(&edu, SOURCE, 0x40000, 1)?;
-        transfer(&edu, 0x40000, SINK, 3)?;
-        let mut bytes = vec![0; PAGE as usize];
-        std::os::unix::fs::FileExt::read_exact_at(&file, &mut bytes, 0).context("cannot read")?;
-        Ok(bytes)
-    };
+    let copy = || reader.page(&one, 0);
     ensure(copy()? == pattern(1), "other bytes came")?;
 
     // While memory is off the dma-buf is revoked, and after that the same one works again.
     memory
         .write(CONFIG, COMMAND, &[0; 2])
         .context("cannot write COMMAND")?;
-    let revoked = iommu
-        .map_file(SOURCE, &one, 0, PAGE)
+    let revoked = memory
+        .iommu
+        .map_file(0, &one, 0, PAGE)
         .err()
         .and_then(|e| e.raw_os_error());
     ensure(

@@ -1,7 +1,12 @@
 //! Devices of the host's in the guest's hands: drivers, data, interrupts, and what is left behind.
 
-use std::{fs, path::Path, process::Command, thread};
+use std::{fs, path::Path, process::Command, thread, time::Duration};
 
+use fanlight_api::{
+    client::Client,
+    methods::{DeviceAdd, DeviceRemove, EventsSubscribe},
+    types::{AddDevice, DeviceId, EventName, Subscribe},
+};
 use fanlight_tests::{
     Context, Failure, Result,
     bed::L1Device,
@@ -27,6 +32,7 @@ pub const TESTS: &[(&str, Test)] = &[
     ("vfio::peers_through_a_container", |assets| {
         peers(assets, "off")
     }),
+    ("vfio::devices_come_and_go", come_and_go),
     ("vfio::mistakes_are_named", mistakes),
     ("vfio::the_doctor_and_the_list", doctor),
 ];
@@ -36,6 +42,7 @@ pub fn l1_devices(name: &str) -> &'static [L1Device] {
     match name {
         _ if name.starts_with("vfio::a_disk") => &[L1Device::Ahci],
         _ if name.starts_with("vfio::peers") => &[L1Device::Edu, L1Device::Ivshmem(64)],
+        "vfio::devices_come_and_go" => &[L1Device::Igb, L1Device::Edu],
         _ if name.starts_with("vfio::") => &[L1Device::Igb],
         _ => &[],
     }
@@ -44,9 +51,11 @@ pub fn l1_devices(name: &str) -> &'static [L1Device] {
 const IGB: &str = "8086:10c9";
 const AHCI: &str = "8086:2922";
 const BYTES: u64 = 2 << 20;
+/// A machine that tells nothing for so long hangs. Not a measure of speed.
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Runs a command that must succeed; what it printed.
-fn run(program: &Path, arguments: &[&str]) -> Result<String> {
+pub fn run(program: &Path, arguments: &[&str]) -> Result<String> {
     let output = Command::new(program)
         .args(arguments)
         .output()
@@ -71,7 +80,7 @@ fn virtual_function(assets: &Assets, ids: &str) -> Result<(String, String)> {
 }
 
 /// Binds a function with these ids to vfio-pci: the last, since L1's own controllers come first.
-fn whole_function(assets: &Assets, ids: &str) -> Result<String> {
+pub fn whole_function(assets: &Assets, ids: &str) -> Result<String> {
     let function = Function::find(ids)?.pop();
     let function = function.ok_or_else(|| Failure(format!("no function has ids {ids}")))?;
     run(&assets.fanlight, &["vfio", "bind", &function.address()])
@@ -269,6 +278,76 @@ fn peers(assets: &Assets, iommufd: &str) -> Result<()> {
     .run()?;
     ensure(moved.contains("edu copied 8192 bytes"), &moved)?;
     ensure(value(&said, "bar:")? != value(&moved, "bar:")?, &moved)
+}
+
+/// A virtual function comes to a machine that runs, goes with the guest's consent, comes again, and the host takes
+/// it back; it takes another device that the guest cannot give up. The guest lives on.
+fn come_and_go(assets: &Assets) -> Result<()> {
+    let (physical, vf) = virtual_function(assets, IGB)?;
+    let edu = whole_function(assets, edu::IDS)?;
+    interface_up(&physical, "10.9.0.1/24")?;
+    let script = "echo ready; while read -r line; do eval \"$line\"; done";
+    let guest = assets.guest(script).modules(&["igbvf"])?;
+    let socket = guest.path("api");
+    let mut guest = guest
+        .option("--vfio", format!("{edu},id=edu"))
+        .option("--api-socket", &socket)
+        .option("--log", "info")
+        .start()?;
+    guest.wait_for("ready")?;
+    let mut client = Client::connect(&socket).context("cannot connect")?;
+    let mut watcher = Client::connect(&socket).context("cannot connect")?;
+    watcher
+        .call::<EventsSubscribe>(&Subscribe::default())
+        .context("events.subscribe")?;
+    watcher
+        .socket()
+        .set_read_timeout(Some(PATIENCE))
+        .context("cannot set a timeout")?;
+    let mut happens = |event: EventName, device: &str| loop {
+        let next = watcher.next_event().context("no event")?;
+        if next.event == event && next.device.as_deref() == Some(device) {
+            return Ok::<_, Failure>(());
+        }
+    };
+    let add = AddDevice {
+        vfio: Some(format!("{vf},id=net").parse().context("bad device")?),
+        ..Default::default()
+    };
+    for round in 1..=2 {
+        client.call::<DeviceAdd>(&add).context("device.add")?;
+        happens(EventName::DeviceAdded, "net")?;
+        guest.send(&format!(
+            "until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done; {}; guest-agent call tcp:10.9.0.1:5000 {BYTES}\n",
+            UP.replace('\n', ";")
+        ))?;
+        serve(&mut guest, round)?;
+        let taken = client.call::<DeviceAdd>(&add).map(drop);
+        ensure(taken.is_err(), "a device is there twice")?;
+        if round == 1 {
+            let id = "net".into();
+            client
+                .call::<DeviceRemove>(&DeviceId { id })
+                .context("device.remove")?;
+            happens(EventName::DeviceRemoved, "net")?;
+        }
+    }
+    let unbind = |address: &str| {
+        let address = address.to_owned();
+        // Returns when the device is free.
+        thread::spawn(move || fs::write("/sys/bus/pci/drivers/vfio-pci/unbind", address))
+    };
+    for (address, id) in [(&vf, "net"), (&edu, "edu")] {
+        let unbound = unbind(address);
+        happens(EventName::DeviceRequested, id)?;
+        happens(EventName::DeviceRemoved, id)?;
+        let unbound = unbound.join().map_err(|_| Failure("a panic".into()))?;
+        unbound.context(format!("cannot unbind {address}"))?;
+    }
+    guest.send("echo left: $(ls /sys/class/net) $(head -c 2 /sys/bus/pci/devices/0000:00:01.0/config | od -An -tx1); poweroff -f\n")?;
+    guest.expect_exit(0)?;
+    let said = guest.transcript();
+    ensure(value(&said, "left:")? == "lo ff ff", &said)
 }
 
 fn mistakes(assets: &Assets) -> Result<()> {

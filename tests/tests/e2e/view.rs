@@ -78,7 +78,7 @@ fn read_png(file: File) -> Result<Vec<u8>> {
         .collect())
 }
 
-fn take_picture(client: &mut Client) -> Result<Vec<u8>> {
+pub fn take_picture(client: &mut Client) -> Result<Vec<u8>> {
     let (taken, fds) = client
         .call_with::<GpuScreenshot>(&Screenshot::default(), &[])
         .context("gpu.screenshot")?;
@@ -89,7 +89,7 @@ fn take_picture(client: &mut Client) -> Result<Vec<u8>> {
     read_png(File::from(one(fds)?))
 }
 
-fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd> {
+pub fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd> {
     fds.into_iter()
         .next()
         .ok_or(Failure("no descriptor".into()))
@@ -253,7 +253,7 @@ fn stream(assets: &Assets) -> Result<()> {
 }
 
 /// The first news that `wanted` takes.
-fn wait_for<T>(
+pub fn wait_for<T>(
     stream: &mut MessageStream,
     wanted: impl Fn(&DisplayNews, Vec<OwnedFd>) -> Option<T>,
 ) -> Result<T> {

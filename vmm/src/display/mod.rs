@@ -229,6 +229,7 @@ fn outputs(handle: &DisplayHandle) -> Outputs {
 fn location(location: Location) -> PixelsIn {
     match location {
         Location::GuestRam => PixelsIn::GuestRam,
+        Location::Device => PixelsIn::Device,
         Location::Host => PixelsIn::Host,
     }
 }
@@ -254,7 +255,7 @@ fn api_error(error: &DisplayError) -> ApiError {
     let (kind, field) = match error {
         DisplayError::NoOutput(_) => (ErrorKind::NotFound, "output"),
         DisplayError::BadMode(_) => (ErrorKind::InvalidParams, "mode"),
-        DisplayError::Dark(_) => (ErrorKind::WrongState, "output"),
+        DisplayError::Dark(_) | DisplayError::Gone(_) => (ErrorKind::WrongState, "output"),
         DisplayError::NoResource(_) => (ErrorKind::NotFound, "resource"),
         DisplayError::Frame(FrameError::Export(_)) => (ErrorKind::BadInput, "output"),
         DisplayError::Frame(_) => (ErrorKind::HostFailure, "output"),

@@ -20,8 +20,8 @@ use fanlight_api::{
 use fanlight_devices::{
     error_line,
     virtio::gpu::{
-        CURSOR_SIZE, CursorImage, DisplayEvent, DisplayHandle, ExportedImage, Frame, FrameCopy,
-        FrameError, Mode, Subscription,
+        CURSOR_SIZE, CursorImage, DisplayError, DisplayEvent, DisplayHandle, ExportedImage, Frame,
+        FrameCopy, FrameError, Mode, Subscription,
     },
 };
 use rustix::{
@@ -114,9 +114,16 @@ impl Server {
     fn tell(&mut self, event: DisplayEvent) -> (DisplayNews, Vec<OwnedFd>) {
         match event {
             DisplayEvent::Outputs => (DisplayNews::Outputs(outputs(&self.display)), vec![]),
-            DisplayEvent::Scanout { output, frame } => {
+            DisplayEvent::Scanout {
+                output,
+                frame,
+                gone,
+            } => {
                 let (picture, error, fds) = match self.picture(output, frame) {
-                    None => (None, None, vec![]),
+                    None => {
+                        let why = gone.then(|| DisplayError::Gone(output).to_string());
+                        (None, why, vec![])
+                    }
                     Some(Ok(image)) => (Some(described(&image)), None, vec![image.fd]),
                     Some(Err(error)) => (None, Some(error_line(&error)), vec![]),
                 };

@@ -3,7 +3,7 @@
 use std::sync::atomic::Ordering;
 
 use fanlight_api::{
-    ApiError, DiskConfig, ErrorKind, NetConfig,
+    ApiError, DiskConfig, ErrorKind, NetConfig, VfioConfig,
     methods::{self, Call},
     server::Reply,
     socket::Descriptors,
@@ -19,8 +19,10 @@ use super::{MainLoop, Outcome};
 use crate::{
     console::Input,
     desk::{Command, life_error},
+    host_requests::HostRequests,
     inventory::{InventoryError, NewDevice},
     machine::{MachineError, block_device, net_device},
+    passthrough::Passthrough,
     resources::{ConfigError, Disk, Interface, check_id, free_id},
     status::Ending,
 };
@@ -137,12 +139,13 @@ impl MainLoop<'_> {
     }
 
     fn add_device(&mut self, add: AddDevice, descriptors: &Descriptors) -> Result<Added, ApiError> {
-        match (add.disk, add.net) {
-            (Some(disk), None) => self.add_disk(disk, descriptors),
-            (None, Some(net)) => self.add_net(net, descriptors),
+        match (add.disk, add.net, add.vfio) {
+            (Some(disk), None, None) => self.add_disk(disk, descriptors),
+            (None, Some(net), None) => self.add_net(net, descriptors),
+            (None, None, Some(vfio)) => self.add_vfio(vfio),
             _ => Err(ApiError::new(
                 ErrorKind::InvalidParams,
-                "device.add takes one device: disk or net",
+                "device.add takes one device: disk, net or vfio",
             )),
         }
     }
@@ -205,6 +208,77 @@ impl MainLoop<'_> {
         Ok(self.added(id, port))
     }
 
+    fn add_vfio(&mut self, mut config: VfioConfig) -> Result<Added, ApiError> {
+        let (id, port) = self.place("vfio", config.id, config.port)?;
+        config.id = Some(id.clone());
+        config.port = Some(port);
+        let holdings = &mut self.holdings;
+        Passthrough::add(holdings.passthrough, &config)
+            .map_err(|error| config_error(&error.into(), "vfio".into()))?;
+        if let Err(error) = self.plug_vfio(&id) {
+            self.close_vfio(&id);
+            return Err(error);
+        }
+        self.holdings.config.vfio.push(config);
+        Ok(self.added(id, port))
+    }
+
+    fn plug_vfio(&mut self, id: &str) -> Result<(), ApiError> {
+        let Some(passthrough) = &*self.holdings.passthrough else {
+            return Ok(());
+        };
+        let Some(passed) = passthrough.find(id) else {
+            return Ok(());
+        };
+        self.holdings
+            .requests
+            .follow(&passed.device)
+            .map_err(|error| machine_error(error.into()))?;
+        let mem = self.holdings.ram.memory();
+        self.machine
+            .plug_passed_through(passed, &passthrough.iommu, mem)
+            .map_err(|error| inventory_error(&error, "vfio"))
+    }
+
+    /// Closes a device of the host's that the machine has no longer, and gives it back.
+    fn close_vfio(&mut self, id: &str) {
+        let Some(passthrough) = &mut *self.holdings.passthrough else {
+            return;
+        };
+        if passthrough.devices.iter().all(|passed| passed.id == id) {
+            // The container forgets what is mapped with its last device.
+            self.machine.end_dma();
+            *self.holdings.passthrough = None;
+        } else {
+            passthrough.devices.retain(|passed| passed.id != id);
+        }
+    }
+
+    /// The host wants passed-through devices back. The guest is asked for each first; who still has it when the host
+    /// asks again loses it.
+    pub(super) fn take_requests(&mut self) {
+        for id in HostRequests::take(self.holdings.passthrough.as_ref()) {
+            if self.requested.insert(id.clone()) {
+                tracing::warn!(
+                    id,
+                    "the host wants a device back: the guest is asked for it"
+                );
+                let events = &self.desk.events;
+                events.publish_device(EventName::DeviceRequested, &id);
+                if let Err(error) = self.machine.inventory.ask_back(&id) {
+                    tracing::info!(id, "the guest cannot be asked: {}", error_line(&error));
+                }
+            } else {
+                tracing::warn!(
+                    id,
+                    "the host takes a device away that the guest has not given up"
+                );
+                self.machine.inventory.take_away(&id);
+                self.removed(&id);
+            }
+        }
+    }
+
     fn added(&self, id: String, port: u8) -> Added {
         self.desk.set_config(self.holdings.config);
         let events = &self.desk.events;
@@ -220,8 +294,12 @@ impl MainLoop<'_> {
         let is = |other: &Option<String>| other.as_deref() == Some(id);
         holdings.config.disk.retain(|disk| !is(&disk.id));
         holdings.config.net.retain(|net| !is(&net.id));
+        holdings.config.vfio.retain(|device| !is(&device.id));
+        self.close_vfio(id);
+        self.requested.remove(id);
+        let holdings = &mut self.holdings;
         self.desk.set_config(holdings.config);
-        tracing::info!(id, "the guest has given a device up");
+        tracing::info!(id, "a device is gone");
         let events = &self.desk.events;
         events.publish_device(EventName::DeviceRemoved, id);
     }

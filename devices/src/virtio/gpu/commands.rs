@@ -329,7 +329,7 @@ impl State {
     }
 
     /// A blob on screen has other memory, or none: the driver does not set the scanout again.
-    fn memory_changed(&mut self, id: u32) {
+    pub(super) fn memory_changed(&mut self, id: u32) {
         if let Ok(resource) = self.resources.get(id)
             && matches!(resource.kind, Kind::Blob(_))
         {

@@ -63,6 +63,7 @@ impl FrameCopy {
     /// Copies what of the frame lies in `areas`, which count from its corner, again.
     pub fn update(&self, areas: &[Area]) -> Result<(), FrameError> {
         let row_len = row(&self.frame);
+        let rows = self.frame.rows();
         for area in areas {
             // The guest may have set another frame since it drew.
             let Some(area) = area.intersection(&self.whole()) else {
@@ -71,7 +72,7 @@ impl FrameCopy {
             let mut line = vec![0; area.width as usize * Format::BYTES as usize];
             let from_row = area.x as usize * Format::BYTES as usize;
             for y in area.y..area.y + area.height {
-                self.frame.read_row(area.x, y, &mut line)?;
+                rows.read(area.x, y, &mut line)?;
                 self.memory
                     .as_volatile_slice()
                     .write_slice(&line, y as usize * row_len + from_row)

@@ -42,8 +42,9 @@ impl CursorImage {
             .surface()
             .ok_or(CommandError::Backing("is not there"))?;
         let mut rgba = vec![0; (row * SIZE) as usize];
+        let reader = surface.buffer.reader();
         for (y, row) in (0u64..).zip(rgba.chunks_exact_mut(row as usize)) {
-            surface.buffer.read(y * u64::from(stride), row)?;
+            reader.read(y * u64::from(stride), row)?;
         }
         for pixel in rgba.as_chunks_mut().0 {
             *pixel = format.to_rgba(*pixel);

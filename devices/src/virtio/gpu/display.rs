@@ -4,23 +4,28 @@
 use std::{
     io,
     os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
 };
 
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
+    blob_memory::BlobMemory,
     budget::Budget,
     copy::{FrameCopy, MAX_COPIES},
     cursor::{Cursor, CursorImage},
     output::{Mode, OUTPUTS, Output, outputs},
     protocol::{VIRTIO_GPU_EVENT_DISPLAY, VIRTIO_GPU_F_EDID},
-    resources::{Kind, Resource, Resources},
+    resources::{Blob, Kind, Resource, Resources},
     scanout::{Area, ExportedImage, Frame, FrameError, Location, Pixels, Scanout},
     watch::{Watch, Watches},
 };
-use crate::{dmabuf::Exporter, virtio::DeviceStatus};
+use crate::{
+    dmabuf::Exporter,
+    memory::{AddressSpace, MapWatcher},
+    virtio::DeviceStatus,
+};
 
 /// What a display is made of.
 #[derive(Clone, Debug)]
@@ -51,6 +56,12 @@ pub enum DisplayError {
     /// The guest shows nothing there.
     #[error("the guest shows nothing on output {0}")]
     Dark(usize),
+    /// What the guest shows is not there for the moment.
+    #[error(
+        "what output {0} shows is memory of a passed-through device that is off: the guest resets the device, has \
+         it asleep, or has switched its memory off"
+    )]
+    Gone(usize),
     /// The guest has no such resource, or it has no memory now.
     #[error("the guest has no resource {0} with memory")]
     NoResource(u32),
@@ -182,6 +193,15 @@ impl State {
         self.status = None;
     }
 
+    /// Whether an output shows memory of a passed-through device that is not there now.
+    fn is_gone(&self, output: usize) -> bool {
+        let scanout = self.scanouts.get(output).copied().flatten();
+        let resource = scanout.and_then(|scanout| self.resources.get(scanout.resource).ok());
+        resource.is_some_and(
+            |resource| matches!(&resource.kind, Kind::Blob(blob) if blob.memory.is_gone()),
+        )
+    }
+
     fn frame(&self, output: usize) -> Option<Frame> {
         let scanout = self.scanouts.get(output).copied().flatten()?;
         let resource = self.resources.get(scanout.resource).ok()?;
@@ -197,6 +217,10 @@ impl State {
 fn location(resource: &Resource) -> Location {
     match resource.kind {
         Kind::Image(_) => Location::Host,
+        Kind::Blob(Blob {
+            memory: BlobMemory::Device { .. },
+            ..
+        }) => Location::Device,
         Kind::Blob(_) => Location::GuestRam,
     }
 }
@@ -218,6 +242,15 @@ impl Shared {
     fn wake_device(&self) {
         if let Err(error) = self.released.write(1) {
             tracing::error!(%error, "cannot wake the GPU's thread");
+        }
+    }
+}
+
+impl MapWatcher for Shared {
+    fn memory_changed(&self, map: &AddressSpace, gpa: u64, len: u64) {
+        let state = &mut *self.lock();
+        for id in state.resources.memory_changed(map, gpa, len) {
+            state.memory_changed(id);
         }
     }
 }
@@ -299,7 +332,19 @@ impl DisplayHandle {
     }
 
     fn lit(&self, output: usize) -> Result<Frame, DisplayError> {
-        self.frame(output)?.ok_or(DisplayError::Dark(output))
+        self.frame(output)?.ok_or_else(|| {
+            if self.0.lock().is_gone(output) {
+                DisplayError::Gone(output)
+            } else {
+                DisplayError::Dark(output)
+            }
+        })
+    }
+
+    /// Has the display follow what happens to memory of passed-through devices in `map`.
+    pub(super) fn follow(&self, map: &AddressSpace) {
+        let shared: Weak<Shared> = Arc::downgrade(&self.0);
+        map.watch(shared);
     }
 
     /// A copy of what an output shows, without its cursor.
@@ -380,6 +425,8 @@ pub enum DisplayEvent {
         output: usize,
         /// What it shows.
         frame: Option<Frame>,
+        /// Whether it shows something that is not there for the moment: see [`DisplayError::Gone`].
+        gone: bool,
     },
     /// The guest drew.
     Damage {
@@ -438,7 +485,12 @@ impl Subscription {
         for (output, changes) in news.each.into_iter().enumerate() {
             if changes.scanout {
                 let frame = state.frame(output);
-                events.push(DisplayEvent::Scanout { output, frame });
+                let gone = frame.is_none() && state.is_gone(output);
+                events.push(DisplayEvent::Scanout {
+                    output,
+                    frame,
+                    gone,
+                });
             }
             if !changes.damage.is_empty() {
                 events.push(DisplayEvent::Damage {

@@ -7,6 +7,7 @@
 //! One thread serves both queues; it and the host's side share one state behind a lock that is held for the
 //! time of a command.
 
+mod blob_memory;
 mod budget;
 mod commands;
 mod copy;
@@ -72,6 +73,7 @@ pub struct Gpu {
 impl Gpu {
     /// A device that drives `display`; blobs are looked up in `map`.
     pub fn new(display: DisplayHandle, map: Arc<AddressSpace>) -> Self {
+        display.follow(&map);
         Self {
             display,
             map,
@@ -312,6 +314,10 @@ fn answer(
             match &error {
                 CommandError::Host(_) if !std::mem::replace(told, true) => {
                     tracing::warn!(error = %crate::error_line(&error), "no memory for the guest's GPU");
+                }
+                // Rare, and told by nobody else: Linux's driver does not read the answer.
+                CommandError::Memory(_) => {
+                    tracing::info!("refused memory of the guest's GPU driver: {}", crate::error_line(&error));
                 }
                 _ => tracing::debug!(
                     error = %crate::error_line(&error),

@@ -7,6 +7,7 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::{
+    blob_memory::{BlobMemory, Place},
     budget::{Budget, Charge},
     commands::CommandError,
     format::Format,
@@ -35,7 +36,7 @@ const ROW_ALIGNMENT: u32 = 256;
 pub struct Surface {
     /// The memory.
     pub buffer: Buffer,
-    _charge: Charge,
+    _charge: Arc<Charge>,
 }
 
 /// A 2D resource.
@@ -70,8 +71,8 @@ pub struct ImageBacking {
 pub struct Blob {
     /// Bytes.
     pub size: u64,
-    /// The memory; nothing between DETACH_BACKING and ATTACH_BACKING.
-    pub surface: Option<Arc<Surface>>,
+    /// The memory.
+    pub memory: BlobMemory,
     _charge: Charge,
 }
 
@@ -98,7 +99,7 @@ impl Resource {
     pub fn surface(&self) -> Option<&Arc<Surface>> {
         match &self.kind {
             Kind::Image(image) => Some(&image.surface),
-            Kind::Blob(blob) => blob.surface.as_ref(),
+            Kind::Blob(blob) => blob.memory.surface(),
         }
     }
 }
@@ -109,6 +110,16 @@ pub struct Resources {
     all: BTreeMap<u32, Resource>,
     images: usize,
     budget: Budget,
+}
+
+impl Surface {
+    /// Pieces of memory on an account.
+    pub(super) fn new(pieces: Vec<Piece>, charge: Arc<Charge>) -> Arc<Self> {
+        Arc::new(Self {
+            buffer: Buffer::new(pieces),
+            _charge: charge,
+        })
+    }
 }
 
 impl Resources {
@@ -199,10 +210,7 @@ impl Resources {
                 width,
                 height,
                 stride,
-                surface: Arc::new(Surface {
-                    buffer: Buffer::new(vec![piece]),
-                    _charge: charge,
-                }),
+                surface: Surface::new(vec![piece], Arc::new(charge)),
                 pixels,
                 backing: None,
             }),
@@ -224,16 +232,16 @@ impl Resources {
             return Err(CommandError::Parameter("size of a blob"));
         }
         let charge = self.charge(RESOURCE_COST)?;
-        let surface = if entries.is_empty() {
-            None
+        let memory = if entries.is_empty() {
+            BlobMemory::Detached
         } else {
-            Some(self.surface(size, entries, map)?)
+            self.blob_memory(size, entries, map)?
         };
         self.insert(
             id,
             Kind::Blob(Blob {
                 size,
-                surface,
+                memory,
                 _charge: charge,
             }),
         );
@@ -241,19 +249,16 @@ impl Resources {
     }
 
     /// A blob's road, its first half: entries → map → backing → a buffer that can be exported.
-    fn surface(
+    fn blob_memory(
         &self,
         size: u64,
         entries: &[MemoryEntry],
         map: &AddressSpace,
-    ) -> Result<Arc<Surface>, CommandError> {
+    ) -> Result<BlobMemory, CommandError> {
         let export = size.div_ceil(PAGE_SIZE).saturating_mul(PAGE_COST);
         let charge = self.charge(list_cost(entries).saturating_add(export))?;
         let memory = ScatterList::resolve(map, entries.iter().copied(), size)?;
-        Ok(Arc::new(Surface {
-            buffer: Buffer::new(memory.pieces()),
-            _charge: charge,
-        }))
+        Ok(BlobMemory::new(&memory, Arc::new(charge)))
     }
 
     /// RESOURCE_ATTACH_BACKING.
@@ -274,10 +279,10 @@ impl Resources {
                     image.backing = Some(backing);
                 }
             }
-            Kind::Blob(blob) if blob.surface.is_none() => {
-                let surface = self.surface(blob.size, entries, map)?;
+            Kind::Blob(blob) if blob.memory.is_detached() => {
+                let memory = self.blob_memory(blob.size, entries, map)?;
                 if let Kind::Blob(blob) = &mut self.get_mut(id)?.kind {
-                    blob.surface = Some(surface);
+                    blob.memory = memory;
                 }
             }
             _ => return Err(CommandError::Backing("is there already")),
@@ -289,7 +294,9 @@ impl Resources {
     pub fn detach(&mut self, id: u32) -> Result<(), CommandError> {
         let had = match &mut self.get_mut(id)?.kind {
             Kind::Image(image) => image.backing.take().is_some(),
-            Kind::Blob(blob) => blob.surface.take().is_some(),
+            Kind::Blob(blob) => {
+                !std::mem::replace(&mut blob.memory, BlobMemory::Detached).is_detached()
+            }
         };
         if had {
             Ok(())
@@ -299,8 +306,19 @@ impl Resources {
     }
 }
 
+impl Resources {
+    /// Memory has come to `[gpa, gpa + len)` or left it: the blobs that this changes.
+    pub fn memory_changed(&mut self, map: &AddressSpace, gpa: u64, len: u64) -> Vec<u32> {
+        let changed = |(&id, resource): (&u32, &mut Resource)| match &mut resource.kind {
+            Kind::Blob(blob) => blob.memory.changed(map, gpa, len).then_some(id),
+            Kind::Image(_) => None,
+        };
+        self.all.iter_mut().filter_map(changed).collect()
+    }
+}
+
 fn list_cost(entries: &[MemoryEntry]) -> u64 {
-    entries.len() as u64 * (size_of::<Segment>() + size_of::<Piece>()) as u64
+    entries.len() as u64 * (size_of::<Segment>() + size_of::<Piece>() + size_of::<Place>()) as u64
 }
 
 /// A memfd with its mapping. Sealed as udmabuf wants it: against shrinking, not against writing.

@@ -9,7 +9,7 @@ use super::{
     protocol,
     resources::Surface,
 };
-use crate::dmabuf::{BufferError, ExportError, Exporter};
+use crate::dmabuf::{BufferError, ExportError, Exporter, Reader};
 
 /// A rectangle of pixels.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -147,6 +147,8 @@ impl Scanout {
 pub enum Location {
     /// In the guest's RAM: what the guest writes is there at once.
     GuestRam,
+    /// In memory of a passed-through device's, where it may draw too.
+    Device,
     /// In memory of Fanlight's, as of the guest's last transfer.
     Host,
 }
@@ -243,11 +245,12 @@ impl Frame {
         })
     }
 
-    /// Reads pixels of one row, from `x` on. Both count from the corner of what is shown.
-    pub(super) fn read_row(&self, x: u32, y: u32, to: &mut [u8]) -> Result<(), FrameError> {
-        let row = u64::from(y) * u64::from(self.layout.stride);
-        let at = self.offset() + row + u64::from(x) * u64::from(Format::BYTES);
-        Ok(self.surface.buffer.read(at, to)?)
+    /// What reads several rows.
+    pub(super) fn rows(&self) -> Rows<'_> {
+        Rows {
+            frame: self,
+            reader: self.surface.buffer.reader(),
+        }
     }
 
     /// A copy of what is shown.
@@ -255,8 +258,9 @@ impl Frame {
         let Area { width, height, .. } = self.area;
         let row = width as usize * Format::BYTES as usize;
         let mut bytes = vec![0; row * height as usize];
+        let rows = self.rows();
         for (y, row) in (0..).zip(bytes.chunks_exact_mut(row)) {
-            self.read_row(0, y, row)?;
+            rows.read(0, y, row)?;
         }
         Ok(Pixels {
             format: self.layout.format,
@@ -264,6 +268,22 @@ impl Frame {
             height,
             bytes,
         })
+    }
+}
+
+/// Reads what a frame shows.
+#[derive(Debug)]
+pub(super) struct Rows<'a> {
+    frame: &'a Frame,
+    reader: Reader<'a>,
+}
+
+impl Rows<'_> {
+    /// Reads pixels of one row, from `x` on. Both count from the corner of what is shown.
+    pub(super) fn read(&self, x: u32, y: u32, to: &mut [u8]) -> Result<(), FrameError> {
+        let row = u64::from(y) * u64::from(self.frame.layout.stride);
+        let at = self.frame.offset() + row + u64::from(x) * u64::from(Format::BYTES);
+        Ok(self.reader.read(at, to)?)
     }
 }
 

@@ -216,7 +216,8 @@ fn a_reset_forgets_everything_and_the_next_driver_starts_clean() {
         watcher.events()[..],
         [DisplayEvent::Scanout {
             output: 0,
-            frame: None
+            frame: None,
+            gone: false
         }]
     ));
     machine

@@ -1,6 +1,7 @@
 //! What the driver draws is what the host sees.
 
 use super::*;
+use crate::memory::{Backing, BackingKind};
 
 #[test]
 fn a_2d_resource_shows_what_was_transferred() {
@@ -69,6 +70,62 @@ fn a_blob_is_shown_in_place() {
     assert_eq!(machine.display.statistics().transferred_bytes, 0);
 }
 
+/// A BAR's file stands for the device: the first half of the road is the same.
+#[test]
+fn what_is_shown_goes_and_comes_with_the_devices_memory() {
+    const BAR: u64 = 0x1_0000_0000;
+    let mut machine = machine();
+    let map = machine.gpu.map.clone();
+    let file = Arc::new(tempfile::tempfile().unwrap());
+    std::os::unix::fs::FileExt::write_all_at(&*file, &[7; 0x4000], 0).unwrap();
+    let insert = |region| {
+        let kind = BackingKind::Bar { device: 0, region };
+        let (file, offset) = (file.clone(), 0);
+        let backing = Backing { kind, file, offset };
+        map.insert_backed(BAR, 0x4000, backing).unwrap();
+    };
+    insert(2);
+    machine.create_blob(5, 0x1000, &[(BAR + 0x1000, 0x1000)]);
+    let command = scanout_blob(3, 5, (32, 32), rect(0, 0, 32, 32));
+    machine.ok(VIRTIO_GPU_CMD_SET_SCANOUT_BLOB, &command);
+    let picture = |machine: &Machine| machine.display.read_scanout(3).map(|p| p.bytes[0]);
+    assert_eq!(picture(&machine).unwrap(), 7);
+    let watcher = machine.display.subscribe(false).unwrap();
+    watcher.events();
+    let heard = || match &watcher.events()[..] {
+        [
+            DisplayEvent::Scanout {
+                output: 3,
+                frame,
+                gone,
+            },
+        ] => {
+            let location = frame.as_ref().map(|frame| frame.location);
+            (location, *gone)
+        }
+        other => panic!("{other:?}"),
+    };
+    map.remove(BAR, 0x4000).unwrap();
+    assert_eq!(heard(), (None, true));
+    assert!(matches!(picture(&machine), Err(DisplayError::Gone(3))));
+    assert!(machine.display.export_resource(5).is_err());
+    // Another BAR where it was is not it; memory elsewhere changes nothing.
+    insert(0);
+    map.remove(BAR, 0x4000).unwrap();
+    assert!(watcher.events().is_empty());
+    insert(2);
+    assert_eq!(heard(), (Some(Location::Device), false));
+    assert_eq!(picture(&machine).unwrap(), 7);
+    map.remove(BAR, 0x4000).unwrap();
+    // A driver that has its memory elsewhere meanwhile is followed.
+    let detach = VIRTIO_GPU_CMD_RESOURCE_DETACH_BACKING;
+    assert_eq!(machine.on_resource(detach, 5), VIRTIO_GPU_RESP_OK_NODATA);
+    machine.driver.write(PIXELS, &[9; 0x1000]);
+    machine.attach(5, &[(PIXELS, 0x1000)]);
+    assert_eq!(heard(), (Some(Location::GuestRam), false));
+    assert_eq!(picture(&machine).unwrap(), 9);
+}
+
 #[test]
 fn a_blob_that_moves_is_shown_again() {
     let mut machine = machine();
@@ -81,9 +138,11 @@ fn a_blob_that_moves_is_shown_again() {
     let watcher = machine.display.subscribe(false).unwrap();
     watcher.events();
     let shown = |events: Vec<DisplayEvent>| match &events[..] {
-        [DisplayEvent::Scanout { output: 3, frame }] => {
-            frame.as_ref().map(|frame| frame.read().unwrap().bytes[0])
-        }
+        [
+            DisplayEvent::Scanout {
+                output: 3, frame, ..
+            },
+        ] => frame.as_ref().map(|frame| frame.read().unwrap().bytes[0]),
         other => panic!("{other:?}"),
     };
     let detach = VIRTIO_GPU_CMD_RESOURCE_DETACH_BACKING;

@@ -1,0 +1,238 @@
+//! What lies behind a blob: RAM, which stays where it is, or memory of a passed-through device, which goes away
+//! while the guest has the device's memory off, resets it or has it asleep, and comes back.
+
+use std::{
+    fs::File,
+    sync::{Arc, Weak},
+};
+
+use super::{budget::Charge, resources::Surface};
+use crate::{
+    dmabuf::{Piece, ScatterList},
+    memory::{AddressSpace, BackingKind, Segment},
+};
+
+/// Memory behind a blob.
+#[derive(Debug)]
+pub enum BlobMemory {
+    /// None: between DETACH_BACKING and ATTACH_BACKING.
+    Detached,
+    /// RAM.
+    Ram(Arc<Surface>),
+    /// Memory of a passed-through device.
+    Device {
+        /// What the driver named, as it was when it did.
+        places: Vec<Place>,
+        /// The memory while all of it is there.
+        surface: Option<Arc<Surface>>,
+        /// The guest pays for what it named.
+        charge: Arc<Charge>,
+    },
+}
+
+/// A range of guest-physical memory and what lay there. It does not keep the device open: one that was taken out
+/// is to go.
+#[derive(Debug)]
+pub struct Place {
+    gpa: u64,
+    len: u64,
+    kind: BackingKind,
+    file: Weak<File>,
+    offset: u64,
+}
+
+impl From<&Segment> for Place {
+    fn from(segment: &Segment) -> Self {
+        Self {
+            gpa: segment.gpa,
+            len: segment.len,
+            kind: segment.backing.kind,
+            file: Arc::downgrade(&segment.backing.file),
+            offset: segment.backing.offset,
+        }
+    }
+}
+
+impl Place {
+    fn overlaps(&self, gpa: u64, len: u64) -> bool {
+        // Both are in the map or were, so neither is empty or passes the end of the addresses.
+        self.gpa <= gpa + (len - 1) && gpa <= self.gpa + (self.len - 1)
+    }
+
+    /// The piece that it is, if the same still lies there.
+    fn find(&self, map: &AddressSpace) -> Option<Piece> {
+        let segments = map.resolve(self.gpa, self.len).ok()?;
+        let [segment] = &*segments else { return None };
+        let backing = &segment.backing;
+        let same = backing.kind == self.kind
+            && backing.offset == self.offset
+            && Weak::ptr_eq(&Arc::downgrade(&backing.file), &self.file);
+        same.then(|| Piece {
+            kind: self.kind,
+            file: backing.file.clone(),
+            offset: self.offset,
+            len: self.len,
+        })
+    }
+}
+
+impl BlobMemory {
+    /// Of what was looked up.
+    pub fn new(memory: &ScatterList, charge: Arc<Charge>) -> Self {
+        let surface = Surface::new(memory.pieces(), charge.clone());
+        let segments = memory.segments();
+        let in_device = segments
+            .iter()
+            .any(|segment| segment.backing.kind != BackingKind::Ram);
+        if !in_device {
+            return Self::Ram(surface);
+        }
+        Self::Device {
+            places: segments.iter().map(Place::from).collect(),
+            surface: Some(surface),
+            charge,
+        }
+    }
+
+    /// What is there now.
+    pub fn surface(&self) -> Option<&Arc<Surface>> {
+        match self {
+            Self::Detached => None,
+            Self::Ram(surface) => Some(surface),
+            Self::Device { surface, .. } => surface.as_ref(),
+        }
+    }
+
+    /// Whether the driver has taken it away.
+    pub fn is_detached(&self) -> bool {
+        matches!(self, Self::Detached)
+    }
+
+    /// Whether the driver has it, and it is not there.
+    pub fn is_gone(&self) -> bool {
+        matches!(self, Self::Device { surface: None, .. })
+    }
+
+    /// Memory has come to `[gpa, gpa + len)` or left it. Whether that changes what is there.
+    ///
+    /// What comes back is a new buffer, and gets a new dma-buf: who imported the old one may have it mapped where
+    /// nothing will ever be again (iommufd does).
+    pub fn changed(&mut self, map: &AddressSpace, gpa: u64, len: u64) -> bool {
+        let Self::Device {
+            places,
+            surface,
+            charge,
+        } = self
+        else {
+            return false;
+        };
+        if !places.iter().any(|place| place.overlaps(gpa, len)) {
+            return false;
+        }
+        let had = surface.is_some();
+        let pieces: Option<Vec<_>> = places.iter().map(|place| place.find(map)).collect();
+        match pieces {
+            None => *surface = None,
+            Some(_) if had => {}
+            Some(pieces) => *surface = Some(Surface::new(pieces, charge.clone())),
+        }
+        had != surface.is_some()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::{dmabuf::MemoryEntry, memory::Backing, virtio::gpu::budget::Budget};
+
+    const BAR: u64 = 0x10_0000;
+    const LEN: u64 = 0x1_0000;
+
+    fn backing(file: &Arc<File>, region: u32) -> Backing {
+        Backing {
+            kind: BackingKind::Bar { device: 0, region },
+            file: file.clone(),
+            offset: 0,
+        }
+    }
+
+    fn charge() -> Arc<Charge> {
+        Arc::new(Budget::new(1 << 20).charge(1).unwrap())
+    }
+
+    fn memory(map: &AddressSpace, list: &[(u64, u64)]) -> BlobMemory {
+        let entries = list
+            .iter()
+            .map(|&(address, len)| MemoryEntry { address, len });
+        let size = list.iter().map(|(_, len)| len).sum();
+        BlobMemory::new(&ScatterList::resolve(map, entries, size).unwrap(), charge())
+    }
+
+    #[test]
+    fn memory_goes_with_its_bar_and_comes_back_as_another_buffer() {
+        let map = AddressSpace::new();
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        map.insert_backed(BAR, LEN, backing(&file, 2)).unwrap();
+        let mut blob = memory(&map, &[(BAR + 0x2000, 0x1000), (BAR, 0x1000)]);
+        let first = blob.surface().unwrap().clone();
+        assert!(!blob.changed(&map, BAR, LEN), "it is there as before");
+        map.remove(BAR, LEN).unwrap();
+        assert!(blob.changed(&map, BAR, LEN));
+        assert!(blob.is_gone() && blob.surface().is_none());
+        assert!(!blob.changed(&map, BAR, LEN), "gone already");
+        map.insert_backed(BAR, LEN, backing(&file, 2)).unwrap();
+        assert!(!blob.changed(&map, BAR + LEN, LEN), "not here");
+        assert!(blob.changed(&map, BAR, LEN));
+        let second = blob.surface().unwrap();
+        assert!(!Arc::ptr_eq(&first, second));
+        assert_eq!(second.buffer.pieces().len(), 2);
+    }
+
+    #[test]
+    fn something_else_at_its_place_is_not_it() {
+        let map = AddressSpace::new();
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        map.insert_backed(BAR, LEN, backing(&file, 2)).unwrap();
+        let mut blob = memory(&map, &[(BAR, LEN)]);
+        map.remove(BAR, LEN).unwrap();
+        assert!(blob.changed(&map, BAR, LEN));
+        let other = Arc::new(tempfile::tempfile().unwrap());
+        for wrong in [backing(&file, 0), backing(&other, 2)] {
+            map.insert_backed(BAR, LEN, wrong).unwrap();
+            assert!(!blob.changed(&map, BAR, LEN));
+            map.remove(BAR, LEN).unwrap();
+        }
+        drop(blob);
+        assert_eq!(Arc::strong_count(&file), 1);
+    }
+
+    #[test]
+    fn a_device_that_is_taken_out_is_not_kept_open() {
+        let map = AddressSpace::new();
+        let file = Arc::new(tempfile::tempfile().unwrap());
+        map.insert_backed(BAR, LEN, backing(&file, 2)).unwrap();
+        let mut blob = memory(&map, &[(BAR, LEN)]);
+        map.remove(BAR, LEN).unwrap();
+        blob.changed(&map, BAR, LEN);
+        assert_eq!(Arc::strong_count(&file), 1);
+    }
+
+    #[test]
+    fn ranges_overlap_at_their_edges() {
+        let place = Place {
+            gpa: 0,
+            len: 0x1000,
+            kind: BackingKind::Ram,
+            file: Weak::new(),
+            offset: 0,
+        };
+        assert!(place.overlaps(0, 1) && place.overlaps(0xfff, 1));
+        assert!(!place.overlaps(0x1000, 0x1000));
+        let last = Place {
+            gpa: u64::MAX - 0xfff,
+            len: 0x1000,
+            ..place
+        };
+        assert!(last.overlaps(u64::MAX, 1) && !last.overlaps(0, 0x1000));
+    }
+}

@@ -1,0 +1,151 @@
+//! What a guest's GPU driver and programs do with a passed-through device's memory: a picture is drawn there,
+//! exported as a dma-buf, imported into the stock virtio-gpu driver and shown.
+
+mod drm;
+mod exporter;
+mod noiommu;
+
+use std::{io::BufRead, os::fd::OwnedFd};
+
+pub use drm::{Card, Shown};
+pub use exporter::Buffer;
+pub use noiommu::NoIommu;
+
+use crate::{
+    Context, Failure, Result,
+    pci::{Function, Mmio},
+};
+
+/// Pixels of a picture's line, and lines.
+pub const WIDTH: u32 = 640;
+/// See [`WIDTH`].
+pub const HEIGHT: u32 = 480;
+/// Bytes of a picture; whole pages.
+pub const SIZE: u64 = WIDTH as u64 * HEIGHT as u64 * 4;
+
+/// The pixel of picture `number` at a place, as XRGB8888: like no other of it, nor of other pictures.
+pub fn pixel(number: u32, x: u32, y: u32) -> u32 {
+    let place = y * WIDTH + x;
+    (place ^ number.wrapping_mul(0x0075_bcd1)).wrapping_mul(0x00e3_779b) & 0x00ff_ffff
+}
+
+/// Picture `number` as red, green and blue of each pixel.
+pub fn picture(number: u32) -> Vec<u8> {
+    places()
+        .flat_map(|(x, y)| pixel(number, x, y).to_be_bytes().into_iter().skip(1))
+        .collect()
+}
+
+/// All places, line by line.
+fn places() -> impl Iterator<Item = (u32, u32)> {
+    (0..HEIGHT).flat_map(|y| (0..WIDTH).map(move |x| (x, y)))
+}
+
+/// Memory to draw into.
+fn draw(memory: &Mmio, number: u32) {
+    for ((x, y), at) in places().zip((0..).step_by(4)) {
+        memory.write(at, pixel(number, x, y));
+    }
+}
+
+/// Shows what lies at `offset` of BAR `bar` of the function with these ids, through the guest's own vfio-pci, and
+/// does what the lines of standard input say.
+pub fn show_bar(ids: &str, bar: u32, offset: u64) -> Result<String> {
+    let function = Function::only(ids)?;
+    let device = NoIommu::open(&function)?;
+    let memory = device.map(bar, offset, SIZE)?;
+    let dmabuf: OwnedFd = device.export(bar, &[(offset, SIZE)])?;
+    let card = Card::open()?;
+    draw(&memory, 1);
+    let shown = card.import(&dmabuf, WIDTH, HEIGHT)?;
+    card.show(&shown, WIDTH, HEIGHT)?;
+    println!("agent: shows");
+    for line in std::io::stdin().lock().lines() {
+        let line = line.context("cannot read a line")?;
+        let words: Vec<_> = line.split_whitespace().collect();
+        match *words.as_slice() {
+            ["draw", number] => {
+                draw(&memory, number.parse().context("not a number")?);
+                card.dirty(&shown)?;
+            }
+            // With the knowledge of the drivers, who take the memory from the GPU.
+            ["memory", "off"] => device.enable(false)?,
+            ["memory", "on"] => {
+                device.enable(true)?;
+                card.dirty(&shown)?;
+            }
+            ["reset"] => {
+                device.reset()?;
+                device.enable(true)?;
+                card.dirty(&shown)?;
+            }
+            // Behind their backs.
+            ["force", "off"] => function.enable(false)?,
+            ["force", "on"] => function.enable(true)?,
+            ["end"] => break,
+            _ => return Err(Failure(format!("{line:?}?"))),
+        }
+        println!("agent: did {}", words.join("-"));
+    }
+    card.forget(shown)?;
+    Ok("showed".into())
+}
+
+/// Shows buffers of the guest's kernel module, as the lines of standard input say.
+pub fn show_buffers() -> Result<String> {
+    let card = Card::open()?;
+    let mut screen: Option<(Buffer, Shown)> = None;
+    println!("agent: shows");
+    for line in std::io::stdin().lock().lines() {
+        let line = line.context("cannot read a line")?;
+        let words: Vec<_> = line.split_whitespace().collect();
+        match (&*words, &screen) {
+            (["show", number, ranges @ ..], _) => {
+                let ranges = exporter::parse(ranges)?;
+                if let Some((_, shown)) = screen.take() {
+                    card.forget(shown)?;
+                }
+                let buffer = Buffer::create(&ranges)?;
+                // Nothing can be drawn into addresses of which nobody knows what they are.
+                if *number != "0" {
+                    draw(&buffer.map(SIZE)?, number.parse().context("not a number")?);
+                }
+                let shown = card.import(&buffer, WIDTH, HEIGHT)?;
+                card.show(&shown, WIDTH, HEIGHT)?;
+                screen = Some((buffer, shown));
+            }
+            (["move", ranges @ ..], Some((buffer, shown))) => {
+                buffer.move_to(&exporter::parse(ranges)?)?;
+                card.dirty(shown)?;
+            }
+            (["draw", number], Some((buffer, shown))) => {
+                draw(&buffer.map(SIZE)?, number.parse().context("not a number")?);
+                card.dirty(shown)?;
+            }
+            (["where"], Some((buffer, _))) => {
+                let (in_bars, distance) = buffer.whereabouts()?;
+                println!("agent: {in_bars} ranges in BARs at distance {distance}");
+            }
+            (["end"], _) => break,
+            _ => return Err(Failure(format!("{line:?}?"))),
+        }
+        println!("agent: did {}", words.join("-"));
+    }
+    Ok("showed".into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn no_two_pixels_are_alike() {
+        let mut all: Vec<_> = places().map(|(x, y)| pixel(1, x, y)).collect();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len() as u64, SIZE / 4);
+        assert_ne!(pixel(1, 5, 5), pixel(2, 5, 5));
+        let rgb = pixel(3, 1, 0).to_be_bytes();
+        assert_eq!(picture(3)[3..6], rgb[1..]);
+    }
+}
