@@ -45,6 +45,14 @@ pub enum ClientError {
     Refused(#[from] ApiError),
 }
 
+impl ClientError {
+    /// Whether the server no longer reads.
+    fn is_closed(&self) -> bool {
+        use io::ErrorKind::{BrokenPipe, ConnectionReset};
+        matches!(self, Self::Io { source, .. } if matches!(source.kind(), BrokenPipe | ConnectionReset))
+    }
+}
+
 /// What a server sends: an answer or a notification.
 #[derive(Deserialize)]
 struct Message {
@@ -102,13 +110,25 @@ impl Client {
         let id = self.next_id;
         self.next_id += 1;
         let request = json!({"jsonrpc": "2.0", "id": id, "method": method, "params": params});
-        self.write(&line(&request), fds)?;
+        match self.write(&line(&request), fds) {
+            Ok(()) => self.answer(id),
+            Err(error) if error.is_closed() => match self.answer(id) {
+                // A server that closes at once has said why, if it could.
+                Err(ClientError::Refused(why)) => Err(why.into()),
+                _ => Err(error),
+            },
+            Err(error) => Err(error),
+        }
+    }
+
+    /// The answer to request `id`, with its descriptors.
+    fn answer(&mut self, id: u64) -> Result<(Value, Vec<OwnedFd>), ClientError> {
         loop {
             let (message, fds) = self.message()?;
             match message.id {
-                // An error without an id is about a line that could not be read: ours.
                 Some(Id::Number(number)) if number.as_u64() == Some(id) => {}
-                Some(Id::Null) => {}
+                // An error without an id is about a line that could not be read, ours, or about us.
+                None | Some(Id::Null) if message.error.is_some() => {}
                 _ => continue,
             }
             if let Some(error) = message.error {

@@ -91,6 +91,18 @@ impl fmt::Display for ApiError {
 
 impl std::error::Error for ApiError {}
 
+/// The longest message and field of an answer, in bytes.
+const MAX_MESSAGE: usize = 2048;
+const MAX_FIELD: usize = 256;
+
+/// Shortens a text that is too long, and shows that.
+fn clip(text: &mut String, most: usize) {
+    if text.len() > most {
+        text.truncate(text.floor_char_boundary(most));
+        text.push('…');
+    }
+}
+
 impl ApiError {
     /// An error without field and suggestion.
     pub fn new(kind: ErrorKind, message: impl Into<String>) -> Self {
@@ -108,6 +120,15 @@ impl ApiError {
     /// Names the field at fault.
     pub fn at(mut self, field: impl Into<String>) -> Self {
         self.data.field = Some(field.into());
+        self
+    }
+
+    /// The same, however much of what it is about it repeats.
+    pub fn bounded(mut self) -> Self {
+        clip(&mut self.message, MAX_MESSAGE);
+        if let Some(field) = &mut self.data.field {
+            clip(field, MAX_FIELD);
+        }
         self
     }
 
@@ -181,6 +202,17 @@ mod tests {
         assert!(error.message.contains("invalid type"), "{error}");
         let error = read::<VmConfig>(json!({"on_reset": "restrt"})).unwrap_err();
         assert_eq!(error.data.suggestion.as_deref(), Some("restart"));
+    }
+
+    #[test]
+    fn what_is_repeated_is_bounded() {
+        let error =
+            ApiError::new(ErrorKind::BadInput, "ä".repeat(MAX_MESSAGE)).at("x".repeat(1000));
+        let error = error.bounded();
+        assert_eq!(error.message.len(), MAX_MESSAGE + '…'.len_utf8());
+        assert_eq!(error.data.field.unwrap().chars().count(), MAX_FIELD + 1);
+        let short = ApiError::new(ErrorKind::BadInput, "short").at("x");
+        assert_eq!(short.clone().bounded(), short);
     }
 
     #[test]

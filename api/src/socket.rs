@@ -9,7 +9,7 @@ use std::{
     io::{self, IoSlice, IoSliceMut},
     mem::MaybeUninit,
     os::fd::{AsFd, BorrowedFd, OwnedFd},
-    sync::{Arc, Mutex, PoisonError},
+    sync::{Arc, Mutex, PoisonError, Weak},
 };
 
 use rustix::net::{
@@ -131,13 +131,23 @@ impl LineReader {
         })
     }
 
+    /// Where the next line ends, if it does.
+    fn line_end(&mut self) -> Option<usize> {
+        let rest = &self.input[self.scanned..];
+        let at = rest.iter().position(|&b| b == b'\n');
+        self.scanned += at.unwrap_or(rest.len());
+        at.map(|_| self.scanned + 1)
+    }
+
+    /// Whether a whole line is there.
+    pub fn has_line(&mut self) -> bool {
+        self.line_end().is_some()
+    }
+
     /// The next whole line, with its end, and its descriptors.
     pub fn next_line(&mut self) -> Option<(&[u8], Vec<OwnedFd>)> {
-        let Some(end) = self.input[self.scanned..].iter().position(|&b| b == b'\n') else {
-            self.scanned = self.input.len();
-            return None;
-        };
-        let (start, end) = (self.start, self.scanned + end + 1);
+        let end = self.line_end()?;
+        let start = self.start;
         (self.start, self.scanned) = (end, end);
         let mut fds = Vec::new();
         while let Some((at, fd)) = self.fds.pop_front() {
@@ -150,9 +160,36 @@ impl LineReader {
         Some((&self.input[start..end], fds))
     }
 
+    /// Descriptors of lines that were not asked for yet.
+    pub fn held_fds(&self) -> usize {
+        self.fds.len()
+    }
+
+    /// The place in the stream of the byte that the oldest of them came with.
+    pub fn oldest_fd(&self) -> Option<u64> {
+        self.fds.front().map(|(at, _)| *at)
+    }
+
     /// Bytes of the line that has not ended.
     pub fn unfinished(&self) -> usize {
         self.input.len() - self.start
+    }
+}
+
+/// What came with one message; those that were taken are gone.
+type MessageFds = Mutex<Vec<Option<OwnedFd>>>;
+
+/// Tells how many descriptors of a message nobody has taken yet.
+#[derive(Clone, Debug)]
+pub struct Untaken(Weak<MessageFds>);
+
+impl Untaken {
+    /// How many are left; none once nobody can take them any more.
+    pub fn count(&self) -> usize {
+        self.0.upgrade().map_or(0, |fds| {
+            let fds = fds.lock().unwrap_or_else(PoisonError::into_inner);
+            fds.iter().flatten().count()
+        })
     }
 }
 
@@ -160,7 +197,7 @@ impl LineReader {
 #[derive(Clone, Debug)]
 pub enum Descriptors {
     /// With the message.
-    Message(Arc<Mutex<Vec<Option<OwnedFd>>>>),
+    Message(Arc<MessageFds>),
     /// From whoever started the process.
     Inherited,
 }
@@ -169,6 +206,14 @@ impl Descriptors {
     /// Those of a message.
     pub fn of_message(fds: Vec<OwnedFd>) -> Self {
         Self::Message(Arc::new(Mutex::new(fds.into_iter().map(Some).collect())))
+    }
+
+    /// How many of a message's nobody has taken.
+    pub fn untaken(&self) -> Untaken {
+        Untaken(match self {
+            Self::Message(fds) => Arc::downgrade(fds),
+            Self::Inherited => Weak::new(),
+        })
     }
 
     /// The descriptor of this number. One of a message can be taken once.
@@ -269,7 +314,10 @@ mod tests {
     #[test]
     fn a_descriptor_can_be_taken_once() {
         let fds = Descriptors::of_message(vec![tempfile::tempfile().unwrap().into()]);
+        let untaken = fds.untaken();
+        assert_eq!(untaken.count(), 1);
         assert!(fds.take(0).is_ok());
+        assert_eq!(untaken.count(), 0);
         assert!(fds.take(0).unwrap_err().message.contains("twice"));
         assert!(fds.take(1).unwrap_err().message.contains("brought 1"));
         assert!(Descriptors::Inherited.take(987_654).is_err());

@@ -25,9 +25,18 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 /// What is said of it.
 pub const HANG: &str = "it hangs";
 
-/// In the bed a guest's clock ticks, as L1's does: the emulator now and then loses a timer that is set for
-/// one time, after which a tickless guest sleeps for good.
-fn bed_clock() -> &'static str {
+/// A guest's script that says "ready" when a press of the power button cannot be lost any more, and
+/// "pressed" when there was one. The input device keeps events for those who have it open, and for nobody
+/// else; so it is open before "ready".
+pub const PRESSED: &str =
+    "until set -- $(grep -l 'Power Button' /sys/class/input/event*/device/name 2>/dev/null)
+        [ $# -gt 0 ]; do sleep 0.1; done
+    event=${1#/sys/class/input/}; exec 3< /dev/input/${event%%/*}
+    echo ready; dd bs=24 count=1 <&3 > /dev/null 2>&1; echo pressed";
+
+/// What a guest's command line needs in the bed, where its clock ticks, as L1's does: the emulator now and
+/// then loses a timer that is set for one time, after which a tickless guest sleeps for good.
+pub fn bed_clock() -> &'static str {
     if std::env::var_os(host::IN_BED).is_some() {
         " nohz=off highres=off lapic=notscdeadline"
     } else {

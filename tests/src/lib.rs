@@ -10,6 +10,7 @@ pub mod host;
 pub mod pci;
 pub mod progress;
 pub mod raw_gpu;
+pub mod rogue;
 
 /// Any failure of this package, as one line for a person.
 #[derive(Debug, thiserror::Error)]

@@ -42,7 +42,12 @@ type Test = fn(&Assets) -> Result<()>;
 
 fn tests() -> Vec<(&'static str, Test)> {
     let groups = [
-        e2e::api::TESTS,
+        e2e::api::life::TESTS,
+        e2e::api::hotplug::TESTS,
+        e2e::api::clients::TESTS,
+        e2e::api::events::TESTS,
+        e2e::api::handover::TESTS,
+        e2e::api::ctl::TESTS,
         e2e::boot::TESTS,
         e2e::console::TESTS,
         e2e::disk::TESTS,

@@ -19,7 +19,7 @@ use fanlight_api::CharBackend;
 use fanlight_devices::legacy::output::{Output, OutputThread};
 use thiserror::Error;
 
-use crate::terminal::RawTerminal;
+use crate::{files::open_at_once, terminal::RawTerminal};
 
 /// How long a socket's client may leave its buffer full before it is disconnected.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(1);
@@ -103,14 +103,15 @@ impl HostConsole {
 }
 
 fn append_to(path: &Path) -> Result<File, ConsoleError> {
-    OpenOptions::new()
-        .append(true)
-        .create(true)
-        .open(path)
-        .map_err(|source| ConsoleError::File {
-            path: path.into(),
-            source,
-        })
+    let error = |source| ConsoleError::File {
+        path: path.into(),
+        source,
+    };
+    let mut how = OpenOptions::new();
+    let file = open_at_once(how.append(true).create(true), path).map_err(error)?;
+    // Its thread may wait for a slow reader; only the opening could not.
+    rustix::io::ioctl_fionbio(&file, false).map_err(|errno| error(errno.into()))?;
+    Ok(file)
 }
 
 /// What became of a look at the input.
@@ -194,7 +195,8 @@ pub struct Escape {
 const CTRL_A: u8 = 1;
 
 impl Escape {
-    fn filter(&mut self, bytes: &[u8]) -> Received {
+    /// What of `bytes` is for the guest, or that the user wants to leave.
+    pub fn filter(&mut self, bytes: &[u8]) -> Received {
         let mut kept = Vec::with_capacity(bytes.len());
         for &byte in bytes {
             match (std::mem::take(&mut self.armed), byte) {
@@ -288,6 +290,10 @@ impl SocketInput {
     fn take_client(&self, stream: UnixStream) -> bool {
         use rustix::event::epoll;
         let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        // One that has gone may not have been read to its end, where the guest takes no input.
+        if client.as_ref().is_some_and(has_gone) {
+            *client = None;
+        }
         let registered = client.is_none()
             && stream.set_write_timeout(Some(CLIENT_PATIENCE)).is_ok()
             && epoll::add(
@@ -302,6 +308,17 @@ impl SocketInput {
         }
         registered
     }
+}
+
+/// Whether the other end is closed.
+fn has_gone(stream: &UnixStream) -> bool {
+    use rustix::event::{PollFd, PollFlags, Timespec, poll};
+    let mut fds = [PollFd::new(stream, PollFlags::empty())];
+    let at_once = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    poll(&mut fds, Some(&at_once)).is_ok() && fds[0].revents().contains(PollFlags::HUP)
 }
 
 impl Drop for SocketInput {
@@ -382,6 +399,10 @@ mod tests {
         assert_eq!(console.input.receive(), Received::Bytes(b"in".into()));
         drop(client);
         assert_eq!(console.input.receive(), Received::Bytes(vec![]));
+        let mut client = console.input.attach().unwrap().unwrap();
+        // One that has gone holds the place for nobody, though what it typed was not taken.
+        client.write_all(b"lost").unwrap();
+        drop(client);
         assert!(console.input.attach().unwrap().is_ok());
     }
 

@@ -1,8 +1,11 @@
 //! `fanlight ctl`: calls one method and prints what it gives.
 
+mod attach;
+mod params;
+
 use std::{
-    io::{self, IsTerminal, Read, Write},
-    os::{fd::OwnedFd, unix::net::UnixStream},
+    io::{self, IsTerminal, Write},
+    os::fd::AsFd,
     path::Path,
     process::ExitCode,
 };
@@ -13,6 +16,7 @@ use fanlight_devices::error_line;
 use serde_json::{Map, Value};
 
 use crate::options::{CtlOptions, Options};
+use params::Params;
 
 /// Exit status for a wrong command line, as clap's.
 const USAGE: u8 = 2;
@@ -45,7 +49,7 @@ pub fn run(options: &CtlOptions) -> ExitCode {
             );
             return USAGE.into();
         }
-        Some(method) => match parameters(&options.params) {
+        Some(method) => match Params::read(&options.params) {
             Ok(params) => call(socket, method, &params, options.json),
             Err(error) => {
                 eprintln!("fanlight: {error}");
@@ -90,41 +94,18 @@ impl From<io::Error> for Error {
     }
 }
 
-/// Reads parameters: one JSON object, or pairs.
-fn parameters(arguments: &[String]) -> Result<Value, String> {
-    if let [one] = arguments
-        && one.trim_start().starts_with('{')
-    {
-        return serde_json::from_str(one).map_err(|error| format!("{one}: not JSON: {error}"));
-    }
-    let mut params = Value::Object(Map::new());
-    for argument in arguments {
-        let (path, text) = argument
-            .split_once('=')
-            .ok_or_else(|| format!("{argument:?} is neither JSON nor key=value"))?;
-        let value = serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned()));
-        let mut place = &mut params;
-        for key in path.split('.') {
-            let object = place
-                .as_object_mut()
-                .ok_or_else(|| format!("{path:?}: {key:?} is a field of what is no object"))?;
-            place = object
-                .entry(key)
-                .or_insert_with(|| Value::Object(Map::new()));
-        }
-        if place.as_object().is_none_or(|object| !object.is_empty()) {
-            return Err(format!("{path:?} is given twice"));
-        }
-        *place = value;
-    }
-    Ok(params)
-}
-
-fn call(socket: &Path, method: &str, params: &Value, json: bool) -> Result<(), Error> {
+fn call(socket: &Path, method: &str, params: &Params, json: bool) -> Result<(), Error> {
     let mut client = Client::connect(socket)?;
-    let (result, fds) = client.call_json(method, params, &[])?;
+    let fds: Vec<_> = params.fds.iter().map(AsFd::as_fd).collect();
+    let (result, fds) = client.call_json(method, &params.value, &fds)?;
     if let Some(fd) = fds.into_iter().next() {
-        return bridge(fd);
+        if method == "console.attach" {
+            return Ok(attach::connect(fd.into())?);
+        }
+        return Err(Error::Text(format!(
+            "{method} gives a descriptor, with which a command line can do nothing; see its --help for \
+             another way, or call it from a program"
+        )));
     }
     let table = io::stdout().is_terminal() && !json;
     print(&result, table)?;
@@ -139,27 +120,6 @@ fn call(socket: &Path, method: &str, params: &Value, json: bool) -> Result<(), E
         }
     }
     Ok(())
-}
-
-/// Connects a console to standard input and output until either ends.
-fn bridge(fd: OwnedFd) -> Result<(), Error> {
-    let mut output = UnixStream::from(fd);
-    let mut input = output.try_clone()?;
-    std::thread::spawn(move || {
-        let copied = io::copy(&mut io::stdin(), &mut input);
-        // The machine's end is told that no more comes; what it still says is shown.
-        let _ = copied.and_then(|_| input.shutdown(std::net::Shutdown::Write));
-    });
-    let mut bytes = [0; 4096];
-    loop {
-        let read = output.read(&mut bytes)?;
-        if read == 0 {
-            return Ok(());
-        }
-        let mut stdout = io::stdout();
-        stdout.write_all(&bytes[..read])?;
-        stdout.flush()?;
-    }
 }
 
 fn print(result: &Value, table: bool) -> io::Result<()> {
@@ -305,23 +265,6 @@ mod tests {
     use serde_json::json;
 
     use super::*;
-
-    fn read(arguments: &[&str]) -> Result<Value, String> {
-        let arguments: Vec<_> = arguments.iter().map(|text| (*text).to_owned()).collect();
-        parameters(&arguments)
-    }
-
-    #[test]
-    fn pairs_and_json_describe_the_same() {
-        let pairs = read(&["disk.path=a b", "disk.readonly=true", "disk.port=2"]).unwrap();
-        let json = json!({"disk": {"path": "a b", "readonly": true, "port": 2}});
-        assert_eq!(pairs, json);
-        assert_eq!(read(&[&json.to_string()]).unwrap(), json);
-        assert_eq!(read(&[]).unwrap(), json!({}));
-        for bad in [&["disk"][..], &["{"], &["a=1", "a=2"], &["a=1", "a.b=2"]] {
-            assert!(read(bad).is_err(), "{bad:?}");
-        }
-    }
 
     #[test]
     fn tables_line_up() {

@@ -28,6 +28,9 @@ use crate::{
 /// Empty root ports of a machine that has an API, where nobody says how many.
 pub const DEFAULT_HOTPLUG_PORTS: u8 = 4;
 
+/// So many calls of `vm.wait` are kept without a look at whether their clients are still there.
+const MANY_WAITING: usize = 64;
+
 /// Changes what is logged; the error says what is wrong with the text.
 pub type SetLog = Box<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
 
@@ -182,6 +185,8 @@ pub struct Desk {
     stopping: Vec<Reply>,
     /// `vm.wait`.
     waiting: Vec<Reply>,
+    /// With so many of them, those are forgotten whose clients have gone.
+    waiting_until_pruned: usize,
     last_error: Option<String>,
     /// The process is to end when the machine has.
     leaving: bool,
@@ -215,6 +220,7 @@ impl Desk {
             starting: Vec::new(),
             stopping: Vec::new(),
             waiting: Vec::new(),
+            waiting_until_pruned: MANY_WAITING,
             last_error: None,
             leaving: false,
         };
@@ -378,7 +384,14 @@ impl Desk {
             (VmState::Stopped, Some(ending)) => {
                 reply.send::<methods::VmWait>(Ok(self.last_ending(ending)));
             }
-            _ => self.waiting.push(reply),
+            _ => {
+                if self.waiting.len() >= self.waiting_until_pruned {
+                    // Clients that come, wait and go must not pile up.
+                    self.waiting.retain(|reply| !reply.is_abandoned());
+                    self.waiting_until_pruned = (self.waiting.len() * 2).max(MANY_WAITING);
+                }
+                self.waiting.push(reply);
+            }
         }
     }
 
@@ -413,4 +426,49 @@ pub fn life_error(error: &LifeError) -> ApiError {
         ErrorKind::HostFailure
     };
     ApiError::new(kind, error_line(error))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::os::unix::net::UnixStream;
+
+    use fanlight_api::server::{Server, Settings};
+
+    use super::*;
+
+    #[test]
+    fn clients_that_wait_and_go_do_not_pile_up() {
+        use std::io::Write;
+        const CLIENTS: usize = 500;
+        let dir = tempfile::tempdir().unwrap();
+        let settings = Settings {
+            path: dir.path().join("api"),
+            allow_uids: vec![],
+        };
+        let (mut desk, handler) = Desk::new(Box::new(|_| Ok(()))).unwrap();
+        let _server = Server::start(&settings, desk.events.clone(), handler).unwrap();
+        desk.set_state(VmState::Running);
+        let mut waited = 0;
+        for _ in 0..CLIENTS {
+            let mut client = UnixStream::connect(&settings.path).unwrap();
+            let line = b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"vm.wait\"}\n";
+            client.write_all(line).unwrap();
+            drop(client);
+            while let Some(command) = desk.next() {
+                desk.wait(command.reply);
+                waited += 1;
+            }
+        }
+        while waited < CLIENTS {
+            if let Some(command) = desk.next() {
+                desk.wait(command.reply);
+                waited += 1;
+            }
+        }
+        assert!(
+            desk.waiting.len() <= 3 * MANY_WAITING,
+            "{}",
+            desk.waiting.len()
+        );
+    }
 }

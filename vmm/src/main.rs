@@ -1,6 +1,7 @@
 //! The `fanlight` program.
 
 mod ctl;
+mod log;
 mod options;
 
 use std::{path::PathBuf, process::ExitCode, time::Instant};
@@ -29,7 +30,7 @@ fn main() -> ExitCode {
         Command::Serve(options) => serve(options),
         Command::Ctl(options) => return ctl::run(&options),
         Command::View(options) => {
-            let _ = options::start_log(&options.log.level);
+            let _ = log::start(&options.log.level);
             match view::run(&options.socket, options.output) {
                 Ok(()) => Ending::PowerOff,
                 Err(error) => failed(&error),
@@ -59,7 +60,7 @@ fn failed(error: &dyn std::error::Error) -> Ending {
 }
 
 fn run(mut options: RunOptions, started: Instant) -> Ending {
-    let set_log = options::start_log(&options.log.level);
+    let set_log = log::start(&options.log.level);
     let socket = options.api_socket.take();
     let settings = socket.map(|path| (path, options.api.clone()));
     let config = match options.into_config() {
@@ -78,7 +79,7 @@ fn run(mut options: RunOptions, started: Instant) -> Ending {
 }
 
 fn serve(options: ServeOptions) -> Ending {
-    let set_log = options::start_log(&options.log.level);
+    let set_log = log::start(&options.log.level);
     let settings = (options.api_socket, options.api);
     with_desk(set_log, Some(settings), serve::serve)
 }

@@ -3,14 +3,13 @@
 use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
-use fanlight::desk::SetLog;
 use fanlight_api::{
     CharBackend, ConsoleConfig, DiskConfig, GpuConfig, KernelUnpack, MemoryConfig, NetConfig,
     OnPanic, OnReset, PathOrFd, RngConfig, VfioConfig, VmConfig, VsockConfig, server::Settings,
 };
 use serde::de::DeserializeOwned;
 use thiserror::Error;
-use tracing_subscriber::{filter::Targets, layer::SubscriberExt, reload, util::SubscriberInitExt};
+use tracing_subscriber::filter::Targets;
 
 /// A small KVM virtual machine monitor.
 #[derive(Debug, Parser)]
@@ -106,9 +105,11 @@ Lists in an option are written key=value,key=value; a comma within a value is wr
 
 const CTL_HELP: &str = "\
 fanlight ctl S --help lists the methods of the server at socket S. Parameters are one JSON object, or
-key=value pairs: a value that is JSON is that, else text; a.b=value is a field of a field. The result is
-JSON, or a table where standard output is a terminal. console.attach connects the console to standard
-input and output; events.subscribe prints events until the server ends.
+key=value pairs: a value that is JSON is that, else text; a.b=value is a field of a field. Where a file
+or a tap is named, fd:N (in JSON also {\"fd\": N}) is descriptor N that the shell opened, which is sent along:
+fanlight ctl S device.add disk.path=fd:3 3<>disk.img. The result is JSON, or a table where standard output
+is a terminal. console.attach connects the console to standard input and output; on a terminal Ctrl-A x
+leaves it. events.subscribe prints events until the server ends.
 
 Exit status: 0 the method is done, 1 it is not (standard error says why), 2 the command line is wrong.";
 
@@ -170,7 +171,8 @@ pub struct LogOptions {
         long = "log",
         value_name = "LEVEL",
         env = "FANLIGHT_LOG",
-        default_value = "warn"
+        default_value = "warn",
+        value_parser = crate::log::filter
     )]
     pub level: Targets,
 }
@@ -324,24 +326,6 @@ impl RunOptions {
         set(&mut config.kvm, self.kvm.map(Some));
         Ok(config)
     }
-}
-
-/// Logs to standard error what `filter` lets through; gives what changes that.
-pub fn start_log(filter: &Targets) -> SetLog {
-    let (filter, handle) = reload::Layer::new(filter.clone());
-    let lines = tracing_subscriber::fmt::layer()
-        .with_writer(std::io::stderr)
-        .with_target(false);
-    tracing_subscriber::registry()
-        .with(filter)
-        .with(lines)
-        .init();
-    Box::new(move |level| {
-        let filter: Targets = level
-            .parse()
-            .map_err(|error| format!("{level:?}: {error}"))?;
-        handle.reload(filter).map_err(|error| error.to_string())
-    })
 }
 
 #[cfg(test)]

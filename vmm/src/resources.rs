@@ -1,6 +1,13 @@
 //! What a machine uses of the host: opened once, before anything starts, and kept over resets.
 
-use std::{collections::BTreeSet, fs::File, io, os::fd::OwnedFd, path::PathBuf, sync::Arc};
+use std::{
+    collections::BTreeSet,
+    fs::{File, OpenOptions},
+    io,
+    os::fd::OwnedFd,
+    path::PathBuf,
+    sync::Arc,
+};
 
 use fanlight_api::{
     ApiError, CharBackend, DiskConfig, NetConfig, OrFd, PathOrFd, VmConfig, socket::Descriptors,
@@ -17,6 +24,7 @@ use thiserror::Error;
 
 use crate::{
     console::{ConsoleError, HostConsole},
+    files::open_at_once,
     graphics::{Graphics, GraphicsError},
     passthrough::{Passthrough, PassthroughError},
 };
@@ -204,10 +212,7 @@ impl Resources {
             None => None,
             Some(OrFd::Fd(number)) => Some(take("kvm", descriptors, *number)?),
             Some(OrFd::Named(path)) => Some(
-                std::fs::OpenOptions::new()
-                    .read(true)
-                    .write(true)
-                    .open(path)
+                open_at_once(OpenOptions::new().read(true).write(true), path)
                     .map_err(|source| ConfigError::Open {
                         option: "kvm",
                         path: path.clone(),
@@ -296,7 +301,7 @@ fn open_file(
         source,
     };
     let file = match file {
-        OrFd::Named(path) => File::open(path).map_err(error)?,
+        OrFd::Named(path) => open_at_once(OpenOptions::new().read(true), path).map_err(error)?,
         OrFd::Fd(number) => take(option, descriptors, *number)?.into(),
     };
     if !file.metadata().map_err(error)?.is_file() {
@@ -453,6 +458,23 @@ mod tests {
         assert!(name_devices(&mut config).is_err());
         config.disk[0].id = Some("a b".into());
         assert!(name_devices(&mut config).is_err());
+    }
+
+    #[test]
+    fn nobody_waits_for_the_other_end_of_a_fifo() {
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("fifo");
+        rustix::fs::mkfifoat(rustix::fs::CWD, &path, 0o600.into()).unwrap();
+        let path = path.display();
+        let kernel = error(&format!(r#"{{"kernel": "{path}"}}"#));
+        assert!(kernel.contains("not a regular file"), "{kernel}");
+        let exe = r#""kernel": "/proc/self/exe", "memory": {"size": "64M"}"#;
+        let disk = error(&format!(
+            r#"{{{exe}, "disk": [{{"path": "{path}", "readonly": true}}]}}"#
+        ));
+        assert!(disk.contains("fifo"), "{disk}");
+        let serial = error(&format!(r#"{{{exe}, "serial": {{"file": "{path}"}}}}"#));
+        assert!(serial.contains("cannot write console output"), "{serial}");
     }
 
     #[test]

@@ -1,7 +1,7 @@
 //! The server's loop: accepts, reads lines, calls the handler, writes.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     io,
     os::unix::net::UnixStream,
     sync::Arc,
@@ -14,9 +14,10 @@ use rustix::event::{
 };
 
 use super::{
-    Events, Handler, MAX_CLIENTS, MAX_LINE, MAX_PENDING, Reply,
+    Events, FDS_PATIENCE, Handler, MAX_CLIENTS, MAX_HELD_FDS, MAX_LINE, MAX_OTHERS, MAX_PENDING,
+    Reply,
     connection::{Batch, Connection, OutState, Wake},
-    listener::Listener,
+    listener::{Listener, Peer},
 };
 use crate::{
     API_VERSION,
@@ -24,7 +25,7 @@ use crate::{
     message::{Id, Incoming, Request, Response, line},
     methods::{ApiVersion, Call, EventsSubscribe},
     schema,
-    socket::{Descriptors, LineReader, Progress},
+    socket::{Descriptors, LineReader, Progress, Untaken},
     types::{Subscribed, Version},
 };
 
@@ -32,6 +33,8 @@ use crate::{
 const DRAIN: Duration = Duration::from_secs(1);
 /// Events taken at a time.
 const EVENTS: usize = 64;
+/// Lines of one client that are handled in one turn of the loop: then it is the others' turn.
+const TURN_LINES: usize = 64;
 
 const LISTENER: u64 = 0;
 const WAKE: u64 = 1;
@@ -40,11 +43,17 @@ const FIRST_CLIENT: u64 = 2;
 /// A client as the server's thread sees it.
 struct Client {
     socket: UnixStream,
-    name: String,
+    peer: Peer,
     connection: Arc<Connection>,
     reader: LineReader,
     /// The client will send no more; it may still read.
     ended: bool,
+    /// The client reads no more. What it sent before it went is still done.
+    gone: bool,
+    /// Lines handled in the loop's turn of this number.
+    lines: (u64, usize),
+    /// The oldest descriptor that waits for its line to end, by its place in the stream, and since when.
+    oldest_fd: Option<(u64, Instant)>,
     /// What the socket is waited for.
     interest: EventFlags,
 }
@@ -58,6 +67,12 @@ pub struct Clients {
     epoll: std::os::fd::OwnedFd,
     clients: BTreeMap<u64, Client>,
     next: u64,
+    /// Number of the loop's turn.
+    turn: u64,
+    /// Clients that have had their turn and have lines left.
+    backlog: BTreeSet<u64>,
+    /// Descriptors of requests that are being answered.
+    in_work: Vec<Untaken>,
 }
 
 impl Clients {
@@ -82,6 +97,9 @@ impl Clients {
             epoll,
             clients: BTreeMap::new(),
             next: FIRST_CLIENT,
+            turn: 0,
+            backlog: BTreeSet::new(),
+            in_work: Vec::new(),
         })
     }
 
@@ -109,6 +127,12 @@ impl Clients {
     }
 
     fn turn(&mut self, patience: Option<Duration>) -> io::Result<()> {
+        self.turn += 1;
+        let patience = if self.backlog.is_empty() {
+            patience.into_iter().chain(self.fds_patience()).min()
+        } else {
+            Some(Duration::ZERO)
+        };
         let timeout = patience.map(|patience| Timespec {
             tv_sec: patience.as_secs() as i64,
             tv_nsec: patience.subsec_nanos().into(),
@@ -129,8 +153,49 @@ impl Clients {
                 token => self.client(token, event.flags),
             }
         }
+        for token in std::mem::take(&mut self.backlog) {
+            self.look_after(token);
+        }
         self.look_after_ready();
+        self.drop_overdue();
         Ok(())
+    }
+
+    /// How long the first of those can still wait whose descriptors wait for the end of a line.
+    fn fds_patience(&self) -> Option<Duration> {
+        let waiting = self.clients.values().filter_map(|client| client.oldest_fd);
+        let since = waiting.map(|(_, since)| since).min()?;
+        Some(FDS_PATIENCE.saturating_sub(since.elapsed()))
+    }
+
+    /// Disconnects those whose descriptors have waited too long. One that sent an end of its own connection
+    /// would else never be seen to go.
+    fn drop_overdue(&mut self) {
+        let overdue = |client: &Client| {
+            let since = client.oldest_fd.map(|(_, since)| since);
+            since.is_some_and(|since| since.elapsed() >= FDS_PATIENCE)
+        };
+        let tokens: Vec<_> = self
+            .clients
+            .iter()
+            .filter(|(_, client)| overdue(client))
+            .map(|(token, _)| *token)
+            .collect();
+        for token in tokens {
+            self.disconnect(
+                token,
+                Some("sent descriptors without the end of their line"),
+            );
+        }
+    }
+
+    /// Descriptors that are kept for clients: of lines that have not ended, of requests that are being
+    /// answered, and of answers that nobody reads.
+    fn held_fds(&mut self) -> usize {
+        self.in_work.retain(|message| message.count() > 0);
+        let in_work: usize = self.in_work.iter().map(Untaken::count).sum();
+        let of = |client: &Client| client.reader.held_fds() + client.connection.unsent_fds();
+        self.clients.values().map(of).sum::<usize>() + in_work
     }
 
     /// Clients that were answered: sends, and goes on with what waited for room.
@@ -149,32 +214,27 @@ impl Clients {
     }
 
     fn accept(&mut self) {
-        let (socket, name, allowed) = match self.listener.accept() {
-            Ok(accepted) => accepted,
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => return,
-            Err(error) => {
-                tracing::warn!(%error, "the API cannot accept a client");
-                // Out of descriptors, perhaps: the next try may find some.
-                std::thread::sleep(Duration::from_millis(10));
-                return;
-            }
-        };
-        let refusal = if !allowed {
+        match self.listener.accept() {
+            Ok((socket, peer)) => self.admit(socket, peer),
+            Err(error) => self.cannot_accept(&error),
+        }
+    }
+
+    /// Makes a client of a connection, or says why not.
+    pub fn admit(&mut self, socket: UnixStream, peer: Peer) {
+        let others = || self.clients.values().filter(|client| !client.peer.own);
+        let refusal = if !peer.allowed {
             Some((
                 ErrorKind::Forbidden,
                 "may not use this socket; --api-allow-uid lets more users in",
             ))
-        } else if self.clients.len() >= MAX_CLIENTS {
+        } else if self.clients.len() >= MAX_CLIENTS || !peer.own && others().count() >= MAX_OTHERS {
             Some((ErrorKind::Busy, "is one client too many"))
         } else {
             None
         };
         if let Some((kind, why)) = refusal {
-            tracing::warn!("{name} {why}: disconnected");
-            let error = ApiError::new(kind, format!("{name} {why}"));
-            let text = line(&Response::new(Id::Null, Err(error)));
-            let _ = crate::socket::send(&socket, &text, &[]);
-            return;
+            return refuse(&socket, &peer.name, kind, why);
         }
         let token = self.next;
         self.next += 1;
@@ -185,13 +245,36 @@ impl Clients {
         }
         let client = Client {
             socket,
-            name,
+            peer,
             connection: Connection::new(self.wake.clone(), token),
             reader: LineReader::default(),
             ended: false,
+            gone: false,
+            lines: (0, 0),
+            oldest_fd: None,
             interest,
         };
         self.clients.insert(token, client);
+    }
+
+    fn cannot_accept(&mut self, error: &io::Error) {
+        use rustix::io::Errno;
+        match Errno::from_io_error(error) {
+            Some(Errno::AGAIN | Errno::INTR | Errno::CONNABORTED) => return,
+            Some(Errno::MFILE | Errno::NFILE) => {
+                if let Some(socket) = self.listener.accept_without_descriptors() {
+                    let why = "finds the process out of descriptors";
+                    refuse(&socket, "a client", ErrorKind::Busy, why);
+                    drop(socket);
+                    return self.listener.restore_spare();
+                }
+                self.listener.restore_spare();
+            }
+            _ => {}
+        }
+        tracing::warn!(%error, "the API cannot accept a client");
+        // It would be tried again at once.
+        std::thread::sleep(Duration::from_millis(10));
     }
 
     fn client(&mut self, token: u64, flags: EventFlags) {
@@ -200,10 +283,13 @@ impl Clients {
         };
         // Both directions are closed: nobody reads an answer.
         if flags.intersects(EventFlags::HUP | EventFlags::ERR) {
-            self.disconnect(token, None);
-            return;
+            client.gone = true;
+            client.connection.close();
         }
-        if flags.contains(EventFlags::IN) {
+        let reads = flags.contains(EventFlags::IN) || client.gone;
+        // What has been read is handled first: that bounds it.
+        if reads && !client.ended && !client.reader.has_line() {
+            let before = client.reader.held_fds();
             match client.reader.receive(&client.socket) {
                 Ok(Progress::More) => {}
                 Ok(Progress::End) => client.ended = true,
@@ -218,6 +304,11 @@ impl Clients {
                     ) => {}
                 Err(_) => return self.disconnect(token, None),
             }
+            let more = client.reader.held_fds() > before;
+            if more && self.held_fds() > MAX_HELD_FDS {
+                let why = "sent more descriptors than are kept for all clients together";
+                return self.disconnect(token, Some(why));
+            }
         }
         self.look_after(token);
     }
@@ -228,19 +319,33 @@ impl Clients {
             return;
         };
         let connection = client.connection.clone();
+        if client.lines.0 != self.turn {
+            client.lines = (self.turn, 0);
+        }
         let mut state;
         loop {
             let mut more = false;
             while connection.pending() < MAX_PENDING
+                && client.lines.1 < TURN_LINES
                 && let Some((line, fds)) = client.reader.next_line()
             {
                 if line.len() > MAX_LINE {
                     return self.disconnect(token, Some("sent a line of more than 1 MiB"));
                 }
-                take_line(&connection, &self.events, &*self.handler, line, fds);
+                client.lines.1 += 1;
+                let descriptors = Descriptors::of_message(fds);
+                let untaken = descriptors.untaken();
+                take_line(&connection, &self.events, &*self.handler, line, descriptors);
+                if untaken.count() > 0 {
+                    self.in_work.push(untaken);
+                }
                 more = true;
             }
-            state = connection.flush(&client.socket);
+            state = if client.gone {
+                OutState::Empty
+            } else {
+                connection.flush(&client.socket)
+            };
             if !more || state != OutState::Empty {
                 break;
             }
@@ -250,20 +355,42 @@ impl Clients {
             OutState::Overflow => {
                 return self.disconnect(token, Some("does not read its answers"));
             }
-            OutState::Gone => return self.disconnect(token, None),
+            // What it sent is still read, and found to have an end.
+            OutState::Gone => {
+                client.gone = true;
+                connection.close();
+            }
+            OutState::Failed => return self.disconnect(token, None),
         }
-        if client.reader.unfinished() > MAX_LINE && connection.pending() < MAX_PENDING {
+        let room = connection.pending() < MAX_PENDING;
+        if client.reader.unfinished() > MAX_LINE && room {
             return self.disconnect(token, Some("sent a line of more than 1 MiB"));
         }
-        if client.ended && state == OutState::Empty && connection.is_idle() {
+        let lines_left = client.reader.has_line();
+        if lines_left && room {
+            self.backlog.insert(token);
+        } else if client.gone && (client.ended || !room)
+            || client.ended && state == OutState::Empty && connection.is_idle()
+        {
             return self.disconnect(token, None);
         }
+        client.oldest_fd = client.reader.oldest_fd().map(|at| match client.oldest_fd {
+            Some((before, since)) if before == at => (at, since),
+            _ => (at, Instant::now()),
+        });
+        if connection.unsent_fds() > 0 && self.held_fds() > MAX_HELD_FDS {
+            return self.disconnect(token, Some("does not read its answers"));
+        }
+        self.wait_for(token, state, room);
+    }
+
+    fn wait_for(&mut self, token: u64, state: OutState, room: bool) {
+        let Some(client) = self.clients.get_mut(&token) else {
+            return;
+        };
         let mut wanted = EventFlags::empty();
         wanted.set(EventFlags::OUT, state == OutState::Full);
-        wanted.set(
-            EventFlags::IN,
-            !client.ended && connection.pending() < MAX_PENDING,
-        );
+        wanted.set(EventFlags::IN, !client.ended && room);
         if wanted != client.interest {
             client.interest = wanted;
             let data = EventData::new_u64(token);
@@ -279,8 +406,9 @@ impl Clients {
             return;
         };
         if let Some(why) = why {
-            tracing::warn!("{} {why}: disconnected", client.name);
-            let error = ApiError::new(ErrorKind::InvalidRequest, format!("{} {why}", client.name));
+            let name = &client.peer.name;
+            tracing::warn!("{name} {why}: disconnected");
+            let error = ApiError::new(ErrorKind::InvalidRequest, format!("{name} {why}"));
             client
                 .connection
                 .say(line(&Response::new(Id::Null, Err(error))));
@@ -291,17 +419,25 @@ impl Clients {
     }
 }
 
+/// Tells a client why it cannot be one.
+fn refuse(socket: &UnixStream, name: &str, kind: ErrorKind, why: &str) {
+    tracing::warn!("{name} {why}: disconnected");
+    let error = ApiError::new(kind, format!("{name} {why}"));
+    let text = line(&Response::new(Id::Null, Err(error)));
+    // One that does not read it does not want to know.
+    let _ = crate::socket::send(socket, &text, &[]);
+}
+
 fn take_line(
     connection: &Arc<Connection>,
     events: &Events,
     handler: &dyn Handler,
     line: &[u8],
-    fds: Vec<std::os::fd::OwnedFd>,
+    descriptors: Descriptors,
 ) {
     if line.iter().all(u8::is_ascii_whitespace) {
         return;
     }
-    let descriptors = Descriptors::of_message(fds);
     let (requests, batch) = match Incoming::read(line) {
         Incoming::Single(request) => (vec![request], None),
         Incoming::Batch(requests) => {

@@ -127,8 +127,10 @@ pub enum OutState {
     Full,
     /// The client does not read, and more has been queued than may be.
     Overflow,
-    /// The client is gone.
+    /// The client reads no more.
     Gone,
+    /// It cannot be told anything.
+    Failed,
 }
 
 /// The sending half of a connection.
@@ -184,7 +186,17 @@ impl Connection {
         self.push(&mut locked(&self.out), bytes, Vec::new());
     }
 
-    pub fn subscribe(&self, events: Option<Vec<EventName>>) {
+    pub fn subscribe(&self, mut events: Option<Vec<EventName>>) {
+        if let Some(events) = &mut events {
+            // The list may be as long as a line, and is gone through at each event.
+            let mut seen = Vec::new();
+            events.retain(|name| {
+                let first = !seen.contains(name);
+                seen.extend(first.then_some(*name));
+                first
+            });
+            events.shrink_to_fit();
+        }
         let mut out = locked(&self.out);
         let lost = out.subscription.as_ref().map_or(0, |old| old.lost);
         out.subscription = Some(Subscription { events, lost });
@@ -224,6 +236,12 @@ impl Connection {
         out.pending == 0 && out.queue.is_empty() && out.subscription.is_none()
     }
 
+    /// Descriptors that wait to be sent.
+    pub fn unsent_fds(&self) -> usize {
+        let out = locked(&self.out);
+        out.queue.iter().map(|message| message.fds.len()).sum()
+    }
+
     /// Nothing more is queued from now on.
     pub fn close(&self) {
         let mut out = locked(&self.out);
@@ -255,7 +273,18 @@ impl Connection {
                     };
                 }
                 Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
-                Err(_) => return OutState::Gone,
+                Err(error)
+                    if matches!(
+                        error.kind(),
+                        io::ErrorKind::BrokenPipe | io::ErrorKind::ConnectionReset
+                    ) =>
+                {
+                    return OutState::Gone;
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "the API cannot answer a client");
+                    return OutState::Failed;
+                }
             }
         }
         if out.overflow {
@@ -333,6 +362,11 @@ impl Reply {
         self.finish(Err(error), Vec::new());
     }
 
+    /// Whether nobody is there any more to be answered.
+    pub fn is_abandoned(&self) -> bool {
+        locked(&self.connection.out).closed
+    }
+
     /// The connection, for what goes on after the answer.
     pub(super) fn connection(&self) -> Arc<Connection> {
         self.connection.clone()
@@ -347,6 +381,7 @@ impl Reply {
                 "the answer has a descriptor, which a batch cannot carry: ask in a line of its own",
             ));
         }
+        let outcome = outcome.map_err(ApiError::bounded);
         let response = self.id.take().map(|id| Response::new(id, outcome));
         let mut bytes = None;
         match &self.batch {
@@ -385,6 +420,16 @@ impl Drop for Reply {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_long_list_of_events_is_kept_once() {
+        let connection = Connection::new(Arc::new(Wake::new().unwrap()), 0);
+        let long = [EventName::Panic, EventName::Reset].repeat(100_000);
+        connection.subscribe(Some(long));
+        let out = locked(&connection.out);
+        let kept = out.subscription.as_ref().unwrap().events.clone().unwrap();
+        assert_eq!(kept, [EventName::Panic, EventName::Reset]);
+    }
 
     #[test]
     fn descriptors_that_are_not_read_are_bounded() {

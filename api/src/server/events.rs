@@ -63,6 +63,9 @@ impl Events {
         answer: impl FnOnce(u64),
     ) {
         let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        // Where many come and go between two events, those that went are not to pile up.
+        let there = |subscriber: &Weak<Connection>| subscriber.strong_count() > 0;
+        state.subscribers.retain(there);
         let known = Arc::downgrade(connection);
         if !state.subscribers.iter().any(|other| other.ptr_eq(&known)) {
             state.subscribers.push(known);
@@ -75,4 +78,19 @@ impl Events {
 fn monotonic_ns() -> u64 {
     let now = clock_gettime(ClockId::Monotonic);
     (now.tv_sec as u64) * 1_000_000_000 + now.tv_nsec as u64
+}
+
+#[cfg(test)]
+mod tests {
+    use super::{super::connection::Wake, *};
+
+    #[test]
+    fn subscribers_that_went_do_not_pile_up() {
+        let events = Events::default();
+        let wake = Arc::new(Wake::new().unwrap());
+        for token in 0..1000 {
+            events.subscribe(&Connection::new(wake.clone(), token), None, |_| {});
+        }
+        assert_eq!(events.0.lock().unwrap().subscribers.len(), 1);
+    }
 }

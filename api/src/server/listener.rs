@@ -1,7 +1,8 @@
 //! The listening socket and its file.
 
 use std::{
-    fs, io,
+    fs::{self, File},
+    io,
     os::unix::{
         fs::{FileTypeExt, MetadataExt, PermissionsExt},
         net::{UnixListener, UnixStream},
@@ -24,6 +25,19 @@ pub struct Listener {
     /// Device and inode, so that nobody else's file is removed.
     file: (u64, u64),
     allow_uids: Vec<u32>,
+    /// Given up to refuse a client when there are no more descriptors.
+    spare: Option<File>,
+}
+
+/// Who has connected.
+#[derive(Debug)]
+pub struct Peer {
+    /// What messages call it.
+    pub name: String,
+    /// Whether it may be here.
+    pub allowed: bool,
+    /// Whether it is the server's own user or root.
+    pub own: bool,
 }
 
 impl Listener {
@@ -63,21 +77,41 @@ impl Listener {
             path: path.clone(),
             file: (metadata.dev(), metadata.ino()),
             allow_uids: settings.allow_uids.clone(),
+            spare: spare(),
         })
     }
 
-    /// The next connection, and the name of its peer, if it may be here.
-    pub fn accept(&self) -> io::Result<(UnixStream, String, bool)> {
+    /// The next connection, and its peer.
+    pub fn accept(&self) -> io::Result<(UnixStream, Peer)> {
         let (stream, _) = self.socket.accept()?;
         stream.set_nonblocking(true)?;
         let peer = sockopt::socket_peercred(&stream)?;
         let uid = peer.uid.as_raw();
-        let allowed = uid == rustix::process::geteuid().as_raw()
-            || uid == 0
-            || self.allow_uids.contains(&uid);
-        let name = format!("process {} of user {uid}", peer.pid.as_raw_nonzero());
-        Ok((stream, name, allowed))
+        let own = uid == rustix::process::geteuid().as_raw() || uid == 0;
+        let peer = Peer {
+            name: format!("process {} of user {uid}", peer.pid.as_raw_nonzero()),
+            allowed: own || self.allow_uids.contains(&uid),
+            own,
+        };
+        Ok((stream, peer))
     }
+
+    /// The next connection, when there are no descriptors left for it: it can only be told so. Until it is
+    /// taken nobody else's can be, and the server would be woken for it without end.
+    pub fn accept_without_descriptors(&mut self) -> Option<UnixStream> {
+        self.spare.take()?;
+        self.socket.accept().ok().map(|(stream, _)| stream)
+    }
+
+    /// After a connection that was refused for want of descriptors is closed.
+    pub fn restore_spare(&mut self) {
+        self.spare = self.spare.take().or_else(spare);
+    }
+}
+
+/// Any descriptor.
+fn spare() -> Option<File> {
+    File::open("/dev/null").ok()
 }
 
 /// Removes a socket to which nobody listens.

@@ -13,6 +13,7 @@ use std::{
     path::{Path, PathBuf},
     sync::Arc,
     thread::JoinHandle,
+    time::Duration,
 };
 
 use thiserror::Error;
@@ -38,6 +39,16 @@ pub const MAX_EVENTS: usize = 256 << 10;
 pub const MAX_PENDING: usize = 256;
 /// Connections at a time.
 pub const MAX_CLIENTS: usize = 256;
+/// Of those, connections of users whom [`Settings::allow_uids`] lets in: the owner always finds room.
+pub const MAX_OTHERS: usize = MAX_CLIENTS / 2;
+/// Descriptors that are kept for all clients together. The machine needs others of the process's.
+pub const MAX_HELD_FDS: usize = 256;
+/// How long descriptors are kept for a line that does not end.
+pub const FDS_PATIENCE: Duration = if cfg!(test) {
+    Duration::from_secs(3)
+} else {
+    Duration::from_secs(10)
+};
 
 /// Does what methods say. Called on the server's thread: what takes time is done elsewhere, and the reply
 /// is sent from there.

@@ -3,7 +3,7 @@
 
 use std::{ffi::CString, fs::File, os::fd::AsRawFd, process::ExitCode};
 
-use fanlight_tests::{Context, Failure, Result, echo, edu, raw_gpu};
+use fanlight_tests::{Context, Failure, Result, echo, edu, raw_gpu, rogue};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -52,13 +52,17 @@ fn act(arguments: &[String]) -> Result<String> {
             let before = edu::swap_mark(number(mark)?)?;
             Ok(format!("mark was {before}"))
         }
+        [verb, ids] if verb == "break" => {
+            let status = rogue::break_device(ids)?;
+            Ok(format!("the device's status is {status:#x}"))
+        }
         [verb, count] if verb == "interrupts" => {
             let heard = edu::interrupts(number(count)? as u32)?;
             Ok(format!("edu interrupted {heard} times"))
         }
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
-             kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts COUNT"
+             kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts COUNT | break VENDOR:DEVICE"
                 .into(),
         )),
     }

@@ -3,20 +3,22 @@
 use std::{
     fs::File,
     io::{Read, Write},
-    os::unix::net::UnixStream,
-    process::{Child, ExitStatus, Stdio},
+    os::{fd::AsFd, unix::net::UnixStream},
+    process::{Child, Command, Stdio},
+    thread,
+    time::{Duration, Instant},
 };
 
 use fanlight_tests::{
-    Context, Failure, Result,
-    guest::{Assets, GuestBuilder, ensure},
+    Context, Result,
+    guest::{Assets, HANG, ensure},
 };
 use rustix::{
+    event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, Signal, kill_process},
     pty::{OpenptFlags, openpt, ptsname, unlockpt},
     termios::{LocalModes, Termios, Winsize, tcgetattr, tcsetwinsize},
 };
-use tempfile::TempDir;
 
 use crate::Test;
 
@@ -31,16 +33,11 @@ pub const TESTS: &[(&str, Test)] = &[
     ),
     (
         "console::ctrl_a_x_leaves_a_terminal_as_it_was",
-        leaves_by_keys,
+        leaves_terminal,
     ),
     (
         "console::a_killed_process_leaves_a_terminal_as_it_was",
-        |assets| {
-            leaves_terminal(assets, |process, _| {
-                process.kill().context("cannot kill the process")
-            })
-            .map(drop)
-        },
+        killed,
     ),
 ];
 
@@ -77,7 +74,7 @@ fn socket_and_file(assets: &Assets) -> Result<()> {
     let mut stream = loop {
         match UnixStream::connect(&socket) {
             Ok(stream) => break stream,
-            Err(_) => std::thread::sleep(std::time::Duration::from_millis(20)),
+            Err(_) => thread::sleep(Duration::from_millis(20)),
         }
     };
     let mut said = String::new();
@@ -114,7 +111,7 @@ fn much_input(assets: &Assets) -> Result<()> {
     let dir = tempfile::tempdir().context("cannot make a directory")?;
     let file = dir.path().join("x");
     std::fs::write(&file, &text).context("cannot write")?;
-    let sum = std::process::Command::new("md5sum")
+    let sum = Command::new("md5sum")
         .arg(&file)
         .output()
         .context("cannot run md5sum")?;
@@ -124,25 +121,60 @@ fn much_input(assets: &Assets) -> Result<()> {
     ensure(said.contains(&format!("sum: {sum}")), said)
 }
 
-fn leaves_by_keys(assets: &Assets) -> Result<()> {
-    let status = leaves_terminal(assets, |_, terminal| {
-        terminal.write_all(b"\x01x").context("cannot type")
-    })?;
-    ensure(status.code() == Some(34), format!("ended by {status}"))
+fn follows_size(assets: &Assets) -> Result<()> {
+    let guest = assets
+        .guest(
+            "(echo first: $(stty size); while [ \"$(stty size)\" != '47 133' ]; do sleep 0.1; done
+              echo then: $(stty size)) < /dev/hvc0 > /dev/hvc0; sleep 1",
+        )
+        .option("--serial", "null")
+        .option("--console", "stdio");
+    let (command, _dir) = guest.command()?;
+    let mut process = OnTerminal::start_with_size(command, Some((91, 31)))?;
+    process.wait_for("first: 31 91")?;
+    resize(&process.ours, (133, 47))?;
+    // The terminal is not the controlling one of Fanlight's session: the shell that would be is this test.
+    let pid = Pid::from_child(&process.process);
+    kill_process(pid, Signal::WINCH).context("cannot signal")?;
+    process.wait_for("then: 47 133")?;
+    process.expect_exit(0)
 }
 
-/// A terminal of our own, with Fanlight on it.
-struct Terminal {
-    /// Where a user types and reads.
+fn leaves_terminal(assets: &Assets) -> Result<()> {
+    run_on_terminal(assets, |process| process.leave(34))
+}
+
+fn killed(assets: &Assets) -> Result<()> {
+    run_on_terminal(assets, OnTerminal::kill)
+}
+
+fn run_on_terminal(assets: &Assets, end: fn(&mut OnTerminal) -> Result<()>) -> Result<()> {
+    let (command, _dir) = assets.guest("echo ready; sleep 1000").command()?;
+    let mut process = OnTerminal::start(command)?;
+    process.wait_for("ready")?;
+    process.wait_for_raw()?;
+    end(&mut process)?;
+    process.ensure_restored()
+}
+
+/// A program on a terminal of its own.
+pub struct OnTerminal {
+    process: Child,
+    /// What its user has.
     ours: File,
-    /// Where Fanlight does.
+    /// What it has itself.
     theirs: File,
-    /// What was read so far.
+    before: Termios,
     said: String,
 }
 
-impl Terminal {
-    fn open() -> Result<Self> {
+impl OnTerminal {
+    pub fn start(command: Command) -> Result<Self> {
+        Self::start_with_size(command, None)
+    }
+
+    /// The same, with columns and rows.
+    fn start_with_size(mut command: Command, size: Option<(u16, u16)>) -> Result<Self> {
         let ours =
             openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).context("cannot make a terminal")?;
         unlockpt(&ours).context("cannot unlock the terminal")?;
@@ -152,116 +184,114 @@ impl Terminal {
             .write(true)
             .open(name.to_string_lossy().as_ref())
             .context("cannot open the terminal")?;
+        if let Some(size) = size {
+            resize(&ours, size)?;
+        }
+        let end = || theirs.try_clone().context("cannot duplicate a descriptor");
+        let before = modes(&theirs)?;
+        let process = command
+            .stdin(Stdio::from(end()?))
+            .stdout(Stdio::from(end()?))
+            .spawn()
+            .context("cannot start Fanlight")?;
         Ok(Self {
-            ours: File::from(ours),
+            process,
+            ours: ours.into(),
             theirs,
+            before,
             said: String::new(),
         })
     }
 
-    /// Starts the guest with the terminal as its own.
-    fn spawn(&self, guest: GuestBuilder) -> Result<(Child, TempDir)> {
-        let end_of = || {
-            self.theirs
-                .try_clone()
-                .context("cannot duplicate a descriptor")
-        };
-        let (mut command, dir) = guest.command()?;
-        let process = command
-            .stdin(Stdio::from(end_of()?))
-            .stdout(Stdio::from(end_of()?))
-            .spawn()
-            .context("cannot start Fanlight")?;
-        Ok((process, dir))
-    }
-
-    fn wait_for(&mut self, text: &str) -> Result<()> {
+    pub fn wait_for(&mut self, text: &str) -> Result<()> {
         let mut bytes = [0; 1024];
+        let patience = Timespec {
+            tv_sec: 120,
+            tv_nsec: 0,
+        };
         while !self.said.contains(text) {
-            let read = self
-                .ours
-                .read(&mut bytes)
-                .context("cannot read the terminal")?;
-            self.said += &String::from_utf8_lossy(&bytes[..read]);
+            let mut readable = [PollFd::new(&self.ours, PollFlags::IN)];
+            let ready = poll(&mut readable, Some(&patience)).context("cannot wait")?;
+            let hang = || format!("{HANG}: never said {text:?}, but:\n{}", self.said);
+            ensure(ready > 0, hang())?;
+            let read = self.ours.read(&mut bytes).context("cannot read")?;
+            self.said += &String::from_utf8_lossy(&bytes[..read]).replace('\r', "");
         }
         Ok(())
     }
 
-    fn modes(&self) -> Result<Termios> {
-        tcgetattr(&self.theirs).context("the terminal has no modes")
+    pub fn send(&mut self, bytes: &[u8]) -> Result<()> {
+        self.ours.write_all(bytes).context("cannot type")
     }
 
-    fn resize(&self, ws_col: u16, ws_row: u16) -> Result<()> {
-        let size = Winsize {
-            ws_row,
-            ws_col,
-            ws_xpixel: 0,
-            ws_ypixel: 0,
+    /// Leaves by Ctrl-A x; the program's exit status must be the given one.
+    pub fn leave(&mut self, status: i32) -> Result<()> {
+        self.send(b"\x01x")?;
+        self.expect_exit(status)
+    }
+
+    pub fn expect_exit(&mut self, expected: i32) -> Result<()> {
+        let status = self.process.wait().context("cannot wait for Fanlight")?;
+        let said = &self.said;
+        let text = format!("ended by {status} after it said:\n{said}");
+        ensure(status.code() == Some(expected), text)
+    }
+
+    pub fn kill(&mut self) -> Result<()> {
+        self.process.kill().context("cannot kill the process")?;
+        self.process.wait().map(drop).context("cannot wait")
+    }
+
+    /// Waits until the terminal is raw.
+    pub fn wait_for_raw(&self) -> Result<()> {
+        let line = LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG;
+        self.wait_for_modes(|modes| !modes.local_modes.intersects(line))
+    }
+
+    pub fn ensure_restored(&self) -> Result<()> {
+        let of = |modes: &Termios| {
+            (
+                modes.input_modes,
+                modes.output_modes,
+                modes.control_modes,
+                modes.local_modes,
+            )
         };
-        tcsetwinsize(&self.ours, size).context("cannot resize the terminal")
+        // After a kill the guard process restores, a moment later.
+        self.wait_for_modes(|modes| of(modes) == of(&self.before))
     }
-}
 
-fn follows_size(assets: &Assets) -> Result<()> {
-    let mut terminal = Terminal::open()?;
-    terminal.resize(91, 31)?;
-    let guest = assets
-        .guest(
-            "(echo first: $(stty size); while [ \"$(stty size)\" != '47 133' ]; do sleep 0.1; done
-              echo then: $(stty size)) < /dev/hvc0 > /dev/hvc0; sleep 1",
-        )
-        .option("--serial", "null")
-        .option("--console", "stdio");
-    let (mut process, _dir) = terminal.spawn(guest)?;
-    terminal.wait_for("first: 31 91")?;
-    terminal.resize(133, 47)?;
-    // The terminal is not the controlling one of Fanlight's session: the shell that would be is this test.
-    kill_process(Pid::from_child(&process), Signal::WINCH).context("cannot signal")?;
-    terminal.wait_for("then: 47 133")?;
-    let status = process.wait().context("cannot wait for Fanlight")?;
-    ensure(status.success(), format!("ended by {status}"))
-}
-
-/// Runs a guest on a terminal, has `end` end it, and compares the terminal's modes.
-fn leaves_terminal(
-    assets: &Assets,
-    end: impl FnOnce(&mut Child, &mut File) -> Result<()>,
-) -> Result<ExitStatus> {
-    let same = |a: &Termios, b: &Termios| {
-        (
-            a.input_modes,
-            a.output_modes,
-            a.control_modes,
-            a.local_modes,
-        ) == (
-            b.input_modes,
-            b.output_modes,
-            b.control_modes,
-            b.local_modes,
-        )
-    };
-    let mut terminal = Terminal::open()?;
-    let before = terminal.modes()?;
-    let (mut process, _dir) = terminal.spawn(assets.guest("echo ready; sleep 1000"))?;
-    terminal.wait_for("ready")?;
-    let during = terminal.modes()?;
-    ensure(
-        !during
-            .local_modes
-            .intersects(LocalModes::ICANON | LocalModes::ECHO | LocalModes::ISIG),
-        "the terminal is not raw",
-    )?;
-    end(&mut process, &mut terminal.ours)?;
-    let status = process.wait().context("cannot wait for Fanlight")?;
-    // After a kill the guard process restores, a moment later.
-    for _ in 0..500 {
-        if same(&before, &terminal.modes()?) {
-            return Ok(status);
+    fn wait_for_modes(&self, wanted: impl Fn(&Termios) -> bool) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let now = modes(&self.theirs)?;
+            if wanted(&now) {
+                return Ok(());
+            }
+            let text = format!("before: {:?}, now: {now:?}", self.before);
+            ensure(start.elapsed() < Duration::from_secs(60), text)?;
+            thread::sleep(Duration::from_millis(20));
         }
-        std::thread::sleep(std::time::Duration::from_millis(20));
     }
-    Err(Failure(format!(
-        "before: {before:?}, after: {:?}",
-        terminal.modes()?
-    )))
+}
+
+impl Drop for OnTerminal {
+    fn drop(&mut self) {
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+    }
+}
+
+fn resize(terminal: impl AsFd, (columns, rows): (u16, u16)) -> Result<()> {
+    let size = Winsize {
+        ws_row: rows,
+        ws_col: columns,
+        ws_xpixel: 0,
+        ws_ypixel: 0,
+    };
+    tcsetwinsize(terminal, size).context("cannot resize the terminal")
+}
+
+fn modes(terminal: &File) -> Result<Termios> {
+    tcgetattr(terminal).context("the terminal has no modes")
 }

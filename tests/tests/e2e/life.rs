@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use fanlight_tests::{
     Context, Result,
-    guest::{Assets, ensure, make_image, value},
+    guest::{Assets, PRESSED, ensure, make_image, value},
 };
 use rustix::process::Signal;
 
@@ -70,16 +70,9 @@ fn panic(assets: &Assets) -> Result<()> {
     guest.expect_exit(33)
 }
 
-/// Waits for a press of the power button, as a service of a distribution does.
-const LISTEN: &str = "echo ready; for event in /dev/input/event*; do
-        dd if=$event bs=24 count=1 of=/dev/null 2>/dev/null && touch /tmp/pressed &
-    done
-    while [ ! -e /tmp/pressed ]; do sleep 0.1; done; echo pressed";
-
 fn sigterm(assets: &Assets) -> Result<()> {
-    let mut guest = assets.guest(LISTEN).start()?;
+    let mut guest = assets.guest(PRESSED).start()?;
     guest.wait_for("ready")?;
-    std::thread::sleep(Duration::from_secs(1));
     guest.signal(Signal::TERM)?;
     guest.wait_for("pressed")?;
     guest.expect_exit(0)

@@ -22,7 +22,8 @@ pub const TESTS: &[(&str, Test)] = &[
 
 const BYTES: u64 = 8 << 20;
 
-fn ip(arguments: &str) -> Result<()> {
+/// Runs `ip` on the host.
+pub fn ip(arguments: &str) -> Result<()> {
     let status = Command::new("ip")
         .args(arguments.split_whitespace())
         .status()

@@ -3,7 +3,7 @@
 mod stream;
 
 use std::{
-    fs::File,
+    fs::{File, OpenOptions},
     io::{self, BufWriter, Seek},
     os::fd::OwnedFd,
     sync::{
@@ -29,7 +29,7 @@ use fanlight_devices::{
 };
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use crate::input::Inputs;
+use crate::{files::open_at_once, input::Inputs};
 
 /// Streams at once.
 const MAX_STREAMS: usize = 16;
@@ -110,7 +110,11 @@ impl Display {
             ApiError::new(ErrorKind::HostFailure, what).at("file")
         };
         let mut file = match &wanted.file {
-            Some(path) => File::create(path).map_err(failed)?,
+            Some(path) => {
+                let mut how = OpenOptions::new();
+                let how = how.write(true).create(true).truncate(true);
+                open_at_once(how, path).map_err(failed)?
+            }
             None => memfd_create("fanlight-screenshot", MemfdFlags::CLOEXEC)
                 .map_err(|error| failed(error.into()))?
                 .into(),

@@ -3,7 +3,10 @@
 use std::{
     fs::{File, OpenOptions},
     io::{self, ErrorKind},
-    os::{fd::AsRawFd, unix::fs::FileExt},
+    os::{
+        fd::AsRawFd,
+        unix::fs::{FileExt, OpenOptionsExt},
+    },
     path::{Path, PathBuf},
     sync::{
         PoisonError, RwLock, RwLockReadGuard,
@@ -100,6 +103,8 @@ impl DiskImage {
         let file = OpenOptions::new()
             .read(true)
             .write(!readonly)
+            // Of a FIFO nobody else may ever open the other end.
+            .custom_flags(libc::O_NONBLOCK)
             .open(path)
             .map_err(|source| DiskError::Open {
                 path: path.into(),

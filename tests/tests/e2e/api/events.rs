@@ -1,0 +1,100 @@
+//! What happens is told to those who asked, in the log as far as it is wanted, and to users who may know.
+
+use std::{
+    fs,
+    os::unix::{fs::PermissionsExt, process::CommandExt},
+    process::Command,
+};
+
+use fanlight_api::types::EventName;
+use fanlight_tests::{
+    Context, Result,
+    guest::{Assets, Guest, ensure},
+};
+use serde_json::{Value, json};
+
+use super::{Api, start};
+use crate::Test;
+
+pub const TESTS: &[(&str, Test)] = &[("api::what_goes_wrong_is_told", goes_wrong)];
+
+/// The entropy device.
+const RNG: &str = "1af4:1044";
+/// What the log says, at level warn, of a device that its driver broke.
+const LOGGED: &str = "the guest's driver broke the rules of queue 0";
+/// One that may use the API, and one that may not.
+const FRIEND: u32 = 65533;
+const STRANGER: u32 = 65532;
+
+fn goes_wrong(assets: &Assets) -> Result<()> {
+    let script = format!(
+        "echo ready; while read line; do case $line in
+            break) guest-agent break {RNG};;
+            panic) echo c > /proc/sysrq-trigger;;
+        esac; done"
+    );
+    let guest = assets.guest(&script);
+    let guest = guest.option("--api-allow-uid", FRIEND.to_string());
+    let (mut guest, mut api) = start(guest)?;
+    guest.wait_for("ready")?;
+    users(assets, &guest)?;
+
+    api.call("events.subscribe", json!({}))?;
+    let broken = |guest: &mut Guest, api: &mut Api, count| {
+        guest.send("break\n")?;
+        let event = api.event(EventName::DeviceError)?;
+        ensure(event.device.as_deref() == Some("rng"), format!("{event:?}"))?;
+        // ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, DEVICE_NEEDS_RESET.
+        guest.wait_for_times("agent: the device's status is 0x4f", count)?;
+        let stats = api.call("vm.stats", json!({}))?;
+        let devices = stats["devices"].as_array().cloned().unwrap_or_default();
+        let rng = devices.iter().find(|device| device["id"] == "rng");
+        let errors = rng.map(|rng| rng["errors"].clone());
+        ensure(errors == Some(json!(count)), stats)
+    };
+    // The first time nobody wants to read of it.
+    api.call("log.set_level", json!({"level": "error"}))?;
+    broken(&mut guest, &mut api, 1)?;
+    api.refused("log.set_level", json!({"level": "loud"}), "invalid_params")?;
+    api.call("log.set_level", json!({"level": "warn"}))?;
+    broken(&mut guest, &mut api, 2)?;
+
+    guest.send("panic\n")?;
+    api.event(EventName::Panic)?;
+    let end = api.event(EventName::Shutdown)?;
+    let end = serde_json::to_value(end).context("an event")?;
+    ensure(end["ending"] == "panicked", end)?;
+    guest.expect_exit(33)?;
+    let said = guest.transcript();
+    ensure(said.matches(LOGGED).count() == 1, said)
+}
+
+/// Users that are let in and that are not.
+fn users(assets: &Assets, guest: &Guest) -> Result<()> {
+    let socket = guest.path("api");
+    let mode = fs::metadata(&socket).context("the socket")?.permissions();
+    ensure(mode.mode() & 0o777 == 0o666, format!("{mode:?}"))?;
+    let dir = guest.path("");
+    fs::set_permissions(&dir, fs::Permissions::from_mode(0o711)).context("cannot chmod")?;
+    let ask = |user: u32| -> Result<(Option<i32>, Value, String)> {
+        let output = Command::new(&assets.fanlight)
+            .arg("ctl")
+            .arg(&socket)
+            .arg("vm.info")
+            .uid(user)
+            .gid(user)
+            .output()
+            .context("cannot run ctl")?;
+        let said = serde_json::from_slice(&output.stdout).unwrap_or_default();
+        let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+        Ok((output.status.code(), said, errors))
+    };
+    let (code, info, errors) = ask(FRIEND)?;
+    let served = code == Some(0) && info["state"] == "running";
+    ensure(served, format!("{code:?} {info} {errors}"))?;
+    let (code, info, errors) = ask(STRANGER)?;
+    let refused = code == Some(1)
+        && info.is_null()
+        && errors.contains(&format!("user {STRANGER} may not use this socket"));
+    ensure(refused, format!("{code:?} {info} {errors}"))
+}

@@ -1,0 +1,183 @@
+//! A machine from nothing to its end, and a clock that stands still meanwhile.
+
+use std::{
+    fs, thread,
+    time::{Duration, Instant},
+};
+
+use fanlight_api::types::EventName;
+use fanlight_tests::{
+    Context, Failure, Result,
+    guest::{Assets, PRESSED, ensure, value},
+};
+use rustix::process::Signal;
+use serde_json::json;
+
+use super::{Api, Console, Served, machine, serve, start};
+use crate::Test;
+
+pub const TESTS: &[(&str, Test)] = &[
+    ("api::a_whole_life", whole_life),
+    ("api::a_paused_clock_stands_still", |assets| {
+        pause(assets, "")
+    }),
+    ("api::a_paused_time_stamp_counter_stands_still", |assets| {
+        pause(assets, "clocksource=tsc tsc=reliable")
+    }),
+];
+
+fn whole_life(assets: &Assets) -> Result<()> {
+    let dir = tempfile::tempdir().context("a directory")?;
+    let Served {
+        mut guest,
+        socket,
+        mut api,
+    } = serve(assets, None)?;
+    let config = machine(assets, dir.path(), PRESSED)?;
+    ensure(
+        api.call("vm.info", json!({}))?["state"] == "none",
+        "a machine",
+    )?;
+    let text = api.refused("vm.boot", json!({}), "wrong_state")?;
+    ensure(
+        text == "vm.boot: there is no machine; it must be created",
+        text,
+    )?;
+    let mut misspelt = config.clone();
+    misspelt["mmory"] = json!({"size": "1G"});
+    let text = api.refused("vm.create", misspelt, "invalid_params")?;
+    ensure(text.contains("did you mean memory?"), text)?;
+    api.refused("vm.create", json!({"kernel": "/nowhere"}), "bad_input")?;
+
+    let mut watcher = Api::connect(&socket)?;
+    watcher.call("events.subscribe", json!({}))?;
+    let mut waiter = Api::connect(&socket)?;
+    let created = api.call("vm.create", config.clone())?;
+    ensure(created["state"] == "created", created)?;
+    api.refused("vm.create", config.clone(), "wrong_state")?;
+    let mut console = Console::attach(&mut api)?;
+    api.refused("console.attach", json!({}), "busy")?;
+    api.call("vm.boot", json!({}))?;
+    let waiting = thread::spawn(move || waiter.call("vm.wait", json!({})));
+    console.wait_for("ready")?;
+    let text = api.refused("vm.resume", json!({}), "wrong_state")?;
+    ensure(
+        text == "vm.resume: the machine is running; it must be paused",
+        text,
+    )?;
+    api.call("vm.pause", json!({}))?;
+    api.refused("vm.pause", json!({}), "wrong_state")?;
+    api.refused("vm.power_button", json!({}), "wrong_state")?;
+    ensure(
+        api.call("vm.info", json!({}))?["state"] == "paused",
+        "not paused",
+    )?;
+    api.call("vm.reset", json!({}))?;
+    ensure(api.call("vm.info", json!({}))?["resets"] == 1, "no reset")?;
+    console.1.clear();
+    console.wait_for("ready")?;
+    ensure(
+        api.call("vm.config", json!({}))?["initrd"] == config["initrd"],
+        "another machine",
+    )?;
+    let stats = api.call("vm.stats", json!({}))?;
+    ensure(stats["vcpus"][0]["io_out"].as_u64() > Some(100), &stats)?;
+    ensure(
+        stats["memory"]["guest_allocated"].as_u64() > Some(20 << 20),
+        &stats,
+    )?;
+    api.call("vm.power_button", json!({}))?;
+    let ended = waiting.join().map_err(|_| Failure("panicked".into()))??;
+    ensure(
+        ended == json!({"ending": "power_off", "exit_status": 0}),
+        ended,
+    )?;
+    let info = api.call("vm.info", json!({}))?;
+    ensure(
+        info["state"] == "stopped" && info["ending"] == "power_off",
+        info,
+    )?;
+    api.refused("vm.resume", json!({}), "wrong_state")?;
+    let mut names = Vec::new();
+    let mut last = 0;
+    while names.last() != Some(&EventName::Shutdown) {
+        let event = watcher.client.next_event().context("an event")?;
+        ensure(
+            event.sequence == last + 1 && event.lost == 0,
+            format!("{event:?}"),
+        )?;
+        last = event.sequence;
+        names.push(event.event);
+    }
+    let expected = [
+        EventName::Booted,
+        EventName::Paused,
+        EventName::Reset,
+        EventName::Shutdown,
+    ];
+    ensure(names == expected, format!("{names:?}"))?;
+
+    // Another machine, stopped.
+    api.call("vm.create", config)?;
+    api.call("vm.boot", json!({}))?;
+    ensure(
+        api.call("vm.stop", json!({}))?["state"] == "stopped",
+        "not stopped",
+    )?;
+    ensure(
+        api.call("vm.wait", json!({}))?["exit_status"] == 34,
+        "not 34",
+    )?;
+    guest.signal(Signal::TERM)?;
+    guest.expect_exit(0)?;
+    ensure(!socket.exists(), "the socket is left over")
+}
+
+/// Tells the guest's clock when asked.
+const TELL: &str =
+    "cat /sys/devices/system/clocksource/clocksource0/current_clocksource; echo ready
+    while read line; do echo at $line: $(cut -d' ' -f1 /proc/uptime); done";
+
+fn pause(assets: &Assets, cmdline: &str) -> Result<()> {
+    const PAUSE: Duration = Duration::from_secs(6);
+    let guest = assets.guest(TELL).option("--cpus", "2").cmdline(cmdline);
+    let (mut guest, mut api) = start(guest)?;
+    guest.wait_for("ready")?;
+    let begun = Instant::now();
+    guest.send("before\n")?;
+    guest.wait_for("at before: ")?;
+    for round in 1..=2 {
+        api.call("vm.pause", json!({}))?;
+        guest.send("paused\n")?;
+        thread::sleep(PAUSE / 2);
+        let seen = guest.transcript().matches("at paused: ").count();
+        ensure(seen == round - 1, "it runs while it is paused")?;
+        api.call("vm.resume", json!({}))?;
+        guest.wait_for_times("at paused: ", round)?;
+        guest.send("after\n")?;
+        guest.wait_for_times("at after: ", round)?;
+    }
+    thread::sleep(Duration::from_millis(300));
+    let host = begun.elapsed().as_secs_f64();
+    let said = guest.transcript();
+    let at = |mark: &str| -> Result<f64> {
+        let line = said.lines().rfind(|line| line.starts_with(mark));
+        let line = line.ok_or_else(|| Failure(said.clone()))?;
+        value(line, mark)?.parse().context("a time")
+    };
+    let guest_time = at("at after:")? - at("at before:")?;
+    let source = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
+    let source = fs::read_to_string(source).context("cannot read the host's clock source")?;
+    // The guest's clock has run as long as the host's, less the pauses.
+    ensure(
+        guest_time >= 0.0 && guest_time < host - PAUSE.as_secs_f64() + 0.5,
+        format!(
+            "the guest's clock went on by {guest_time} s, the host's ({}) by {host} s:\n{said}",
+            source.trim()
+        ),
+    )?;
+    ensure(
+        api.call("vm.info", json!({}))?["state"] == "running",
+        "not running",
+    )
+}
