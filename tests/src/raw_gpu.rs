@@ -117,6 +117,7 @@ const AVAILABLE: usize = 0x400;
 const USED: usize = 0x800;
 const REQUEST: usize = PAGE;
 const RESPONSE: usize = 2 * PAGE;
+const CURSOR_PAGE: usize = 3;
 const QUEUE_SIZE: u16 = 16;
 
 /// The device with its control queue.
@@ -165,7 +166,7 @@ impl Gpu {
         let (registers, base, _) = find(1)?;
         let (notify, notify_base, capability) = find(2)?;
         let multiplier = word(capability + 16)? as usize;
-        let pages = Pages::new(3)?;
+        let pages = Pages::new(4)?;
         let set = |status: u8| registers.write(base + DEVICE_STATUS, status);
         set(0);
         set(1);
@@ -177,15 +178,18 @@ impl Gpu {
         set(11);
         let status: u8 = registers.read(base + DEVICE_STATUS);
         ensure(status & 8 != 0, "the device refuses its own features")?;
-        registers.write(base + QUEUE_SELECT, 0u16);
-        registers.write(base + QUEUE_SIZE_AT, QUEUE_SIZE);
-        for (index, place) in [TABLE, AVAILABLE, USED].into_iter().enumerate() {
-            let address = pages.physical[0] + place as u64;
-            let at = base + QUEUE_ADDRESSES + index * 8;
-            registers.write(at, address as u32);
-            registers.write(at + 4, (address >> 32) as u32);
+        // The control queue last: its place for notifications is read then.
+        for (queue, page) in [(1u16, CURSOR_PAGE), (0, 0)] {
+            registers.write(base + QUEUE_SELECT, queue);
+            registers.write(base + QUEUE_SIZE_AT, QUEUE_SIZE);
+            for (index, place) in [TABLE, AVAILABLE, USED].into_iter().enumerate() {
+                let address = pages.physical[page] + place as u64;
+                let at = base + QUEUE_ADDRESSES + index * 8;
+                registers.write(at, address as u32);
+                registers.write(at + 4, (address >> 32) as u32);
+            }
+            registers.write(base + QUEUE_ENABLE, 1u16);
         }
-        registers.write(base + QUEUE_ENABLE, 1u16);
         let off: u16 = registers.read(base + QUEUE_NOTIFY_OFF);
         set(15);
         Ok(Self {

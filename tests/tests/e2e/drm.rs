@@ -254,7 +254,7 @@ fn formats(assets: &Assets) -> Result<()> {
     let (mut guest, mut screen) = guest(assets, "outputs=640x480", &[])?;
     guest.send(&format!(
         "echo 0 > /sys/class/vtconsole/vtcon1/bind; {FIND}; \
-         echo $pci > /sys/bus/pci/drivers/virtio-pci/unbind; guest-agent show\n"
+         echo $pci > /sys/bus/pci/drivers/virtio-pci/unbind; guest-agent show || poweroff -f\n"
     ))?;
     guest.wait_for("agent: shown")?;
     let size = (raw_gpu::WIDTH, raw_gpu::HEIGHT);

@@ -127,7 +127,8 @@ impl VirtioDevice for Gpu {
         })?;
         let handler = Handler {
             control: activation.take_queue(CONTROL_QUEUE)?,
-            cursor: activation.take_queue(CURSOR_QUEUE)?,
+            // Firmware's drivers, such as EDK2's, have no use for cursors.
+            cursor: activation.take_optional_queue(CURSOR_QUEUE),
             display: self.display.clone(),
             map: self.map.clone(),
             held: Vec::new(),
@@ -165,7 +166,7 @@ struct Held {
 
 struct Handler {
     control: DeviceQueue,
-    cursor: DeviceQueue,
+    cursor: Option<DeviceQueue>,
     display: DisplayHandle,
     map: Arc<AddressSpace>,
     /// In the order in which they came; no more than the control queue has room for.
@@ -176,32 +177,35 @@ struct Handler {
 }
 
 const CONTROL: usize = 0;
-const CURSOR: usize = 1;
-const RELEASED: usize = 2;
+const RELEASED: usize = 1;
+const TIMER: usize = 2;
 
 impl QueueHandler for Handler {
     fn sources(&self) -> Vec<RawFd> {
-        vec![
+        let cursor = self.cursor.as_ref();
+        [
             self.control.kick().as_raw_fd(),
-            self.cursor.kick().as_raw_fd(),
             self.display.0.released.as_raw_fd(),
             self.timer.as_raw_fd(),
         ]
+        .into_iter()
+        .chain(cursor.map(|queue| queue.kick().as_raw_fd()))
+        .collect()
     }
 
     fn ready(&mut self, source: usize) -> Result<(), QueueError> {
         match source {
             CONTROL => self.serve_control(),
-            CURSOR => self.serve_cursor(),
             RELEASED => {
                 let _ = self.display.0.released.read();
                 self.release_held()
             }
-            _ => {
+            TIMER => {
                 // It may have been set again since it went off.
                 let _ = rustix::io::read(&self.timer, &mut [0; 8]);
                 self.release_held()
             }
+            _ => self.serve_cursor(),
         }
     }
 }
@@ -238,9 +242,12 @@ impl Handler {
     }
 
     fn serve_cursor(&mut self) -> Result<(), QueueError> {
-        self.cursor.clear_kick();
+        let Some(cursor) = &mut self.cursor else {
+            return Ok(());
+        };
+        cursor.clear_kick();
         let (display, told) = (&self.display, &mut self.told);
-        self.cursor.drain(|mem, request| {
+        cursor.drain(|mem, request| {
             let (written, _) = answer(mem, request, told, |type_, input| {
                 display.0.lock().cursor(type_, input)
             });

@@ -50,3 +50,28 @@ fn cursors_are_seen_and_moved() {
     let (answer, _) = machine.on_queue(CURSOR_QUEUE, flush, command.as_bytes());
     assert_eq!(answer.type_.get(), VIRTIO_GPU_RESP_ERR_UNSPEC);
 }
+
+#[test]
+fn a_driver_without_cursors_needs_no_queue_for_them() {
+    let ram = GuestRam::new(64 << 20, None).unwrap();
+    let config = DisplayConfig {
+        outputs: vec![mode(640, 480)],
+        name: "Test".into(),
+        max_resource_memory: BUDGET,
+    };
+    let display = DisplayHandle::new(config, Arc::new(Exporter::none())).unwrap();
+    let mut gpu = Gpu::new(display, Arc::default());
+    let driver = Driver::with_memory(2, ram.memory().clone());
+    let mut activation = driver.activation_with(ALL);
+    activation.queues[1] = None;
+    gpu.activate(activation).unwrap();
+    let get = header(VIRTIO_GPU_CMD_GET_DISPLAY_INFO, None);
+    driver.write(REQUEST, get.as_bytes());
+    let before = driver.used_index(0);
+    driver.submit(0, &[(REQUEST, 24, 0), (RESPONSE, 4096, WRITE)]);
+    driver.wait(|driver| driver.used_index(0) != before);
+    gpu.reset();
+    let mut activation = driver.activation_with(ALL);
+    activation.queues[0] = None;
+    assert!(gpu.activate(activation).is_err(), "without a control queue");
+}
