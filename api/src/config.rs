@@ -202,11 +202,14 @@ impl FromStr for NetConfig {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct VfioConfig {
-    /// Where it is on the host, such as 0000:03:00.1.
-    pub device: String,
+    /// Where it is on the host, such as 0000:03:00.1; or its node in `/dev/vfio/devices`, open.
+    pub device: OrFd<String>,
     /// Whether DMA goes through iommufd, or through VFIO's older container.
     #[serde(default)]
     pub iommufd: Iommufd,
+    /// iommufd's node for all devices of the machine, when the first of them comes: `/dev/iommu` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub iommu: Option<PathOrFd>,
     /// Its name for the API: `vfio0`, `vfio1`, … if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,

@@ -39,9 +39,9 @@ impl Reader {
         let line = |error: &dyn std::error::Error| Failure(error_line(error));
         let address = address.parse().context("an address of sysfs")?;
         let function = HostFunction::find(address).ok_or(Failure("no such device".into()))?;
-        let iommu = Iommu::open(std::slice::from_ref(&function), Some(true));
+        let iommu = Iommu::open(std::slice::from_ref(&function), Some(true), None);
         let iommu = iommu.map_err(|error| line(&error))?;
-        let edu = HostDevice::open(&function, iommu).map_err(|error| line(&error))?;
+        let edu = HostDevice::open(&function, iommu, None).map_err(|error| line(&error))?;
         Self::new(Arc::new(edu))
     }
 

@@ -387,8 +387,8 @@ fn size_for_people(bytes: u64) -> String {
 fn opened(function: &HostFunction) -> Vec<Check> {
     const NAME: &str = "access";
     let open = || {
-        let iommu = Iommu::open(std::slice::from_ref(function), None)?;
-        HostDevice::open(function, iommu)
+        let iommu = Iommu::open(std::slice::from_ref(function), None, None)?;
+        HostDevice::open(function, iommu, None)
     };
     if function.driver().as_deref() != Some(VFIO_PCI) {
         return vec![Check::new(

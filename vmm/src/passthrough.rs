@@ -1,8 +1,8 @@
 //! Passed-through devices of a machine: opened once, kept over resets.
 
-use std::sync::Arc;
+use std::{fs::File, io, path::PathBuf, sync::Arc};
 
-use fanlight_api::{Iommufd, VfioConfig};
+use fanlight_api::{ApiError, Iommufd, OrFd, VfioConfig, socket::Descriptors};
 use fanlight_devices::vfio::{
     HostDevice, Iommu, VfioError,
     sysfs::{HostFunction, PciAddress, PciAddressError},
@@ -27,6 +27,29 @@ pub enum PassthroughError {
          that its devices can reach each other"
     )]
     BothInterfaces,
+    /// A descriptor goes with iommufd only.
+    #[error(
+        "iommufd=off for a device whose open node is given: those are iommufd's; name its address instead"
+    )]
+    NodeInContainer,
+    /// A descriptor of something else.
+    #[error("{0}: not a device's node in /dev/vfio/devices")]
+    NotANode(String),
+    /// A descriptor is missing.
+    #[error(transparent)]
+    Descriptor(ApiError),
+    /// Two of them.
+    #[error("iommu: a machine has one for all its devices, and it is there already: leave it away")]
+    SecondIommu,
+    /// iommufd's node.
+    #[error("iommu={}: cannot open it", path.display())]
+    OpenIommu {
+        /// The node.
+        path: PathBuf,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
     /// The device or the IOMMU.
     #[error(transparent)]
     Vfio(#[from] VfioError),
@@ -53,52 +76,65 @@ pub struct Passthrough {
 }
 
 impl Passthrough {
-    /// Opens what `configs` name, each of which has a name of its own; nothing if they are none.
-    pub fn open(configs: &[VfioConfig]) -> Result<Option<Self>, PassthroughError> {
+    /// Opens what `configs` name, each of which has a name of its own; nothing if they are none. Descriptors that they
+    /// name come from `descriptors`.
+    pub fn open(
+        configs: &[VfioConfig],
+        descriptors: &Descriptors,
+    ) -> Result<Option<Self>, PassthroughError> {
         if configs.is_empty() {
             return Ok(None);
         }
-        let mut functions: Vec<HostFunction> = Vec::new();
+        let mut found: Vec<Found> = Vec::new();
         for config in configs {
-            let address: PciAddress = config.device.parse()?;
-            if functions.iter().any(|other| other.address == address) {
+            let next = Found::new(config, descriptors)?;
+            let address = next.function.address;
+            if found.iter().any(|other| other.function.address == address) {
                 return Err(PassthroughError::Twice(address));
             }
-            functions.push(HostFunction::find(address).ok_or(VfioError::NoDevice(address))?);
+            found.push(next);
         }
-        for function in &functions {
-            function.check_usable()?;
+        for found in &found {
+            found.function.check_usable()?;
         }
-        let iommu = Iommu::open(&functions, interface(configs)?)?;
-        let devices = functions
-            .iter()
+        let functions: Vec<_> = found.iter().map(|found| found.function.clone()).collect();
+        let iommu = Iommu::open(
+            &functions,
+            interface(configs)?,
+            iommu_node(configs, descriptors)?,
+        )?;
+        let devices = found
+            .into_iter()
             .zip(configs)
-            .map(|(function, config)| open(function, config, &iommu))
+            .map(|(found, config)| found.open(config, &iommu))
             .collect::<Result<_, VfioError>>()?;
         Ok(Some(Self { devices, iommu }))
     }
 
     /// Opens one more device for a machine that runs.
-    pub fn add(this: &mut Option<Self>, config: &VfioConfig) -> Result<(), PassthroughError> {
-        let address: PciAddress = config.device.parse()?;
+    pub fn add(
+        this: &mut Option<Self>,
+        config: &VfioConfig,
+        descriptors: &Descriptors,
+    ) -> Result<(), PassthroughError> {
         let Some(present) = this else {
-            *this = Self::open(std::slice::from_ref(config))?;
+            *this = Self::open(std::slice::from_ref(config), descriptors)?;
             return Ok(());
         };
-        if present
-            .devices
-            .iter()
-            .any(|passed| passed.device.address == address)
-        {
+        let found = Found::new(config, descriptors)?;
+        let address = found.function.address;
+        let is_it = |passed: &PassedThrough| passed.device.address == address;
+        if present.devices.iter().any(is_it) {
             return Err(PassthroughError::Present(address));
         }
         let with_iommufd = matches!(*present.iommu, Iommu::Iommufd(_));
         if interface(std::slice::from_ref(config))?.is_some_and(|wish| wish != with_iommufd) {
             return Err(PassthroughError::BothInterfaces);
         }
-        let function = HostFunction::find(address).ok_or(VfioError::NoDevice(address))?;
-        let device = open(&function, config, &present.iommu)?;
-        present.devices.push(device);
+        if config.iommu.is_some() {
+            return Err(PassthroughError::SecondIommu);
+        }
+        present.devices.push(found.open(config, &present.iommu)?);
         Ok(())
     }
 
@@ -108,25 +144,99 @@ impl Passthrough {
     }
 }
 
-fn open(
-    function: &HostFunction,
-    config: &VfioConfig,
-    iommu: &Arc<Iommu>,
-) -> Result<PassedThrough, VfioError> {
-    let id = config.id.clone().unwrap_or_default();
-    let device = HostDevice::open(function, iommu.clone())?;
-    tracing::info!(address = %function.address, %id, iommu = iommu.name(), "passed through");
-    Ok(PassedThrough {
-        device: Arc::new(device),
-        id,
-        port: config.port,
-    })
+/// What a configuration names.
+struct Found {
+    function: HostFunction,
+    /// Its node in `/dev/vfio/devices`, if that came open.
+    node: Option<File>,
+}
+
+impl Found {
+    fn new(config: &VfioConfig, descriptors: &Descriptors) -> Result<Self, PassthroughError> {
+        let node = descriptors
+            .take_of(&config.device)
+            .map_err(PassthroughError::Descriptor)?;
+        let (function, node) = match (&config.device, node) {
+            (OrFd::Named(text), _) => {
+                let address: PciAddress = text.parse()?;
+                let function = HostFunction::find(address);
+                (function.ok_or(VfioError::NoDevice(address))?, None)
+            }
+            (what, node) => {
+                let node = node.map(File::from);
+                let function = node.as_ref().and_then(HostFunction::of_node);
+                let no_node = || PassthroughError::NotANode(what.to_string());
+                let function = function.ok_or_else(no_node)?;
+                if let (OrFd::Fd(number), Descriptors::Inherited) = (what, descriptors) {
+                    close_inherited(*number);
+                }
+                (function, node)
+            }
+        };
+        Ok(Self { function, node })
+    }
+
+    fn open(self, config: &VfioConfig, iommu: &Arc<Iommu>) -> Result<PassedThrough, VfioError> {
+        let id = config.id.clone().unwrap_or_default();
+        let address = self.function.address;
+        let device = HostDevice::open(&self.function, iommu.clone(), self.node)?;
+        tracing::info!(%address, %id, iommu = iommu.name(), "passed through");
+        Ok(PassedThrough {
+            device: Arc::new(device),
+            id,
+            port: config.port,
+        })
+    }
+}
+
+/// Closes the descriptor that the process was started with, of which there is another now: the host gets a device
+/// back when the last one goes.
+fn close_inherited(number: u32) {
+    if let Ok(number) = i32::try_from(number) {
+        // SAFETY: a device's node that was there when the process started, so it is nobody's in here.
+        unsafe { rustix::io::close(number) };
+    }
+}
+
+/// iommufd's node, where one of the devices says which. All have one.
+fn iommu_node(
+    configs: &[VfioConfig],
+    descriptors: &Descriptors,
+) -> Result<Option<File>, PassthroughError> {
+    let mut named = configs.iter().filter_map(|config| config.iommu.as_ref());
+    let Some(node) = named.next() else {
+        return Ok(None);
+    };
+    if named.next().is_some() {
+        return Err(PassthroughError::SecondIommu);
+    }
+    let open = descriptors
+        .take_of(node)
+        .map_err(PassthroughError::Descriptor)?;
+    match (node, open) {
+        (OrFd::Named(path), _) => File::options()
+            .read(true)
+            .write(true)
+            .open(path)
+            .map(Some)
+            .map_err(|source| PassthroughError::OpenIommu {
+                path: path.clone(),
+                source,
+            }),
+        (OrFd::Fd(_), open) => Ok(open.map(File::from)),
+    }
 }
 
 /// Which interface the devices are to use, if somebody cares.
 fn interface(configs: &[VfioConfig]) -> Result<Option<bool>, PassthroughError> {
     let wants = |wish| configs.iter().any(|config| config.iommufd == wish);
-    match (wants(Iommufd::On), wants(Iommufd::Off)) {
+    let is_open =
+        |config: &VfioConfig| matches!(config.device, OrFd::Fd(_)) || config.iommu.is_some();
+    let open = configs.iter().any(is_open);
+    if open && wants(Iommufd::Off) {
+        return Err(PassthroughError::NodeInContainer);
+    }
+    match (open || wants(Iommufd::On), wants(Iommufd::Off)) {
         (true, true) => Err(PassthroughError::BothInterfaces),
         (true, false) => Ok(Some(true)),
         (false, true) => Ok(Some(false)),
@@ -140,7 +250,7 @@ mod tests {
 
     fn open(specs: &[&str]) -> Result<Option<Passthrough>, PassthroughError> {
         let configs: Vec<_> = specs.iter().map(|spec| spec.parse().unwrap()).collect();
-        Passthrough::open(&configs)
+        Passthrough::open(&configs, &Descriptors::Inherited)
     }
 
     #[test]
@@ -148,6 +258,10 @@ mod tests {
         assert!(open(&[]).unwrap().is_none());
         let error = open(&["gpu"]).unwrap_err();
         assert!(error.to_string().contains("fanlight vfio list"), "{error}");
+        let file = tempfile::tempfile().unwrap();
+        let spec = format!("fd:{}", std::os::fd::AsRawFd::as_raw_fd(&file));
+        let error = open(&[&spec]).unwrap_err();
+        assert!(error.to_string().contains("/dev/vfio/devices"), "{error}");
         let error = open(&["ffff:ff:1f.7"]).unwrap_err();
         assert!(error.to_string().contains("no such PCI device"), "{error}");
     }
@@ -166,5 +280,9 @@ mod tests {
         assert_eq!(choose(&["1:0.0,iommufd=on"]).unwrap(), Some(true));
         let both = choose(&["1:0.0,iommufd=on", "1:0.1,iommufd=off"]);
         assert!(matches!(both, Err(PassthroughError::BothInterfaces)));
+        assert_eq!(choose(&["fd:5"]).unwrap(), Some(true));
+        assert_eq!(choose(&["1:0.0,iommu=/dev/iommu"]).unwrap(), Some(true));
+        let error = choose(&["fd:5,iommufd=off"]).unwrap_err();
+        assert!(matches!(error, PassthroughError::NodeInContainer));
     }
 }

@@ -266,7 +266,7 @@ impl Resources {
         for device in &config.vfio {
             check_port(device.port)?;
         }
-        let passthrough = Passthrough::open(&config.vfio)?;
+        let passthrough = Passthrough::open(&config.vfio, descriptors)?;
         let requests = HostRequests::new(passthrough.as_ref())?;
         let graphics = config.gpu.as_ref().map(Graphics::new).transpose()?;
         let console = config.console.as_ref().map(|console| &console.0);

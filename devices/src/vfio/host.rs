@@ -68,12 +68,22 @@ impl std::fmt::Debug for HostDevice {
 }
 
 impl HostDevice {
-    /// Opens `function` and puts it into the address space `iommu`.
-    pub fn open(function: &HostFunction, iommu: Arc<Iommu>) -> Result<Self, VfioError> {
+    /// Opens `function` and puts it into the address space `iommu`. `node` is its node in `/dev/vfio/devices`, if
+    /// somebody has opened it already; it goes with an address space of iommufd's.
+    pub fn open(
+        function: &HostFunction,
+        iommu: Arc<Iommu>,
+        node: Option<File>,
+    ) -> Result<Self, VfioError> {
         let address = function.address;
         function.check_usable()?;
-        let device = VfioDevice::new(&function.path, iommu.operations(), true)
-            .map_err(|error| open_error(function, error))?;
+        let device = match (node, &*iommu) {
+            (Some(node), Iommu::Iommufd(iommufd)) => {
+                VfioDevice::new_from_fd(node, iommufd.clone(), true)
+            }
+            _ => VfioDevice::new(&function.path, iommu.operations(), true),
+        };
+        let device = device.map_err(|error| open_error(function, error))?;
         let open = Self {
             address,
             iommu,

@@ -51,14 +51,19 @@ pub struct DmaSource<'a> {
 impl Iommu {
     /// Opens an empty address space for `devices`. Without a wish it is iommufd's where the host has that
     /// for all of them.
-    pub fn open(devices: &[HostFunction], iommufd: Option<bool>) -> Result<Arc<Self>, VfioError> {
+    /// `node` is iommufd's, if somebody has opened it already.
+    pub fn open(
+        devices: &[HostFunction],
+        iommufd: Option<bool>,
+        node: Option<File>,
+    ) -> Result<Arc<Self>, VfioError> {
         let iommufd = iommufd.unwrap_or_else(|| {
             let has_node =
                 |device: &HostFunction| device.character_device().is_some_and(|node| node.exists());
-            Path::new(IOMMUFD).exists() && devices.iter().all(has_node)
+            (node.is_some() || Path::new(IOMMUFD).exists()) && devices.iter().all(has_node)
         });
         let iommu = if iommufd {
-            Self::Iommufd(Arc::new(open_iommufd()?))
+            Self::Iommufd(Arc::new(open_iommufd(node)?))
         } else {
             let container = VfioContainer::new(None).map_err(|error| match error {
                 vfio_ioctls::VfioError::OpenContainer(source) => node_error(CONTAINER, source),
@@ -230,14 +235,17 @@ impl Drop for DmaMapping {
     }
 }
 
-fn open_iommufd() -> Result<VfioIommufd, VfioError> {
-    let iommufd = IommuFd::new().map_err(|error| match error {
-        IommufdError::OpenIommufd(source) => node_error(IOMMUFD, source),
-        error => VfioError::Host {
-            action: "use iommufd",
-            source: io::Error::other(error),
-        },
-    })?;
+fn open_iommufd(node: Option<File>) -> Result<VfioIommufd, VfioError> {
+    let iommufd = match node {
+        Some(node) => IommuFd::new_from_fd(node),
+        None => IommuFd::new().map_err(|error| match error {
+            IommufdError::OpenIommufd(source) => node_error(IOMMUFD, source),
+            error => VfioError::Host {
+                action: "use iommufd",
+                source: io::Error::other(error),
+            },
+        })?,
+    };
     VfioIommufd::new(Arc::new(iommufd), None, None).map_err(|error| VfioError::Host {
         action: "make an address space of iommufd",
         source: system_error(&error),

@@ -2,6 +2,7 @@
 
 use std::{
     fmt, fs, io,
+    os::fd::AsFd,
     path::{Path, PathBuf},
     str::FromStr,
 };
@@ -78,6 +79,28 @@ impl HostFunction {
     pub fn find(address: PciAddress) -> Option<Self> {
         let path = Path::new(DEVICES).join(address.to_string());
         path.exists().then_some(Self { address, path })
+    }
+
+    /// The function whose node in `/dev/vfio/devices` is open, if it is one.
+    pub fn of_node(node: &impl AsFd) -> Option<Self> {
+        let stat = rustix::fs::fstat(node).ok()?;
+        if rustix::fs::FileType::from_raw_mode(stat.st_mode)
+            != rustix::fs::FileType::CharacterDevice
+        {
+            return None;
+        }
+        let (major, minor) = (
+            rustix::fs::major(stat.st_rdev),
+            rustix::fs::minor(stat.st_rdev),
+        );
+        // Leads to FUNCTION/vfio-dev/vfioN.
+        let entry = fs::canonicalize(format!("/sys/dev/char/{major}:{minor}")).ok()?;
+        let parent = entry.parent()?;
+        if parent.file_name()? != "vfio-dev" {
+            return None;
+        }
+        let address = parent.parent()?.file_name()?.to_str()?.parse().ok()?;
+        Self::find(address)
     }
 
     /// All functions, by address.
@@ -159,6 +182,14 @@ mod tests {
     use proptest::prelude::*;
 
     use super::*;
+
+    #[test]
+    fn what_is_no_node_of_vfios_is_no_function() {
+        let file = tempfile::tempfile().unwrap();
+        assert!(HostFunction::of_node(&file).is_none());
+        let null = fs::File::open("/dev/null").unwrap();
+        assert!(HostFunction::of_node(&null).is_none());
+    }
 
     #[test]
     fn the_domain_may_be_left_out() {

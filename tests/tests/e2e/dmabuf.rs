@@ -60,9 +60,10 @@ fn open(assets: &Assets, iommufd: bool) -> Result<[Arc<HostDevice>; 2]> {
         let address = address.parse().context("an address of sysfs")?;
         functions.extend(HostFunction::find(address));
     }
-    let iommu = Iommu::open(&functions, Some(iommufd)).map_err(|error| failure(&error))?;
+    let iommu = Iommu::open(&functions, Some(iommufd), None).map_err(|error| failure(&error))?;
     let open = |function: &HostFunction| {
-        let device = HostDevice::open(function, iommu.clone()).map_err(|error| failure(&error))?;
+        let device =
+            HostDevice::open(function, iommu.clone(), None).map_err(|error| failure(&error))?;
         device
             .write(CONFIG, COMMAND, &MEMORY_AND_MASTER)
             .context("cannot write COMMAND")?;

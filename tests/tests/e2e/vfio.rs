@@ -1,12 +1,20 @@
 //! Devices of the host's in the guest's hands: drivers, data, interrupts, and what is left behind.
 
-use std::{fs, path::Path, process::Command, thread, time::Duration};
+use std::{
+    fs::{self, File},
+    os::fd::{AsFd, AsRawFd},
+    path::Path,
+    process::Command,
+    thread,
+    time::Duration,
+};
 
 use fanlight_api::{
     client::Client,
     methods::{DeviceAdd, DeviceRemove, EventsSubscribe},
     types::{AddDevice, DeviceId, EventName, Subscribe},
 };
+use fanlight_devices::vfio::sysfs::HostFunction;
 use fanlight_tests::{
     Context, Failure, Result,
     bed::L1Device,
@@ -280,8 +288,24 @@ fn peers(assets: &Assets, iommufd: &str) -> Result<()> {
     ensure(value(&said, "bar:")? != value(&moved, "bar:")?, &moved)
 }
 
-/// A virtual function comes to a machine that runs, goes with the guest's consent, comes again, and the host takes
-/// it back; it takes another device that the guest cannot give up. The guest lives on.
+/// A function's node, open.
+fn node(address: &str) -> Result<File> {
+    let function = HostFunction::find(address.parse().context("an address of sysfs")?);
+    let node = function.and_then(|function| function.character_device());
+    let node = node.ok_or_else(|| Failure(format!("{address} has no node")))?;
+    let file = File::options().read(true).write(true).open(&node);
+    file.context(format!("cannot open {}", node.display()))
+}
+
+/// A descriptor that a program started from here has too.
+fn inherited(file: &File) -> Result<String> {
+    rustix::io::fcntl_setfd(file, rustix::io::FdFlags::empty()).context("cannot pass it on")?;
+    Ok(format!("fd:{}", file.as_raw_fd()))
+}
+
+/// A virtual function comes to a machine that runs, goes with the guest's consent, comes again as a descriptor, and
+/// the host takes it back; it takes another device that the guest cannot give up. The guest lives on. Its devices and
+/// iommufd are opened for it.
 fn come_and_go(assets: &Assets) -> Result<()> {
     let (physical, vf) = virtual_function(assets, IGB)?;
     let edu = whole_function(assets, edu::IDS)?;
@@ -289,11 +313,15 @@ fn come_and_go(assets: &Assets) -> Result<()> {
     let script = "echo ready; while read -r line; do eval \"$line\"; done";
     let guest = assets.guest(script).modules(&["igbvf"])?;
     let socket = guest.path("api");
-    let mut guest = guest
-        .option("--vfio", format!("{edu},id=edu"))
+    let guest = guest
         .option("--api-socket", &socket)
-        .option("--log", "info")
-        .start()?;
+        .option("--log", "info");
+    let iommu = File::options().read(true).write(true).open("/dev/iommu");
+    let opened = [node(&edu)?, iommu.context("cannot open /dev/iommu")?];
+    let [device, iommu] = [inherited(&opened[0])?, inherited(&opened[1])?];
+    let spec = format!("{device},iommu={iommu},id=edu");
+    let mut guest = guest.option("--vfio", spec).start()?;
+    drop(opened);
     guest.wait_for("ready")?;
     let mut client = Client::connect(&socket).context("cannot connect")?;
     let mut watcher = Client::connect(&socket).context("cannot connect")?;
@@ -315,7 +343,18 @@ fn come_and_go(assets: &Assets) -> Result<()> {
         ..Default::default()
     };
     for round in 1..=2 {
-        client.call::<DeviceAdd>(&add).context("device.add")?;
+        let added = if round == 1 {
+            client.call::<DeviceAdd>(&add).map(drop)
+        } else {
+            let handed = AddDevice {
+                vfio: Some("fd:0,id=net".parse().context("bad device")?),
+                ..Default::default()
+            };
+            let node = node(&vf)?;
+            let fds = [node.as_fd()];
+            client.call_with::<DeviceAdd>(&handed, &fds).map(drop)
+        };
+        added.context("device.add")?;
         happens(EventName::DeviceAdded, "net")?;
         guest.send(&format!(
             "until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done; {}; guest-agent call tcp:10.9.0.1:5000 {BYTES}\n",

@@ -22,7 +22,7 @@ use crate::{
     host_requests::HostRequests,
     inventory::{InventoryError, NewDevice},
     machine::{MachineError, block_device, net_device},
-    passthrough::Passthrough,
+    passthrough::{Passthrough, PassthroughError},
     resources::{ConfigError, Disk, Interface, check_id, free_id},
     status::Ending,
 };
@@ -142,7 +142,7 @@ impl MainLoop<'_> {
         match (add.disk, add.net, add.vfio) {
             (Some(disk), None, None) => self.add_disk(disk, descriptors),
             (None, Some(net), None) => self.add_net(net, descriptors),
-            (None, None, Some(vfio)) => self.add_vfio(vfio),
+            (None, None, Some(vfio)) => self.add_vfio(vfio, descriptors),
             _ => Err(ApiError::new(
                 ErrorKind::InvalidParams,
                 "device.add takes one device: disk, net or vfio",
@@ -208,12 +208,16 @@ impl MainLoop<'_> {
         Ok(self.added(id, port))
     }
 
-    fn add_vfio(&mut self, mut config: VfioConfig) -> Result<Added, ApiError> {
+    fn add_vfio(
+        &mut self,
+        mut config: VfioConfig,
+        descriptors: &Descriptors,
+    ) -> Result<Added, ApiError> {
         let (id, port) = self.place("vfio", config.id, config.port)?;
         config.id = Some(id.clone());
         config.port = Some(port);
         let holdings = &mut self.holdings;
-        Passthrough::add(holdings.passthrough, &config)
+        Passthrough::add(holdings.passthrough, &config, descriptors)
             .map_err(|error| config_error(&error.into(), "vfio".into()))?;
         if let Err(error) = self.plug_vfio(&id) {
             self.close_vfio(&id);
@@ -390,7 +394,10 @@ fn machine_error(error: MachineError) -> ApiError {
 /// A configuration's mistake as the API tells it.
 pub fn config_error(error: &ConfigError, field: String) -> ApiError {
     let kind = match error {
-        ConfigError::Descriptor { .. } => ErrorKind::BadDescriptor,
+        ConfigError::Descriptor { .. }
+        | ConfigError::Vfio(PassthroughError::Descriptor(_) | PassthroughError::NotANode(_)) => {
+            ErrorKind::BadDescriptor
+        }
         _ => ErrorKind::BadInput,
     };
     let error = ApiError::new(kind, error_line(error));
