@@ -180,6 +180,8 @@ pub struct Holdings<'a> {
     pub disks: &'a mut Vec<Disk>,
     /// Network interfaces.
     pub interfaces: &'a mut Vec<Interface>,
+    /// Display and input devices.
+    pub graphics: Option<&'a Graphics>,
 }
 
 impl Resources {
@@ -194,6 +196,7 @@ impl Resources {
             ram: &self.ram,
             disks: &mut self.disks,
             interfaces: &mut self.interfaces,
+            graphics: self.graphics.as_ref(),
         };
         (consoles, holdings)
     }
