@@ -96,24 +96,7 @@ impl Function {
             .write(true)
             .open(path)
             .context(&what)?;
-        let len = len as usize;
-        let access = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let base = unsafe {
-            mmap(
-                std::ptr::null_mut(),
-                len,
-                access,
-                MapFlags::SHARED,
-                &file,
-                0,
-            )
-        }
-        .context(&what)?;
-        Ok(Mmio {
-            base: base.cast(),
-            len,
-        })
+        Mmio::new(&file, 0, len).context(&what)
     }
 }
 
@@ -125,6 +108,19 @@ pub struct Mmio {
 }
 
 impl Mmio {
+    /// Maps `len` bytes at `offset` of a device's file.
+    pub fn new(file: &File, offset: u64, len: u64) -> std::io::Result<Self> {
+        let len = len as usize;
+        let access = ProtFlags::READ | ProtFlags::WRITE;
+        let (anywhere, shared) = (std::ptr::null_mut(), MapFlags::SHARED);
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let base = unsafe { mmap(anywhere, len, access, shared, file, offset) }?;
+        Ok(Self {
+            base: base.cast(),
+            len,
+        })
+    }
+
     fn at<T>(&self, offset: usize) -> *mut T {
         let size = size_of::<T>();
         assert!(
@@ -149,7 +145,7 @@ impl Mmio {
 
 impl Drop for Mmio {
     fn drop(&mut self) {
-        // SAFETY: made by `Function::map`, and nobody else knows it.
+        // SAFETY: made by `Mmio::new`, and nobody else knows it.
         let _ = unsafe { munmap(self.base.cast(), self.len) };
     }
 }

@@ -3,7 +3,7 @@
 
 use std::{ffi::CString, fs::File, os::fd::AsRawFd, process::ExitCode};
 
-use fanlight_tests::{Context, Failure, Result, echo, edu, rogue};
+use fanlight_tests::{Context, Failure, Result, echo, edu, evdev, rogue, screen};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -51,9 +51,15 @@ fn act(arguments: &[String]) -> Result<String> {
             let heard = edu::interrupts(number(count)? as u32)?;
             Ok(format!("edu interrupted {heard} times"))
         }
+        [verb] if verb == "listen" => evdev::listen(),
+        [verb, width, height, frame, colour] if verb == "paint" => {
+            let side = |text| number(text).map(|side| u16::try_from(side).unwrap_or(u16::MAX));
+            screen::paint(side(width)?, side(height)?, number(frame)? as u32, colour)
+        }
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
-             kexec KERNEL INITRD CMDLINE | peer | mark NUMBER | interrupts COUNT | break VENDOR:DEVICE"
+             kexec KERNEL INITRD CMDLINE | peer | mark NUMBER | interrupts COUNT | break VENDOR:DEVICE | \
+             paint WIDTH HEIGHT MICROSECONDS COLOUR | listen"
                 .into(),
         )),
     }
