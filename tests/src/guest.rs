@@ -59,8 +59,8 @@ pub struct Assets {
     pub emulator: Emulator,
     /// Programs that speak to the control API.
     pub clients: ApiClients,
-    /// A Wayland compositor.
-    pub weston: DebianPrograms,
+    /// Wayland compositors.
+    pub compositors: DebianPrograms,
     /// The guest's root without its test.
     pub guest_archive: PathBuf,
 }

@@ -6,6 +6,7 @@
 mod e2e {
     pub mod api;
     pub mod boot;
+    pub mod compositor;
     pub mod console;
     pub mod disk;
     pub mod dmabuf;
@@ -14,8 +15,11 @@ mod e2e {
     pub mod life;
     pub mod network;
     pub mod topology;
+    pub mod touch_screen;
     pub mod vfio;
     pub mod view;
+    pub mod virtual_input;
+    pub mod window;
 }
 
 use std::{
@@ -57,6 +61,7 @@ fn tests() -> Vec<(&'static str, Test)> {
         e2e::network::TESTS,
         e2e::topology::TESTS,
         e2e::view::TESTS,
+        e2e::window::TESTS,
         e2e::vfio::TESTS,
     ];
     groups.concat()
@@ -144,9 +149,9 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     Ok(libtest_mimic::run(arguments, trials).exit_code())
 }
 
-/// The compositor that viewers are tried in.
-fn weston(cache: &Cache) -> Result<DebianPrograms> {
-    DebianPrograms::get(cache, "weston-1", &["weston"])
+/// The compositors that viewers are tried in.
+fn compositors(cache: &Cache) -> Result<DebianPrograms> {
+    DebianPrograms::get(cache, "compositors-1", &["weston", "sway"])
 }
 
 fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets> {
@@ -156,7 +161,7 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
         bed: bed_kernel(cache)?,
         emulator: Emulator::get(cache)?,
         clients: ApiClients::get(cache)?,
-        weston: weston(cache)?,
+        compositors: compositors(cache)?,
         guest_archive: guest_archive.into(),
     })
 }
@@ -187,7 +192,7 @@ impl Beds {
         let this = std::env::current_exe().context("cannot find this program")?;
         let kernel = bed_kernel(cache)?;
         ApiClients::get(cache)?;
-        weston(cache)?;
+        compositors(cache)?;
         for (from, to) in [(&*this, "e2e"), (fanlight, "fanlight")] {
             fs::copy(from, share.join(to)).context("cannot share a program")?;
         }
