@@ -170,6 +170,18 @@ pub struct MemoryStats {
     pub resident: u64,
 }
 
+/// What the display has done since Fanlight made the machine.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[schemars(deny_unknown_fields)]
+pub struct DisplayStats {
+    /// Flushes that the guest asked for.
+    pub flushes: u64,
+    /// Pixels that were copied from the guest's memory for them, in bytes. Those of blobs are not.
+    pub copied: u64,
+    /// Host memory that the guest's resources hold, in bytes.
+    pub resource_memory: u64,
+}
+
 /// What the machine has done since it was booted or last reset.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[schemars(deny_unknown_fields)]
@@ -180,6 +192,9 @@ pub struct VmStats {
     pub devices: Vec<DeviceStats>,
     /// Memory.
     pub memory: MemoryStats,
+    /// The display, if there is one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub display: Option<DisplayStats>,
 }
 
 /// A BAR.

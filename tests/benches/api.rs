@@ -2,84 +2,37 @@
 //! Fanlight's `vm.info` beside QEMU's QMP `query-status`, in one run, in turn. Prints the README's table.
 
 use std::{
-    fs,
     io::{BufRead, BufReader, Write},
     os::unix::{net::UnixStream, process::CommandExt},
-    path::{Path, PathBuf},
+    path::Path,
     process::{Command, ExitCode, Stdio},
     time::{Duration, Instant},
 };
 
 use fanlight_tests::{
     Context, Failure, Result,
-    bed::{
-        Archive, Bed, Busybox, Cache, Emulator, L1Kernel, Share, StockKernel, bed_kernel,
-        build_program, guest_archive,
-    },
+    bed::{Archive, Busybox, Cache, guest_archive},
+    bench::{self, CMDLINE, Paths, ROUNDS, median},
     guest::Guest,
-    host::{self, Kvm},
 };
 use rustix::process::Signal;
 
-/// Rounds; medians are of so many.
-const ROUNDS: usize = 5;
 /// Round trips in a round, after as many to warm up as a tenth of them.
 const CALLS: usize = 3000;
-const CMDLINE: &str = "console=ttyS0 panic=-1 quiet";
 /// What the guest says before it is busy for good.
 const MARK: &str = "measure: busy";
 
 fn main() -> ExitCode {
-    match run() {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("fanlight: the benchmark cannot run: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    bench::run(initrd, measure)
 }
 
-fn run() -> Result<ExitCode> {
-    if std::env::var_os(host::IN_BED).is_some() {
-        return measure(&Cache::at("/cache"), Path::new("/share")).map(|()| ExitCode::SUCCESS);
-    }
-    let cache = Cache::open()?;
-    let dir = tempfile::tempdir().context("cannot make a directory")?;
-    let fanlight = build_program("fanlight", "fanlight")?;
-    fs::copy(&fanlight, dir.path().join("fanlight")).context("cannot share a program")?;
-    let mut initrd = guest_archive(&Busybox::get(&cache)?, None, None)?;
+fn initrd(cache: &Cache) -> Result<Vec<u8>> {
+    let mut initrd = guest_archive(&Busybox::get(cache)?, None, None)?;
     let mut more = Archive::default();
     let script = format!("#!/bin/sh\necho '{MARK}'\nwhile :; do :; done\n");
     more.file("measure", script.as_bytes());
     initrd.extend(more.finish());
-    fs::write(dir.path().join("guest.cpio"), initrd).context("cannot write the guest's root")?;
-    StockKernel::get(&cache)?;
-    let emulator = Emulator::get(&cache)?;
-    if host::kvm() == Kvm::Host {
-        return measure(&cache, dir.path()).map(|()| ExitCode::SUCCESS);
-    }
-    let kernel = bed_kernel(&cache)?;
-    let this = std::env::current_exe().context("cannot find this program")?;
-    fs::copy(&this, dir.path().join("bench")).context("cannot share a program")?;
-    let bed = Bed::new(
-        emulator,
-        Busybox::get(&cache)?,
-        L1Kernel::Bed(kernel.bzimage),
-    );
-    let share = |tag, path: &Path| Share {
-        tag,
-        path: path.into(),
-        readonly: true,
-    };
-    let shares = [share("share", dir.path()), share("cache", cache.root())];
-    let code = bed.run(
-        "exec /share/bench",
-        &[&this, &fanlight],
-        &shares,
-        &mut std::io::stdout(),
-        |_| Ok(()),
-    )?;
-    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+    Ok(initrd)
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -102,13 +55,11 @@ struct Sample {
     p99: f64,
 }
 
-fn measure(cache: &Cache, share: &Path) -> Result<()> {
-    let kernel = StockKernel::get(cache)?.image;
-    let emulator = Emulator::get(cache)?;
+fn measure(paths: &Paths) -> Result<()> {
     let mut samples = vec![Vec::new(); VMMS.len()];
     for round in 0..ROUNDS {
         for (index, (vmm, name)) in VMMS.iter().enumerate() {
-            let sample = measure_one(*vmm, share, &kernel, &emulator)
+            let sample = measure_one(*vmm, paths)
                 .map_err(|error| Failure::new(format!("{name}, round {round}"), error))?;
             eprintln!("{name}: {sample:?}");
             samples[index].push(sample);
@@ -125,16 +76,10 @@ fn measure(cache: &Cache, share: &Path) -> Result<()> {
     Ok(())
 }
 
-fn median(samples: &[Sample], of: impl Fn(&Sample) -> f64) -> f64 {
-    let mut values: Vec<f64> = samples.iter().map(of).collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
-}
-
-fn measure_one(vmm: Vmm, share: &Path, kernel: &Path, emulator: &Emulator) -> Result<Sample> {
+fn measure_one(vmm: Vmm, paths: &Paths) -> Result<Sample> {
     let dir = tempfile::tempdir().context("cannot make a directory")?;
     let socket = dir.path().join("socket");
-    let mut command = command(vmm, share, kernel, emulator, &socket);
+    let mut command = command(vmm, paths, &socket);
     command.stderr(Stdio::piped()).process_group(0);
     let mut guest = Guest::spawn(command, dir)?;
     guest.wait_for(MARK)?;
@@ -162,35 +107,28 @@ fn measure_one(vmm: Vmm, share: &Path, kernel: &Path, emulator: &Emulator) -> Re
     })
 }
 
-fn command(
-    vmm: Vmm,
-    share: &Path,
-    kernel: &Path,
-    emulator: &Emulator,
-    socket: &PathBuf,
-) -> Command {
-    let initrd = share.join("guest.cpio");
+fn command(vmm: Vmm, paths: &Paths, socket: &Path) -> Command {
     match vmm {
         Vmm::Fanlight => {
-            let mut command = Command::new(share.join("fanlight"));
+            let mut command = Command::new(paths.fanlight());
             command
                 .args(["run", "--cpus", "1", "--memory", "256M", "--kernel"])
-                .arg(kernel)
+                .arg(paths.kernel())
                 .arg("--initrd")
-                .arg(initrd)
+                .arg(paths.initrd())
                 .args(["--cmdline", CMDLINE, "--api-socket"])
                 .arg(socket);
             command
         }
         Vmm::Qemu => {
-            let mut command = emulator.command("qemu-system-x86_64");
+            let mut command = paths.emulator.command("qemu-system-x86_64");
             command
                 .args(["-M", "q35", "-accel", "kvm", "-cpu", "host", "-m", "256M"])
                 .args(["-nodefaults", "-no-user-config", "-display", "none"])
                 .args(["-serial", "stdio", "-no-reboot", "-kernel"])
-                .arg(kernel)
+                .arg(paths.kernel())
                 .arg("-initrd")
-                .arg(initrd)
+                .arg(paths.initrd())
                 .args(["-append", CMDLINE, "-qmp"])
                 .arg(format!("unix:{},server=on,wait=off", socket.display()));
             command

@@ -3,158 +3,78 @@
 use std::{
     fs,
     os::unix::process::CommandExt,
-    path::Path,
     process::{Command, ExitCode, Stdio},
     time::Instant,
 };
 
 use fanlight_tests::{
     Context, Failure, Result,
-    bed::{
-        Bed, Busybox, Cache, Emulator, L1Kernel, Share, StockKernel, bed_kernel, build_program,
-        guest_archive,
-    },
+    bed::{Archive, Busybox, Cache, guest_archive},
+    bench::{self, CMDLINE, Paths, ROUNDS, median},
     guest::Guest,
-    host::{self, Kvm},
 };
 use rustix::process::Signal;
 
-/// Rounds; medians are of so many.
-const ROUNDS: usize = 5;
-const CMDLINE: &str = "console=ttyS0 panic=-1 quiet";
 /// What the guest's init says first.
 const MARK: &str = "fanlight-init: up";
 /// Memory of the guest, in MiB.
 const MEMORY: u64 = 512;
 
 fn main() -> ExitCode {
-    // cargo passes --bench; a filter means nothing here.
-    match run() {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("fanlight: the benchmark cannot run: {error}");
-            ExitCode::FAILURE
-        }
-    }
+    bench::run(initrd, measure)
 }
 
-fn run() -> Result<ExitCode> {
-    if std::env::var_os(host::IN_BED).is_some() {
-        let cache = Cache::at("/cache");
-        let paths = Paths::in_memory(&cache, Path::new("/share"))?;
-        return measure(&paths).map(|()| ExitCode::SUCCESS);
-    }
-    let cache = Cache::open()?;
-    let dir = tempfile::tempdir().context("cannot make a directory")?;
-    let fanlight = build_program("fanlight", "fanlight")?;
-    fs::copy(&fanlight, dir.path().join("fanlight")).context("cannot share a program")?;
-    let mut initrd = guest_archive(&Busybox::get(&cache)?, None, None)?;
+fn initrd(cache: &Cache) -> Result<Vec<u8>> {
+    let mut initrd = guest_archive(&Busybox::get(cache)?, None, None)?;
     // The guest stays where it is while its VMM is measured.
-    let mut more = fanlight_tests::bed::Archive::default();
+    let mut more = Archive::default();
     more.file("measure", b"#!/bin/sh\nexec sleep 1000\n");
     initrd.extend(more.finish());
-    fs::write(dir.path().join("guest.cpio"), initrd).context("cannot write the guest's root")?;
-    StockKernel::get(&cache)?;
-    let emulator = Emulator::get(&cache)?;
-    if host::kvm() == Kvm::Host {
-        let paths = Paths::in_memory(&cache, dir.path())?;
-        return measure(&paths).map(|()| ExitCode::SUCCESS);
-    }
-    let kernel = bed_kernel(&cache)?;
-    let this = std::env::current_exe().context("cannot find this program")?;
-    fs::copy(&this, dir.path().join("bench")).context("cannot share a program")?;
-    let bed = Bed::new(
-        emulator,
-        Busybox::get(&cache)?,
-        L1Kernel::Bed(kernel.bzimage),
-    );
-    let shares = [
-        Share {
-            tag: "share",
-            path: dir.path().into(),
-            readonly: true,
-        },
-        Share {
-            tag: "cache",
-            path: cache.root().into(),
-            readonly: true,
-        },
-    ];
-    let code = bed.run(
-        "exec /share/bench",
-        &[&this, &fanlight],
-        &shares,
-        &mut std::io::stdout(),
-        |_| Ok(()),
-    )?;
-    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+    Ok(initrd)
 }
 
-/// Programs and images, all in memory, so that no VMM waits for a disk.
-struct Paths {
-    dir: tempfile::TempDir,
-    emulator: Emulator,
-}
-
-impl Paths {
-    fn in_memory(cache: &Cache, share: &Path) -> Result<Self> {
-        let dir = tempfile::tempdir().context("cannot make a directory")?;
-        for name in ["fanlight", "guest.cpio"] {
-            fs::copy(share.join(name), dir.path().join(name)).context("cannot copy")?;
+fn command(paths: &Paths, vmm: Vmm) -> Command {
+    let mut command = match vmm {
+        Vmm::Fanlight | Vmm::FanlightPacked => {
+            let mut command = Command::new(paths.fanlight());
+            command
+                .args(["run", "--log", "info", "--cpus", "1", "--memory"])
+                .arg(format!("{MEMORY}M"));
+            if matches!(vmm, Vmm::FanlightPacked) {
+                command.args(["--unpack", "guest"]);
+            }
+            command
+                .arg("--kernel")
+                .arg(paths.kernel())
+                .arg("--initrd")
+                .arg(paths.initrd())
+                .args(["--cmdline", CMDLINE]);
+            command
         }
-        fs::copy(StockKernel::get(cache)?.image, dir.path().join("vmlinuz"))
-            .context("cannot copy the kernel")?;
-        let emulator = Emulator::get(cache)?.copied_to(&dir.path().join("emulator"))?;
-        Ok(Self { dir, emulator })
-    }
-
-    fn at(&self, name: &str) -> std::path::PathBuf {
-        self.dir.path().join(name)
-    }
-
-    fn command(&self, vmm: Vmm) -> Command {
-        let mut command = match vmm {
-            Vmm::Fanlight | Vmm::FanlightPacked => {
-                let mut command = Command::new(self.at("fanlight"));
-                command
-                    .args(["run", "--log", "info", "--cpus", "1", "--memory"])
-                    .arg(format!("{MEMORY}M"));
-                if matches!(vmm, Vmm::FanlightPacked) {
-                    command.args(["--unpack", "guest"]);
-                }
-                command
-                    .arg("--kernel")
-                    .arg(self.at("vmlinuz"))
-                    .arg("--initrd")
-                    .arg(self.at("guest.cpio"))
-                    .args(["--cmdline", CMDLINE]);
-                command
-            }
-            Vmm::Q35 | Vmm::Microvm => {
-                let machine = if matches!(vmm, Vmm::Q35) {
-                    "q35"
-                } else {
-                    "microvm"
-                };
-                let mut command = self.emulator.command("qemu-system-x86_64");
-                command
-                    .args([
-                        "-M", machine, "-accel", "kvm", "-cpu", "host", "-smp", "1", "-m",
-                    ])
-                    .arg(format!("{MEMORY}M"))
-                    .args(["-nodefaults", "-no-user-config", "-display", "none"])
-                    .args(["-serial", "stdio", "-no-reboot"])
-                    .arg("-kernel")
-                    .arg(self.at("vmlinuz"))
-                    .arg("-initrd")
-                    .arg(self.at("guest.cpio"))
-                    .args(["-append", CMDLINE]);
-                command
-            }
-        };
-        command.stderr(Stdio::piped()).process_group(0);
-        command
-    }
+        Vmm::Q35 | Vmm::Microvm => {
+            let machine = if matches!(vmm, Vmm::Q35) {
+                "q35"
+            } else {
+                "microvm"
+            };
+            let mut command = paths.emulator.command("qemu-system-x86_64");
+            command
+                .args([
+                    "-M", machine, "-accel", "kvm", "-cpu", "host", "-smp", "1", "-m",
+                ])
+                .arg(format!("{MEMORY}M"))
+                .args(["-nodefaults", "-no-user-config", "-display", "none"])
+                .args(["-serial", "stdio", "-no-reboot"])
+                .arg("-kernel")
+                .arg(paths.kernel())
+                .arg("-initrd")
+                .arg(paths.initrd())
+                .args(["-append", CMDLINE]);
+            command
+        }
+    };
+    command.stderr(Stdio::piped()).process_group(0);
+    command
 }
 
 #[derive(Clone, Copy, Debug)]
@@ -189,7 +109,7 @@ fn measure(paths: &Paths) -> Result<()> {
     let mut samples = vec![Vec::new(); VMMS.len()];
     for round in 0..ROUNDS {
         for (index, (vmm, name)) in VMMS.iter().enumerate() {
-            let sample = start_once(paths.command(*vmm))
+            let sample = start_once(command(paths, *vmm))
                 .map_err(|error| Failure::new(format!("{name}, round {round}"), error))?;
             eprintln!("{name}: {sample:?}");
             samples[index].push(sample);
@@ -217,12 +137,6 @@ fn measure(paths: &Paths) -> Result<()> {
         );
     }
     Ok(())
-}
-
-fn median(samples: &[Sample], of: impl Fn(&Sample) -> f64) -> f64 {
-    let mut values: Vec<f64> = samples.iter().map(of).collect();
-    values.sort_by(f64::total_cmp);
-    values[values.len() / 2]
 }
 
 fn start_once(command: Command) -> Result<Sample> {

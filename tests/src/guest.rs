@@ -59,8 +59,8 @@ pub struct Assets {
     pub emulator: Emulator,
     /// Programs that speak to the control API.
     pub clients: ApiClients,
-    /// A Wayland compositor.
-    pub weston: DebianPrograms,
+    /// Wayland compositors.
+    pub compositors: DebianPrograms,
     /// DRM clients and a judge of EDIDs.
     pub graphics_tools: DebianPrograms,
     /// The guest's root without its test.

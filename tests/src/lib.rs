@@ -2,17 +2,21 @@
 //! along), guests, and the host they run on.
 
 pub mod bed;
+pub mod bench;
 pub mod display;
 pub mod echo;
 pub mod edu;
+pub mod evdev;
 pub mod guest;
 pub mod host;
+pub mod painting;
 pub mod pci;
 pub mod progress;
 pub mod raw_gpu;
 pub mod reader;
 pub mod rogue;
 pub mod screen;
+pub mod watcher;
 
 /// Any failure of this package, as one line for a person.
 #[derive(Debug, thiserror::Error)]

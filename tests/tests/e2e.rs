@@ -6,6 +6,7 @@
 mod e2e {
     pub mod api;
     pub mod boot;
+    pub mod compositor;
     pub mod console;
     pub mod disk;
     pub mod dmabuf;
@@ -15,9 +16,12 @@ mod e2e {
     pub mod life;
     pub mod network;
     pub mod topology;
+    pub mod touch_screen;
     pub mod vfio;
     pub mod view;
+    pub mod virtual_input;
     pub mod vram;
+    pub mod window;
 }
 
 use std::{
@@ -60,6 +64,7 @@ fn tests() -> Vec<(&'static str, Test)> {
         e2e::network::TESTS,
         e2e::topology::TESTS,
         e2e::view::TESTS,
+        e2e::window::TESTS,
         e2e::vfio::TESTS,
         e2e::vram::TESTS,
     ];
@@ -148,9 +153,9 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     Ok(libtest_mimic::run(arguments, trials).exit_code())
 }
 
-/// The compositor that viewers are tried in.
-fn weston(cache: &Cache) -> Result<DebianPrograms> {
-    DebianPrograms::get(cache, "weston-1", &["weston"])
+/// The compositors that viewers are tried in.
+fn compositors(cache: &Cache) -> Result<DebianPrograms> {
+    DebianPrograms::get(cache, "compositors-1", &["weston", "sway"])
 }
 
 /// DRM clients that guests run, and what judges EDIDs.
@@ -167,7 +172,7 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
         guest_module: guest_module(cache)?,
         emulator: Emulator::get(cache)?,
         clients: ApiClients::get(cache)?,
-        weston: weston(cache)?,
+        compositors: compositors(cache)?,
         graphics_tools: graphics_tools(cache)?,
         guest_archive: guest_archive.into(),
     })
@@ -200,7 +205,7 @@ impl Beds {
         let kernel = bed_kernel(cache)?;
         guest_module(cache)?;
         ApiClients::get(cache)?;
-        weston(cache)?;
+        compositors(cache)?;
         graphics_tools(cache)?;
         for (from, to) in [(&*this, "e2e"), (fanlight, "fanlight")] {
             fs::copy(from, share.join(to)).context("cannot share a program")?;

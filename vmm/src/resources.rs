@@ -191,6 +191,8 @@ pub struct Holdings<'a> {
     pub passthrough: &'a mut Option<Passthrough>,
     /// Tells when the host wants one of them back.
     pub requests: &'a HostRequests,
+    /// Display and input devices.
+    pub graphics: Option<&'a Graphics>,
 }
 
 impl Resources {
@@ -207,6 +209,7 @@ impl Resources {
             interfaces: &mut self.interfaces,
             passthrough: &mut self.passthrough,
             requests: &self.requests,
+            graphics: self.graphics.as_ref(),
         };
         (consoles, holdings)
     }

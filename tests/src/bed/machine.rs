@@ -19,8 +19,17 @@ use crate::{Context, Failure, Result};
 
 /// What L1's last line starts with.
 const STATUS: &str = "fanlight-bed: status ";
-/// Modules that make Debian's kernel a KVM host.
-const KVM_MODULES: &[&str] = &["kvm", "kvm_amd", "tun", "vhost_net", "vhost_vsock"];
+/// Modules that make Debian's kernel a KVM host, and let it see directories of ours.
+const L1_MODULES: &[&str] = &[
+    "kvm",
+    "kvm_amd",
+    "tun",
+    "vhost_net",
+    "vhost_vsock",
+    "virtio_pci",
+    "9pnet_virtio",
+    "9p",
+];
 /// L1's clock ticks: the emulator now and then loses a one-shot timer while a nested guest runs, after
 /// which a tickless L1, or a guest in it, sleeps until something else happens. Its time stamp counters are all
 /// this machine's one: a busy machine must not have L1's watchdog doubt them, and KVM with it.
@@ -173,7 +182,7 @@ impl Bed {
         let image = match &self.kernel {
             L1Kernel::Bed(image) => image,
             L1Kernel::Stock(kernel) => {
-                root.modules(&Modules::find(&kernel.modules)?, KVM_MODULES)?;
+                root.modules(&Modules::find(&kernel.modules)?, L1_MODULES)?;
                 &kernel.image
             }
         };

@@ -1,33 +1,75 @@
-//! `cargo demo`: boots a stock Debian kernel and shows its console, on any machine.
+//! `cargo demo`: boots a stock Debian kernel, shows its console and takes a picture of its display, on any
+//! machine. Where that has no KVM, this program runs itself again in the bed.
 
 use std::{
     fs,
-    path::Path,
-    process::{Command, ExitCode},
+    io::{BufRead, BufReader, Write},
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
 };
 
+use fanlight_api::{client::Client, display::Screenshot, methods::GpuScreenshot};
 use fanlight_tests::{
-    Context, Result,
+    Context, Failure, Result,
     bed::{
-        Archive, Bed, Busybox, Cache, Emulator, L1Kernel, StockKernel, build_program, guest_archive,
+        Archive, Bed, Busybox, Cache, Emulator, L1Kernel, Modules, Share, StockKernel,
+        build_program, guest_archive,
     },
     host::{self, Kvm},
     progress,
 };
 
-/// What the guest does.
+/// What the guest does. What it says is on its display too, below the kernel's messages.
 const SCRIPT: &str = r#"
-echo
-echo "  This is $(uname -sr), a stock Debian kernel, in a virtual machine of Fanlight's."
-echo "  It has $(nproc) processor and $(($(grep MemTotal /proc/meminfo | tr -dc 0-9) / 1024)) MiB of memory,"
-echo "  and reached its init $(cut -d' ' -f1 /proc/uptime) seconds after its kernel's first instruction."
+say() { echo "$1"; echo "$1" > /dev/tty1; }
+say
+say "  This is $(uname -sr), a stock Debian kernel, in a virtual machine of Fanlight's."
+say "  It has $(nproc) processor and $(($(grep MemTotal /proc/meminfo | tr -dc 0-9) / 1024)) MiB of memory,"
+say "  and reached its init $(cut -d' ' -f1 /proc/uptime) seconds after its kernel's first instruction."
+say "  Its display is a $(cat /sys/class/graphics/fb0/name) of $(tr , x < /sys/class/graphics/fb0/virtual_size) pixels."
+say
+echo 0 > /sys/class/graphics/fbcon/cursor_blink
+sleep 1
+echo "fanlight-demo: drawn"
+read -r line
 echo "  Now it powers itself off."
 echo
 "#;
-const OPTIONS: &str = "--cpus 1 --memory 512M --cmdline 'console=ttyS0 panic=-1'";
+/// Never shown: the guest has drawn, and waits.
+const MARK: &str = "fanlight-demo: drawn";
+const OPTIONS: &[&str] = &[
+    "--cpus",
+    "1",
+    "--memory",
+    "512M",
+    "--gpu",
+    "outputs=1024x768",
+    "--cmdline",
+    "console=tty0 console=ttyS0 panic=-1",
+];
+const PICTURE: &str = "display.png";
+
+/// Where everything is that the guest is made of.
+struct Parts<'a> {
+    fanlight: &'a Path,
+    kernel: &'a Path,
+    initrd: &'a Path,
+    /// Directory for the picture.
+    pictures: &'a Path,
+}
 
 fn main() -> ExitCode {
-    match demo() {
+    let status = if std::env::var_os(host::IN_BED).is_some() {
+        show(&Parts {
+            fanlight: Path::new("/fanlight"),
+            kernel: Path::new("/vmlinuz"),
+            initrd: Path::new("/initrd"),
+            pictures: Path::new("/share"),
+        })
+    } else {
+        demo()
+    };
+    match status {
         Ok(status) => ExitCode::from(u8::try_from(status).unwrap_or(1)),
         Err(error) => {
             eprintln!("fanlight: the demo failed: {error}");
@@ -44,43 +86,124 @@ fn demo() -> Result<i32> {
     let busybox = Busybox::get(&cache)?;
     let kernel = StockKernel::get(&cache)?;
     let mut initrd = guest_archive(&busybox, None, None)?;
-    let mut script = Archive::default();
-    script.file("test", format!("#!/bin/sh\n{SCRIPT}").as_bytes());
-    initrd.extend(script.finish());
-    match host::kvm() {
+    let mut more = Archive::default();
+    more.file("test", format!("#!/bin/sh\n{SCRIPT}").as_bytes());
+    let modules = Modules::find(&kernel.modules)?;
+    more.modules(&modules, &["virtio_pci", "virtio_gpu"])?;
+    initrd.extend(more.finish());
+    let this = std::env::current_exe().context("cannot find this program")?;
+    let pictures = pictures(&this)?;
+    let status = match host::kvm() {
         Kvm::Host => {
             eprintln!("fanlight: the guest runs on this machine's /dev/kvm");
-            on_host(&fanlight, &kernel.image, &initrd)
+            let dir = tempfile::tempdir().context("cannot make a directory")?;
+            let path = dir.path().join("initrd");
+            fs::write(&path, initrd).context("cannot write the guest's root")?;
+            show(&Parts {
+                fanlight: &fanlight,
+                kernel: &kernel.image,
+                initrd: &path,
+                pictures: &pictures,
+            })?
         }
         Kvm::Bed(reason) => {
             eprintln!("fanlight: the guest runs in the bed, an emulated KVM host: {reason}");
             let emulator = Emulator::get(&cache)?;
             let bed = Bed::new(emulator, busybox, L1Kernel::Stock(kernel.clone()));
-            let job =
-                format!("/fanlight run --kernel /vmlinuz --initrd /initrd {OPTIONS} < /dev/null");
-            bed.run(&job, &[&fanlight], &[], &mut std::io::stdout(), |root| {
+            let share = Share {
+                tag: "share",
+                path: pictures.clone(),
+                readonly: false,
+            };
+            let programs = [&*this, &*fanlight];
+            let output = &mut std::io::stdout();
+            bed.run("exec /demo", &programs, &[share], output, |root| {
+                root.host_file("demo", &this)?;
                 root.host_file("fanlight", &fanlight)?;
                 root.host_file("vmlinuz", &kernel.image)?;
                 root.file("initrd", &initrd);
                 Ok(())
-            })
+            })?
         }
+    };
+    let picture = pictures.join(PICTURE);
+    if status == 0 {
+        let size = fs::metadata(&picture).context("there is no picture of the guest's display")?;
+        println!(
+            "fanlight: a picture of the guest's display, {} bytes: {}",
+            size.len(),
+            picture.display()
+        );
+    }
+    Ok(status)
+}
+
+/// A directory beside this program's, without a picture of an earlier run.
+fn pictures(this: &Path) -> Result<PathBuf> {
+    let target = this.ancestors().nth(2).unwrap_or(Path::new("."));
+    let dir = target.join("demo");
+    fs::create_dir_all(&dir).context(format!("cannot make {}", dir.display()))?;
+    match fs::remove_file(dir.join(PICTURE)) {
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            Err(Failure::new("cannot remove the last picture", error))
+        }
+        _ => Ok(dir),
     }
 }
 
-fn on_host(fanlight: &Path, kernel: &Path, initrd: &[u8]) -> Result<i32> {
+/// Runs the guest, passes on what it says, and takes the picture when it has drawn. Its exit status.
+fn show(parts: &Parts) -> Result<i32> {
     let dir = tempfile::tempdir().context("cannot make a directory")?;
-    let path = dir.path().join("initrd");
-    fs::write(&path, initrd).context("cannot write the guest's root")?;
-    let command = format!(
-        "exec {} run --kernel {} --initrd {} {OPTIONS}",
-        fanlight.display(),
-        kernel.display(),
-        path.display()
-    );
-    let status = Command::new("sh")
-        .args(["-c", &command])
-        .status()
+    let socket = dir.path().join("api");
+    let mut guest = Command::new(parts.fanlight)
+        .arg("run")
+        .args(OPTIONS)
+        .arg("--kernel")
+        .arg(parts.kernel)
+        .arg("--initrd")
+        .arg(parts.initrd)
+        .arg("--api-socket")
+        .arg(&socket)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn()
         .context("cannot run fanlight")?;
+    let (Some(mut keyboard), Some(console)) = (guest.stdin.take(), guest.stdout.take()) else {
+        return Err(Failure("fanlight has no console".into()));
+    };
+    let mut lines = BufReader::new(console);
+    let mut line = Vec::new();
+    let mut taken = Ok(());
+    while lines
+        .read_until(b'\n', &mut line)
+        .context("cannot read the guest's console")?
+        > 0
+    {
+        if String::from_utf8_lossy(&line).contains(MARK) {
+            taken = take_picture(&socket, &parts.pictures.join(PICTURE));
+            // Whatever became of the picture, the guest goes on.
+            keyboard
+                .write_all(b"\n")
+                .context("cannot type on the guest's console")?;
+        } else {
+            let mut output = std::io::stdout();
+            let _ = output.write_all(&line).and_then(|()| output.flush());
+        }
+        line.clear();
+    }
+    let status = guest.wait().context("cannot wait for fanlight")?;
+    taken?;
     Ok(status.code().unwrap_or(1))
+}
+
+fn take_picture(socket: &Path, file: &Path) -> Result<()> {
+    let mut client = Client::connect(socket).context("cannot reach the guest's VMM")?;
+    let wanted = Screenshot {
+        output: 0,
+        file: Some(file.into()),
+    };
+    client
+        .call::<GpuScreenshot>(&wanted)
+        .context("gpu.screenshot")
+        .map(drop)
 }

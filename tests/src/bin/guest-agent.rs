@@ -3,7 +3,9 @@
 
 use std::{ffi::CString, fs::File, os::fd::AsRawFd, process::ExitCode};
 
-use fanlight_tests::{Context, Failure, Result, echo, edu, raw_gpu, rogue, screen};
+use fanlight_tests::{
+    Context, Failure, Result, echo, edu, evdev, painting, raw_gpu, rogue, screen,
+};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -64,10 +66,16 @@ fn act(arguments: &[String]) -> Result<String> {
             screen::show_bar(ids, number(bar)? as u32, number(offset)?)
         }
         [verb] if verb == "buffers" => screen::show_buffers(),
+        [verb] if verb == "listen" => evdev::listen(),
+        [verb, width, height, frame, colour] if verb == "paint" => {
+            let side = |text| number(text).map(|side| u16::try_from(side).unwrap_or(u16::MAX));
+            painting::paint(side(width)?, side(height)?, number(frame)? as u32, colour)
+        }
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
              kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts COUNT | \
-             break VENDOR:DEVICE | screen IDS BAR OFFSET | buffers"
+             break VENDOR:DEVICE | screen IDS BAR OFFSET | buffers | listen | \
+             paint WIDTH HEIGHT MICROSECONDS COLOUR"
                 .into(),
         )),
     }

@@ -1,22 +1,17 @@
-//! The display over the API, and `fanlight view` in a real compositor: Weston, without a screen.
+//! The display over the API: pictures, dma-bufs, and streams of what changes.
 
 use std::{
-    fs::{self, File},
-    io::BufReader,
     os::fd::OwnedFd,
     os::unix::net::UnixStream,
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
+    path::PathBuf,
     thread,
     time::{Duration, Instant},
 };
 
 use fanlight_api::{
     client::Client,
-    display::{
-        DisplayNews, OutputIndex, PixelsIn, Screenshot, SetOutput, WatchDisplay, WatcherSays,
-    },
-    methods::{DisplaySubscribe, GpuExportScanout, GpuScreenshot, GpuSetOutput},
+    display::{DisplayNews, OutputIndex, PixelsIn, SetOutput, WatchDisplay, WatcherSays},
+    methods::{DisplaySubscribe, GpuExportScanout, GpuSetOutput},
     stream::MessageStream,
 };
 use fanlight_tests::{
@@ -28,19 +23,21 @@ use rustix::{
     mm::{MapFlags, ProtFlags, mmap, munmap},
 };
 
+use super::compositor::take_picture;
 use crate::Test;
 
 pub const TESTS: &[(&str, Test)] = &[
     ("view::a_screenshot_and_a_shared_frame", screenshot),
     ("view::a_stream_of_changes_and_keys", stream),
-    ("view::a_window_in_weston", weston),
 ];
 
 const MODULES: &[&str] = &["virtio_gpu", "virtio_input"];
-const WIDTH: u32 = 640;
-const HEIGHT: u32 = 480;
+/// Pixels of a line of the guests' displays.
+pub const WIDTH: u32 = 640;
+/// Lines.
+pub const HEIGHT: u32 = 480;
 /// Somebody who does not answer for so long hangs. Not a measure of speed.
-const PATIENCE: Duration = Duration::from_secs(120);
+pub const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Fills the screen with random bytes, says so, and runs the lines that are typed. These are echoed: marks in
 /// them are broken by quotes.
@@ -49,7 +46,7 @@ const DRAW: &str = "echo 0 > /sys/class/graphics/fbcon/cursor_blink
     echo sum: $(md5sum < /tmp/picture); echo drawn
     while read -r line; do eval \"$line\"; done";
 
-fn drawing(assets: &Assets) -> Result<(Guest, Client, PathBuf)> {
+pub fn drawing(assets: &Assets) -> Result<(Guest, Client, PathBuf)> {
     let guest: GuestBuilder = assets
         .guest(DRAW)
         .modules(MODULES)?
@@ -61,34 +58,7 @@ fn drawing(assets: &Assets) -> Result<(Guest, Client, PathBuf)> {
     Ok((guest, client, socket))
 }
 
-/// Red, green and blue of each pixel.
-fn read_png(file: File) -> Result<Vec<u8>> {
-    let mut reader = png::Decoder::new(BufReader::new(file))
-        .read_info()
-        .context("not a PNG file")?;
-    let size = reader
-        .output_buffer_size()
-        .ok_or(Failure("too large".into()))?;
-    let mut pixels = vec![0; size];
-    let info = reader.next_frame(&mut pixels).context("a bad PNG file")?;
-    let samples = info.color_type.samples();
-    Ok(pixels
-        .chunks_exact(samples)
-        .flat_map(|pixel| pixel[..3].to_vec())
-        .collect())
-}
-
-pub fn take_picture(client: &mut Client) -> Result<Vec<u8>> {
-    let (taken, fds) = client
-        .call_with::<GpuScreenshot>(&Screenshot::default(), &[])
-        .context("gpu.screenshot")?;
-    ensure(
-        (taken.width, taken.height) == (WIDTH, HEIGHT),
-        format!("{taken:?}"),
-    )?;
-    read_png(File::from(one(fds)?))
-}
-
+/// The only descriptor of an answer.
 pub fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd> {
     fds.into_iter()
         .next()
@@ -278,128 +248,4 @@ pub fn wait_for<T>(
         }
     }
     Err(Failure("the display never said it".into()))
-}
-
-/// Weston in the root that its packages make.
-struct Weston {
-    root: PathBuf,
-    runtime: tempfile::TempDir,
-    process: Child,
-}
-
-const SOCKET: &str = "wl-test";
-
-impl Weston {
-    fn start(assets: &Assets) -> Result<Self> {
-        let root = assets.weston.0.clone();
-        for dir in ["dev", "proc", "sys", "tmp"] {
-            rustix::mount::mount_bind(format!("/{dir}"), root.join(dir))
-                .context(format!("cannot show /{dir} to Weston"))?;
-        }
-        let runtime = tempfile::tempdir_in("/tmp").context("cannot make a directory")?;
-        let process = Self::command(&root, runtime.path(), "weston")
-            .args(["--backend=headless", "--renderer=pixman", "--shell=kiosk"])
-            .arg("--debug")
-            .arg(format!("--socket={SOCKET}"))
-            .args([format!("--width={WIDTH}"), format!("--height={HEIGHT}")])
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .spawn()
-            .context("cannot start Weston")?;
-        let weston = Self {
-            root,
-            runtime,
-            process,
-        };
-        let start = Instant::now();
-        while !weston.runtime.path().join(SOCKET).exists() {
-            ensure(start.elapsed() < PATIENCE, "Weston never listens")?;
-            thread::sleep(Duration::from_millis(100));
-        }
-        Ok(weston)
-    }
-
-    fn command(root: &Path, runtime: &Path, program: &str) -> Command {
-        let mut command = Command::new("chroot");
-        command
-            .arg(root)
-            .arg(format!("/usr/bin/{program}"))
-            .env("XDG_RUNTIME_DIR", runtime)
-            .env("XDG_PICTURES_DIR", runtime)
-            .env("WAYLAND_DISPLAY", SOCKET)
-            .env("LD_LIBRARY_PATH", "/usr/lib/x86_64-linux-gnu");
-        command
-    }
-
-    fn screenshot(&self) -> Result<Vec<u8>> {
-        let status = Self::command(&self.root, self.runtime.path(), "weston-screenshooter")
-            .stdout(Stdio::null())
-            .stderr(Stdio::null())
-            .status()
-            .context("cannot run weston-screenshooter")?;
-        ensure(status.success(), format!("weston-screenshooter: {status}"))?;
-        let files = fs::read_dir(self.runtime.path()).context("cannot look for the picture")?;
-        let path = files
-            .filter_map(|entry| Some(entry.ok()?.path()))
-            .find(|path| path.extension().is_some_and(|e| e == "png"))
-            .ok_or(Failure("weston-screenshooter made no picture".into()))?;
-        let picture = read_png(File::open(&path).context("cannot open the picture")?)?;
-        fs::remove_file(&path).context("cannot remove the picture")?;
-        Ok(picture)
-    }
-
-    fn viewer(&self, assets: &Assets, socket: &Path) -> Result<Child> {
-        Command::new(&assets.fanlight)
-            .arg("view")
-            .arg(socket)
-            .env("XDG_RUNTIME_DIR", self.runtime.path())
-            .env("WAYLAND_DISPLAY", SOCKET)
-            .spawn()
-            .context("cannot start fanlight view")
-    }
-
-    /// Waits until the screen shows a picture.
-    fn wait_for(&self, picture: &[u8]) -> Result<()> {
-        let start = Instant::now();
-        while self.screenshot()? != picture {
-            ensure(start.elapsed() < PATIENCE, "the window never shows it")?;
-            thread::sleep(Duration::from_millis(500));
-        }
-        Ok(())
-    }
-}
-
-impl Drop for Weston {
-    fn drop(&mut self) {
-        let _ = self.process.kill();
-        let _ = self.process.wait();
-        for dir in ["dev", "proc", "sys", "tmp"] {
-            let flags = rustix::mount::UnmountFlags::DETACH;
-            let _ = rustix::mount::unmount(self.root.join(dir), flags);
-        }
-    }
-}
-
-fn weston(assets: &Assets) -> Result<()> {
-    let (mut guest, mut client, socket) = drawing(assets)?;
-    let weston = Weston::start(assets)?;
-    let mut viewer = weston.viewer(assets, &socket)?;
-    weston.wait_for(&take_picture(&mut client)?)?;
-    guest.send(
-        "cat /tmp/picture | tr '\\000-\\377' '\\001-\\377\\000' > /dev/fb0; echo pain''ted\n",
-    )?;
-    guest.wait_for("painted")?;
-    let second = take_picture(&mut client)?;
-    weston.wait_for(&second)?;
-    // A viewer that stops or dies takes nothing with it.
-    viewer.kill().context("cannot kill the viewer")?;
-    viewer.wait().context("cannot wait for the viewer")?;
-    guest.send("cat /tmp/picture > /dev/fb0; echo a''gain\n")?;
-    guest.wait_for("again")?;
-    let mut viewer = weston.viewer(assets, &socket)?;
-    weston.wait_for(&take_picture(&mut client)?)?;
-    guest.send("poweroff -f\n")?;
-    guest.expect_exit(0)?;
-    let status = viewer.wait().context("cannot wait for the viewer")?;
-    ensure(status.success(), format!("the viewer ended with {status}"))
 }

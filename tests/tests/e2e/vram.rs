@@ -25,8 +25,9 @@ use fanlight_tests::{
 };
 
 use super::{
+    compositor::take_picture,
     vfio::whole_function,
-    view::{one, take_picture, wait_for},
+    view::{one, wait_for},
 };
 use crate::Test;
 

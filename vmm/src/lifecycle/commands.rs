@@ -8,8 +8,8 @@ use fanlight_api::{
     server::Reply,
     socket::Descriptors,
     types::{
-        AddDevice, Added, Attached, ConsoleName, DeviceList, DiskSize, Done, EventName,
-        MemoryStats, ResizeDisk, VcpuStats, VmState, VmStats,
+        AddDevice, Added, Attached, ConsoleName, DeviceList, DiskSize, DisplayStats, Done,
+        EventName, MemoryStats, ResizeDisk, VcpuStats, VmState, VmStats,
     },
 };
 use fanlight_devices::{GuestMemory, error_line, pci::SlotError};
@@ -135,6 +135,14 @@ impl MainLoop<'_> {
                 guest_allocated: allocated(ram.memory()).unwrap_or(0),
                 resident: resident().unwrap_or(0),
             },
+            display: self.holdings.graphics.map(|graphics| {
+                let statistics = graphics.display.statistics();
+                DisplayStats {
+                    flushes: statistics.flushes,
+                    copied: statistics.transferred_bytes,
+                    resource_memory: statistics.resource_memory,
+                }
+            }),
         }
     }
 

@@ -66,6 +66,11 @@ impl CursorSurface {
         self.apply();
     }
 
+    /// The seat has no pointer any more.
+    pub fn left(&mut self) {
+        self.pointer = None;
+    }
+
     fn apply(&self) {
         let Some((pointer, serial)) = &self.pointer else {
             return;

@@ -88,30 +88,92 @@ impl Grab {
 #[derive(Debug, Default)]
 pub struct Touches(Vec<i32>);
 
+/// The seat's devices. Each object is told of everything: two keyboards would say each key twice.
+#[derive(Debug, Default)]
+pub struct SeatDevices {
+    keyboard: Option<WlKeyboard>,
+    pointer: Option<WlPointer>,
+    touch: Option<WlTouch>,
+}
+
+/// What was scrolled since the compositor's last frame of the pointer: right, and down.
+#[derive(Debug, Default)]
+pub struct Scroll {
+    /// In 120ths of a notch; only wheels, and only newer compositors, tell these.
+    exact: [i32; 2],
+    /// In the compositor's units.
+    lengths: [f64; 2],
+}
+
+impl Scroll {
+    /// What it comes to, in 120ths of a notch. A length that is less is kept for the next frame.
+    fn take(&mut self) -> [i32; 2] {
+        let exact = std::mem::take(&mut self.exact);
+        let mut turned = [0; 2];
+        for axis in 0..2 {
+            let length = &mut self.lengths[axis];
+            if exact[axis] != 0 {
+                turned[axis] = exact[axis];
+                *length = 0.0;
+            } else {
+                let parts = (*length / UNITS_A_NOTCH * NOTCH).trunc();
+                turned[axis] = parts as i32;
+                *length -= parts / NOTCH * UNITS_A_NOTCH;
+            }
+        }
+        turned
+    }
+}
+
+/// The place of an axis in a [`Scroll`].
+fn side(axis: wl_pointer::Axis) -> usize {
+    match axis {
+        wl_pointer::Axis::HorizontalScroll => 0,
+        _ => 1,
+    }
+}
+
 impl Dispatch<WlSeat, ()> for State {
     fn event(
-        _: &mut Self,
+        state: &mut Self,
         seat: &WlSeat,
         event: wl_seat::Event,
         (): &(),
         _: &Connection,
         handle: &QueueHandle<Self>,
     ) {
-        let wl_seat::Event::Capabilities {
-            capabilities: WEnum::Value(has),
-        } = event
-        else {
+        let wl_seat::Event::Capabilities { capabilities } = event else {
             return;
         };
-        // A seat that loses a device and gets it back gives a new object; the old one stays silent.
-        if has.contains(wl_seat::Capability::Keyboard) {
-            seat.get_keyboard(handle, ());
+        let has = match capabilities {
+            WEnum::Value(has) => has,
+            WEnum::Unknown(bits) => wl_seat::Capability::from_bits_truncate(bits),
+        };
+        let devices = &mut state.devices;
+        if !has.contains(wl_seat::Capability::Keyboard) {
+            if let Some(gone) = devices.keyboard.take() {
+                gone.release();
+                state.grab.forget();
+                state.events.push(WindowEvent::Unfocused);
+            }
+        } else if devices.keyboard.is_none() {
+            devices.keyboard = Some(seat.get_keyboard(handle, ()));
         }
-        if has.contains(wl_seat::Capability::Pointer) {
-            seat.get_pointer(handle, ());
+        if !has.contains(wl_seat::Capability::Pointer) {
+            if let Some(gone) = devices.pointer.take() {
+                state.cursor.left();
+                gone.release();
+            }
+        } else if devices.pointer.is_none() {
+            devices.pointer = Some(seat.get_pointer(handle, ()));
         }
-        if has.contains(wl_seat::Capability::Touch) {
-            seat.get_touch(handle, ());
+        if !has.contains(wl_seat::Capability::Touch) {
+            if let Some(gone) = devices.touch.take() {
+                gone.release();
+                state.lift_fingers();
+            }
+        } else if devices.touch.is_none() {
+            devices.touch = Some(seat.get_touch(handle, ()));
         }
     }
 }
@@ -189,17 +251,26 @@ impl Dispatch<WlPointer, ()> for State {
                     pressed,
                 });
             }
-            // Both are told of one turn of a wheel; only the newer compositors tell the first.
             wl_pointer::Event::AxisValue120 {
                 axis: WEnum::Value(axis),
                 value120,
-            } => state.wheel(axis, value120),
+            } => {
+                let turned = &mut state.scroll.exact[side(axis)];
+                *turned = turned.saturating_add(value120);
+            }
             wl_pointer::Event::Axis {
                 axis: WEnum::Value(axis),
                 value,
                 ..
-            } if !state.exact_wheel() => {
-                state.wheel(axis, (value / UNITS_A_NOTCH * NOTCH) as i32);
+            } => state.scroll.lengths[side(axis)] += value,
+            wl_pointer::Event::Frame => {
+                let [horizontal, vertical] = state.scroll.take();
+                if (horizontal, vertical) != (0, 0) {
+                    state.events.push(WindowEvent::Wheel {
+                        horizontal,
+                        vertical,
+                    });
+                }
             }
             _ => {}
         }
@@ -207,23 +278,11 @@ impl Dispatch<WlPointer, ()> for State {
 }
 
 impl State {
-    /// Whether the compositor tells turns of a wheel in parts of notches.
-    fn exact_wheel(&self) -> bool {
-        use wayland_client::Proxy;
-        self.seat
-            .as_ref()
-            .is_some_and(|seat| seat.version() >= wl_pointer::EVT_AXIS_VALUE120_SINCE)
-    }
-
-    fn wheel(&mut self, axis: wl_pointer::Axis, value120: i32) {
-        let (horizontal, vertical) = match axis {
-            wl_pointer::Axis::HorizontalScroll => (value120, 0),
-            _ => (0, value120),
-        };
-        self.events.push(WindowEvent::Wheel {
-            horizontal,
-            vertical,
-        });
+    /// No finger is on the window any more.
+    fn lift_fingers(&mut self) {
+        for id in std::mem::take(&mut self.touches.0) {
+            self.events.push(WindowEvent::Touch { id, at: None });
+        }
     }
 }
 
@@ -246,12 +305,7 @@ impl Dispatch<WlTouch, ()> for State {
                 state.touches.0.retain(|&finger| finger != id);
                 (id, None)
             }
-            wl_touch::Event::Cancel => {
-                for id in std::mem::take(&mut state.touches.0) {
-                    state.events.push(WindowEvent::Touch { id, at: None });
-                }
-                return;
-            }
+            wl_touch::Event::Cancel => return state.lift_fingers(),
             _ => return,
         };
         state.events.push(WindowEvent::Touch { id, at });
@@ -261,6 +315,23 @@ impl Dispatch<WlTouch, ()> for State {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn a_wheel_that_tells_notches_is_not_heard_twice() {
+        let mut scroll = Scroll::default();
+        (scroll.exact[1], scroll.lengths[1]) = (-120, -15.0);
+        assert_eq!(scroll.take(), [0, -120]);
+        assert_eq!(scroll.take(), [0, 0]);
+        // Two fingers on a pad tell only lengths, and short ones.
+        for length in [10.0, 0.05, 0.05] {
+            scroll.lengths[0] += length;
+        }
+        assert_eq!(scroll.take(), [121, 0]);
+        scroll.lengths[0] += 0.05;
+        assert_eq!(scroll.take(), [0, 0]);
+        scroll.lengths[0] += 0.05;
+        assert_eq!(scroll.take(), [1, 0]);
+    }
 
     #[test]
     fn only_control_alt_g_is_the_chord() {

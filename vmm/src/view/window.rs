@@ -34,7 +34,7 @@ use super::{
     buffers::{Buffer, Buffers},
     cursor::CursorSurface,
     picture::{CursorPicture, Picture},
-    seat::{Grab, Touches},
+    seat::{Grab, Scroll, SeatDevices, Touches},
 };
 
 /// Why there is no window.
@@ -134,6 +134,8 @@ pub(super) struct State {
     viewport: Option<WpViewport>,
     pub buffers: Buffers,
     pub seat: Option<WlSeat>,
+    pub devices: SeatDevices,
+    pub scroll: Scroll,
     pub grab: Grab,
     pub touches: Touches,
     pub cursor: CursorSurface,
@@ -180,6 +182,8 @@ impl Window {
             buffers: Buffers::new(shm, dmabuf),
             grab: Grab::new(inhibit),
             touches: Touches::default(),
+            devices: SeatDevices::default(),
+            scroll: Scroll::default(),
             handle,
             surface,
             toplevel,

@@ -1,0 +1,460 @@
+//! The GPU of Fanlight beside QEMU's `virtio-gpu-pci,blob=on`, in one run, in turn: the first frame, flushes,
+//! blobs that become dma-bufs, and the copy of a 2D resource. Prints the README's table.
+//!
+//! The guest's side is `guest-agent paint`, a client of the stock driver. QEMU has no display attached and gives
+//! no descriptor to anybody; it makes its dma-buf while it serves RESOURCE_CREATE_BLOB, so that is its time. The
+//! time of Fanlight's is that command's and the call's that gives the descriptor to another process.
+
+mod qmp;
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::unix::process::CommandExt,
+    path::Path,
+    process::{Command, ExitCode, Stdio},
+    time::Instant,
+};
+
+use fanlight_api::{
+    client::Client,
+    display::{OutputIndex, ResourceId},
+    methods::{GpuExportResource, GpuExportScanout, VmStatsMethod},
+    types::NoParams,
+};
+use fanlight_tests::{
+    Context, Failure, Result,
+    bed::{Archive, Busybox, Cache, Modules, StockKernel, build_program, guest_archive},
+    bench::{self, CMDLINE, Paths, ROUNDS, median},
+    guest::{Guest, ensure},
+    painting::Painter,
+    pci::Mmio,
+    watcher::Watcher,
+};
+use rustix::process::Signal;
+
+use qmp::Qmp;
+
+/// The guest's first picture.
+const COLOUR: u32 = 0x0033_6699;
+const MODULES: &[&str] = &["virtio_pci", "virtio_gpu"];
+/// A frame of the guest's mode: Linux's driver waits for the next one with every update.
+const FRAME_US: u32 = 250;
+/// Flushes of a round, after some to warm up.
+const FLUSHES: u32 = 400;
+const WARM_UP: u32 = 20;
+/// Transfers of a round, of 1920x1080 pixels.
+const TRANSFERS: u32 = 20;
+/// udmabuf's limit of pieces, as it is and as it must be for a 4K picture in single pages.
+const LIST_LIMIT: &str = "/sys/module/udmabuf/parameters/list_limit";
+const DEFAULT_LIMIT: u32 = 1024;
+const RAISED_LIMIT: u32 = 16384;
+/// What QEMU says when the kernel refuses its list.
+const REFUSED: &str = "UDMABUF_CREATE_LIST";
+/// A run that the emulator spoiled is tried again.
+const TRIES: usize = 3;
+
+const SIZES: [(&str, u16, u16); 2] = [("1080p", 1920, 1080), ("4K", 3840, 2160)];
+/// How a 4K picture lies in the guest's memory, as `guest-agent paint` takes it.
+const BLOBS: [(&str, &str); 3] = [
+    ("contiguous", "contiguous"),
+    ("pieces of 64 KiB", "16"),
+    ("single pages", "1"),
+];
+
+/// How Fanlight's frames are watched, and whether the guest waits for who watches.
+const WATCHED: [(&str, bool); 2] = [(", watched", false), (", watched and paced", true)];
+
+/// Those that are tried with the limit that the kernel has by default too.
+const LIMITED: [(&str, &str); 2] = [BLOBS[1], BLOBS[2]];
+
+#[derive(Clone, Copy, Debug)]
+enum Vmm {
+    Fanlight,
+    Qemu,
+}
+
+const VMMS: [Vmm; 2] = [Vmm::Fanlight, Vmm::Qemu];
+
+/// Names and figures of one run.
+type Figures = BTreeMap<String, f64>;
+
+fn main() -> ExitCode {
+    bench::run(initrd, measure)
+}
+
+fn initrd(cache: &Cache) -> Result<Vec<u8>> {
+    let agent = build_program("fanlight-tests", "guest-agent")?;
+    let mut initrd = guest_archive(&Busybox::get(cache)?, None, Some(&agent))?;
+    let mut more = Archive::default();
+    more.modules(&Modules::find(&StockKernel::get(cache)?.modules)?, MODULES)?;
+    let (_, width, height) = SIZES[0];
+    let script = format!(
+        "#!/bin/sh\nmount -t sysfs sysfs /sys; mount -t devtmpfs devtmpfs /dev\n\
+         for module in /modules/*.ko; do insmod $module; done\n\
+         exec guest-agent paint {width} {height} {FRAME_US} {COLOUR:x}\n"
+    );
+    more.file("measure", script.as_bytes());
+    initrd.extend(more.finish());
+    Ok(initrd)
+}
+
+fn measure(paths: &Paths) -> Result<()> {
+    let mut figures = [Vec::new(), Vec::new()];
+    set_limit(RAISED_LIMIT)?;
+    for round in 0..ROUNDS {
+        for (vmm, figures) in VMMS.into_iter().zip(&mut figures) {
+            let what = format!("{vmm:?}, round {round}");
+            figures.push(tried(&what, || Run::start(vmm, paths)?.everything())?);
+        }
+    }
+    set_limit(DEFAULT_LIMIT)?;
+    let mut limited = Vec::new();
+    for vmm in VMMS {
+        let what = format!("{vmm:?} with list_limit={DEFAULT_LIMIT}");
+        limited.push(tried(&what, || Run::start(vmm, paths)?.limited())?);
+    }
+    table(&figures, &limited);
+    Ok(())
+}
+
+fn set_limit(limit: u32) -> Result<()> {
+    fs::write(LIST_LIMIT, limit.to_string()).context(format!("cannot write {LIST_LIMIT}"))
+}
+
+fn tried(what: &str, run: impl Fn() -> Result<Figures>) -> Result<Figures> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match run() {
+            Ok(figures) => {
+                eprintln!("{what}: {figures:.0?}");
+                return Ok(figures);
+            }
+            Err(error) if tries == TRIES => return Err(Failure::new(what, error)),
+            Err(error) => eprintln!("{what}: {error}; tried again"),
+        }
+    }
+}
+
+/// A guest that paints, and the way to its VMM.
+struct Run {
+    painter: Painter,
+    host: Host,
+    figures: Figures,
+}
+
+enum Host {
+    Fanlight(Client),
+    Qemu,
+}
+
+impl Run {
+    /// Up to the first frame, which a program on the host has read.
+    fn start(vmm: Vmm, paths: &Paths) -> Result<Self> {
+        let dir = tempfile::tempdir().context("cannot make a directory")?;
+        let (socket, dump) = (dir.path().join("socket"), dir.path().join("dump"));
+        let mut command = command(vmm, paths, &socket);
+        command.stderr(Stdio::piped()).process_group(0);
+        let start = Instant::now();
+        let mut guest = Guest::spawn(command, dir)?;
+        guest.wait_for("agent: shows")?;
+        let (host, colour) = match vmm {
+            Vmm::Fanlight => {
+                let mut client = Client::connect(&socket).context("cannot connect")?;
+                let colour = exported_pixel(&mut client)?;
+                (Host::Fanlight(client), colour)
+            }
+            Vmm::Qemu => {
+                let mut qmp = Qmp::connect(&socket)?;
+                let colour = qmp.first_pixel(&dump)?;
+                (Host::Qemu, colour)
+            }
+        };
+        let first = start.elapsed();
+        ensure(
+            colour == COLOUR,
+            format!("the host sees colour {colour:06x}"),
+        )?;
+        Ok(Self {
+            painter: Painter::new(guest),
+            host,
+            figures: BTreeMap::from([("first frame".into(), first.as_secs_f64())]),
+        })
+    }
+
+    fn everything(mut self) -> Result<Figures> {
+        for (name, width, height) in SIZES {
+            self.painter.ask(&format!("size {width} {height}"))?;
+            self.flushes(name)?;
+        }
+        for (name, run) in BLOBS {
+            self.blob(name, run)?;
+        }
+        let (_, width, height) = SIZES[0];
+        let said = self
+            .painter
+            .ask(&format!("transfer {width} {height} {TRANSFERS}"))?;
+        self.figures
+            .insert("transfer".into(), said[0] / said[1] * 1e6);
+        let bytes = usize::from(width) * usize::from(height) * 4;
+        self.figures.insert("memcpy".into(), memcpy(bytes));
+        self.painter.guest.signal(Signal::KILL)?;
+        Ok(self.figures)
+    }
+
+    /// Only blobs, as many as the kernel may refuse.
+    fn limited(mut self) -> Result<Figures> {
+        let (_, width, height) = SIZES[1];
+        self.painter.ask(&format!("size {width} {height}"))?;
+        for (name, run) in LIMITED {
+            self.blob(name, run)?;
+        }
+        self.painter.guest.signal(Signal::KILL)?;
+        Ok(self.figures)
+    }
+
+    /// Flushes while nobody watches, and then while somebody does. QEMU's are watched by nobody.
+    fn flushes(&mut self, size: &str) -> Result<()> {
+        self.flush_round(size)?;
+        for (how, paces) in WATCHED {
+            let Host::Fanlight(client) = &mut self.host else {
+                continue;
+            };
+            let watcher = Watcher::start(client, paces)?;
+            self.flush_round(&format!("{size}{how}"))?;
+            ensure(watcher.stop()? > 0, "the watcher heard of no flush")?;
+        }
+        Ok(())
+    }
+
+    fn flush_round(&mut self, name: &str) -> Result<()> {
+        self.painter.ask(&format!("flush {WARM_UP}"))?;
+        let (before, copied) = (Profile::of(self.painter.guest.pid())?, self.copied()?);
+        let said = self.painter.ask(&format!("flush {FLUSHES}"))?;
+        let spent = Profile::of(self.painter.guest.pid())?.since(&before);
+        let frames = f64::from(FLUSHES);
+        let mut note = |what: &str, value: f64| {
+            self.figures.insert(format!("{name}: {what}"), value);
+        };
+        note("flushes", said[0] / said[1] * 1e6);
+        note("faults", spent.faults / frames);
+        note("processor", spent.processor / frames * 1e6);
+        let copied = self.copied()? - copied;
+        self.figures
+            .insert(format!("{name}: copied"), copied / frames);
+        Ok(())
+    }
+
+    /// What the VMM counts that it copied.
+    fn copied(&mut self) -> Result<f64> {
+        let Host::Fanlight(client) = &mut self.host else {
+            return Ok(f64::NAN);
+        };
+        let stats = client
+            .call::<VmStatsMethod>(&NoParams {})
+            .context("vm.stats")?;
+        let display = stats.display.ok_or(Failure("no display".into()))?;
+        Ok(display.copied as f64)
+    }
+
+    /// From RESOURCE_CREATE_BLOB to a descriptor. Nothing is noted if there is none.
+    fn blob(&mut self, name: &str, run: &str) -> Result<()> {
+        let refused = self.painter.guest.transcript().matches(REFUSED).count();
+        let said = self.painter.ask(&format!("blob {run}"))?;
+        let [id, pieces, created, ..] = said[..] else {
+            return Err(Failure(format!("the painter said {said:?}")));
+        };
+        self.figures.insert(format!("{name}: pieces"), pieces);
+        let exported = match &mut self.host {
+            Host::Fanlight(client) => {
+                let resource = id as u32;
+                let start = Instant::now();
+                let exported = client.call_with::<GpuExportResource>(&ResourceId { resource }, &[]);
+                let took = start.elapsed().as_secs_f64() * 1e6;
+                exported.is_ok().then_some(took)
+            }
+            Host::Qemu => {
+                let again = self.painter.guest.transcript().matches(REFUSED).count();
+                (again == refused).then_some(0.0)
+            }
+        };
+        if let Some(exported) = exported {
+            self.figures.insert(format!("{name}: created"), created);
+            self.figures
+                .insert(format!("{name}: descriptor"), created + exported);
+        }
+        self.painter.ask("drop")?;
+        Ok(())
+    }
+}
+
+fn command(vmm: Vmm, paths: &Paths, socket: &Path) -> Command {
+    match vmm {
+        Vmm::Fanlight => {
+            let mut command = Command::new(paths.fanlight());
+            command
+                .args(["run", "--cpus", "1", "--memory", "1G", "--gpu"])
+                .args(["outputs=1920x1080", "--kernel"])
+                .arg(paths.kernel())
+                .arg("--initrd")
+                .arg(paths.initrd())
+                .args(["--cmdline", CMDLINE, "--api-socket"])
+                .arg(socket);
+            command
+        }
+        Vmm::Qemu => {
+            let mut command = paths.emulator.command("qemu-system-x86_64");
+            command
+                .args(["-M", "q35,memory-backend=ram", "-accel", "kvm"])
+                .args(["-cpu", "host", "-smp", "1", "-m", "1G"])
+                .args(["-object", "memory-backend-memfd,id=ram,size=1G,share=on"])
+                .args(["-nodefaults", "-no-user-config", "-display", "none"])
+                .args([
+                    "-vga",
+                    "none",
+                    "-device",
+                    "virtio-gpu-pci,blob=on,xres=1920,yres=1080",
+                ])
+                .args(["-serial", "stdio", "-no-reboot", "-kernel"])
+                .arg(paths.kernel())
+                .arg("-initrd")
+                .arg(paths.initrd())
+                .args(["-append", CMDLINE, "-qmp"])
+                .arg(format!("unix:{},server=on,wait=off", socket.display()));
+            command
+        }
+    }
+}
+
+/// The first pixel of what the guest shows, read from its memory.
+fn exported_pixel(client: &mut Client) -> Result<u32> {
+    let (picture, fds) = client
+        .call_with::<GpuExportScanout>(&OutputIndex::default(), &[])
+        .context("gpu.export_scanout")?;
+    let fd = fds.into_iter().next().ok_or(Failure("no dma-buf".into()))?;
+    ensure(picture.offset == 0, "the picture has an offset")?;
+    let len = u64::from(picture.stride) * u64::from(picture.height);
+    let memory = Mmio::new(&fd.into(), 0, len).context("cannot map the dma-buf")?;
+    Ok(memory.read::<u32>(0) & 0x00ff_ffff)
+}
+
+/// Bytes a second of the C library's copy, as fast as it goes.
+fn memcpy(bytes: usize) -> f64 {
+    let (from, mut to) = (vec![1u8; bytes], vec![2u8; bytes]);
+    let start = Instant::now();
+    for _ in 0..TRANSFERS {
+        to.copy_from_slice(std::hint::black_box(&from));
+        std::hint::black_box(&mut to);
+    }
+    bytes as f64 * f64::from(TRANSFERS) / start.elapsed().as_secs_f64()
+}
+
+/// What a process has used.
+struct Profile {
+    faults: f64,
+    /// Seconds.
+    processor: f64,
+}
+
+impl Profile {
+    fn of(pid: u32) -> Result<Self> {
+        let stat = fs::read_to_string(format!("/proc/{pid}/stat"));
+        let stat = stat.context("cannot read what the VMM has used")?;
+        // The name in parentheses may have spaces; the state follows.
+        let (_, rest) = stat.rsplit_once(')').unwrap_or_default();
+        let field = |index: usize| -> f64 {
+            let word = rest.split_whitespace().nth(index - 3);
+            word.and_then(|word| word.parse().ok()).unwrap_or(f64::NAN)
+        };
+        let ticks = rustix::param::clock_ticks_per_second() as f64;
+        Ok(Self {
+            faults: field(10) + field(12),
+            processor: (field(14) + field(15)) / ticks,
+        })
+    }
+
+    fn since(&self, before: &Self) -> Self {
+        Self {
+            faults: self.faults - before.faults,
+            processor: self.processor - before.processor,
+        }
+    }
+}
+
+/// The median of a figure, if every run has it.
+fn figure(runs: &[Figures], name: &str) -> Option<f64> {
+    let all = runs.iter().all(|run| run.contains_key(name));
+    all.then(|| median(runs, |run| run.get(name).copied().unwrap_or(f64::NAN)))
+}
+
+fn table(figures: &[Vec<Figures>; 2], limited: &[Figures]) {
+    let [ours, qemus] = figures;
+    let row = |what: &str, unit: &str, ours: Option<f64>, qemus: Option<f64>| {
+        let text = |value: Option<f64>| match value {
+            Some(value) if unit == "s" => format!("{value:.2} {unit}"),
+            Some(value) => format!("{value:.0} {unit}").trim_end().to_owned(),
+            None => "refused".into(),
+        };
+        let ratio = match (ours, qemus) {
+            (Some(ours), Some(qemus)) => format!("{:.2}", ours / qemus),
+            _ => "–".into(),
+        };
+        println!("| {what} | {} | {} | {ratio} |", text(ours), text(qemus));
+    };
+    println!("| | Fanlight | QEMU | of QEMU's |");
+    println!("|---|---|---|---|");
+    let both = |name: &str| (figure(ours, name), figure(qemus, name));
+    let (our, qemu) = both("first frame");
+    row("exec to the first frame on the host", "s", our, qemu);
+    for (size, ..) in SIZES {
+        let qemu = figure(qemus, &format!("{size}: flushes"));
+        let watched = WATCHED.map(|(how, _)| how);
+        for how in [""].into_iter().chain(watched) {
+            let our = figure(ours, &format!("{size}{how}: flushes"));
+            row(&format!("flushes a second, {size}{how}"), "", our, qemu);
+        }
+    }
+    for (name, _) in BLOBS {
+        let pieces = figure(ours, &format!("{name}: pieces")).unwrap_or(f64::NAN);
+        let theirs = figure(qemus, &format!("{name}: pieces")).unwrap_or(f64::NAN);
+        let (our, qemu) = both(&format!("{name}: descriptor"));
+        let what = format!("4K blob to a descriptor, {name} ({pieces:.0}, {theirs:.0})");
+        row(&what, "µs", our, qemu);
+    }
+    for (name, _) in LIMITED {
+        let of =
+            |run: usize, what: &str| limited.get(run)?.get(&format!("{name}: {what}")).copied();
+        let pieces = [0, 1].map(|run| of(run, "pieces").unwrap_or(f64::NAN));
+        let what = format!(
+            "with list_limit={DEFAULT_LIMIT}: {name} ({:.0}, {:.0})",
+            pieces[0], pieces[1]
+        );
+        row(&what, "µs", of(0, "descriptor"), of(1, "descriptor"));
+    }
+    let (our, qemu) = both("transfer");
+    let mega = |value: Option<f64>| value.map(|value| value / 1e6);
+    row(
+        "TRANSFER_TO_HOST_2D a second, 1080p",
+        "MB",
+        mega(our),
+        mega(qemu),
+    );
+    let copy = figure(ours, "memcpy").unwrap_or(f64::NAN);
+    println!();
+    println!(
+        "memcpy: {:.0} MB a second; a transfer is {:.2} of it.",
+        copy / 1e6,
+        our.unwrap_or(f64::NAN) / copy
+    );
+    for (size, ..) in SIZES {
+        let of = |what: &str| figure(ours, &format!("{size}, watched: {what}")).unwrap_or(f64::NAN);
+        println!(
+            "A {size} frame, watched: {:.0} bytes copied, {:.1} page faults, {:.0} µs of processor time with the \
+             guest's own.",
+            of("copied"),
+            of("faults"),
+            of("processor")
+        );
+    }
+}

@@ -1,0 +1,128 @@
+//! What benchmarks have in common: they run where guests can run, compare VMMs in turn in one run, and print a
+//! table of the README's.
+
+use std::{
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use crate::{
+    Context, Result,
+    bed::{Bed, Busybox, Cache, Emulator, L1Kernel, Share, StockKernel, bed_kernel, build_program},
+    host::{self, Kvm},
+};
+
+/// Rounds; medians are of so many.
+pub const ROUNDS: usize = 5;
+/// Every guest's command line.
+pub const CMDLINE: &str = "console=ttyS0 panic=-1 quiet";
+
+/// What VMMs start, all in memory, so that none waits for a disk.
+pub struct Paths {
+    dir: tempfile::TempDir,
+    /// The VMM beside which Fanlight is measured.
+    pub emulator: Emulator,
+}
+
+impl Paths {
+    fn in_memory(cache: &Cache, share: &Path) -> Result<Self> {
+        let dir = tempfile::tempdir().context("cannot make a directory")?;
+        for name in [FANLIGHT, INITRD] {
+            fs::copy(share.join(name), dir.path().join(name)).context("cannot copy")?;
+        }
+        fs::copy(StockKernel::get(cache)?.image, dir.path().join(KERNEL))
+            .context("cannot copy the kernel")?;
+        let emulator = Emulator::get(cache)?.copied_to(&dir.path().join("emulator"))?;
+        Ok(Self { dir, emulator })
+    }
+
+    /// The program `fanlight`.
+    pub fn fanlight(&self) -> PathBuf {
+        self.dir.path().join(FANLIGHT)
+    }
+
+    /// Debian's kernel.
+    pub fn kernel(&self) -> PathBuf {
+        self.dir.path().join(KERNEL)
+    }
+
+    /// The guest's root.
+    pub fn initrd(&self) -> PathBuf {
+        self.dir.path().join(INITRD)
+    }
+}
+
+const FANLIGHT: &str = "fanlight";
+const KERNEL: &str = "vmlinuz";
+const INITRD: &str = "guest.cpio";
+
+/// Runs `measure` on this machine, or in the bed. `initrd` makes the guest's root.
+pub fn run(
+    initrd: impl FnOnce(&Cache) -> Result<Vec<u8>>,
+    measure: impl FnOnce(&Paths) -> Result<()>,
+) -> ExitCode {
+    prepare(initrd, measure).unwrap_or_else(|error| {
+        eprintln!("fanlight: the benchmark cannot run: {error}");
+        ExitCode::FAILURE
+    })
+}
+
+fn prepare(
+    initrd: impl FnOnce(&Cache) -> Result<Vec<u8>>,
+    measure: impl FnOnce(&Paths) -> Result<()>,
+) -> Result<ExitCode> {
+    if std::env::var_os(host::IN_BED).is_some() {
+        let paths = Paths::in_memory(&Cache::at("/cache"), Path::new("/share"))?;
+        return measure(&paths).map(|()| ExitCode::SUCCESS);
+    }
+    let cache = Cache::open()?;
+    let dir = tempfile::tempdir().context("cannot make a directory")?;
+    let fanlight = build_program("fanlight", "fanlight")?;
+    fs::copy(&fanlight, dir.path().join(FANLIGHT)).context("cannot share a program")?;
+    let initrd = initrd(&cache)?;
+    fs::write(dir.path().join(INITRD), initrd).context("cannot write the guest's root")?;
+    StockKernel::get(&cache)?;
+    let emulator = Emulator::get(&cache)?;
+    if host::kvm() == Kvm::Host {
+        let paths = Paths::in_memory(&cache, dir.path())?;
+        return measure(&paths).map(|()| ExitCode::SUCCESS);
+    }
+    let kernel = bed_kernel(&cache)?;
+    let this = std::env::current_exe().context("cannot find this program")?;
+    fs::copy(&this, dir.path().join("bench")).context("cannot share a program")?;
+    let busybox = Busybox::get(&cache)?;
+    let bed = Bed::new(emulator, busybox, L1Kernel::Bed(kernel.bzimage));
+    let share = |tag, path: &Path| Share {
+        tag,
+        path: path.into(),
+        readonly: true,
+    };
+    let shares = [share("share", dir.path()), share("cache", cache.root())];
+    let code = bed.run(
+        "exec /share/bench",
+        &[&this, &fanlight],
+        &shares,
+        &mut std::io::stdout(),
+        |_| Ok(()),
+    )?;
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+}
+
+/// The median of one figure of all samples.
+pub fn median<T>(samples: &[T], of: impl Fn(&T) -> f64) -> f64 {
+    let mut values: Vec<f64> = samples.iter().map(of).collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_median_is_the_middle_one() {
+        assert_eq!(median(&[3, 1, 2], |&value| f64::from(value)), 2.0);
+        assert!(median::<f64>(&[], |&value| value).is_nan());
+    }
+}

@@ -1,0 +1,82 @@
+//! Somebody who watches the guest's display, as a viewer does: in a thread of its own, over the API.
+
+use std::{
+    os::unix::net::UnixStream,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+};
+
+use crate::{Context, Failure, Result};
+use fanlight_api::{
+    client::Client,
+    display::{DisplayNews, WatchDisplay, WatcherSays},
+    methods::DisplaySubscribe,
+    stream::MessageStream,
+};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+
+/// Who watches, until it is stopped.
+pub struct Watcher {
+    stop: Arc<AtomicBool>,
+    thread: JoinHandle<Result<u64>>,
+}
+
+impl Watcher {
+    /// Starts to watch; one that paces has the guest wait until it is told that a frame was shown.
+    pub fn start(client: &mut Client, paces: bool) -> Result<Self> {
+        let watch = WatchDisplay {
+            pace: paces,
+            drive: false,
+        };
+        let (_, fds) = client
+            .call_with::<DisplaySubscribe>(&watch, &[])
+            .context("display.subscribe")?;
+        let fd = fds.into_iter().next().ok_or(Failure("no stream".into()))?;
+        let stream = MessageStream::new(UnixStream::from(fd)).context("a stream")?;
+        let stop = Arc::new(AtomicBool::new(false));
+        let thread = thread::spawn({
+            let stop = stop.clone();
+            move || watch_until(&stop, stream)
+        });
+        Ok(Self { stop, thread })
+    }
+
+    /// How many times it was told of a change.
+    pub fn stop(self) -> Result<u64> {
+        self.stop.store(true, Ordering::Release);
+        let heard = self.thread.join();
+        heard.map_err(|_| Failure("the watcher panicked".into()))?
+    }
+}
+
+fn watch_until(stop: &AtomicBool, mut stream: MessageStream) -> Result<u64> {
+    let mut heard = 0;
+    let mut shown = Vec::new();
+    let pause = Timespec {
+        tv_sec: 0,
+        tv_nsec: 100_000_000,
+    };
+    while !stop.load(Ordering::Acquire) {
+        let mut fds = [PollFd::new(&stream, PollFlags::IN)];
+        if poll(&mut fds, Some(&pause)).context("cannot wait")? == 0 {
+            continue;
+        }
+        for (news, fds) in stream.receive::<DisplayNews>().context("the stream")? {
+            match news {
+                DisplayNews::Damage { serial, .. } => {
+                    heard += 1;
+                    let release = WatcherSays::Release { serial };
+                    stream.send(&release, vec![]).context("cannot release")?;
+                }
+                // What is on the screen stays with who shows it.
+                DisplayNews::Scanout { .. } => shown = fds,
+                _ => {}
+            }
+        }
+    }
+    drop(shown);
+    Ok(heard)
+}

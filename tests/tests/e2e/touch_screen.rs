@@ -1,0 +1,306 @@
+//! A compositor of the tests' own, with nothing but a window and a touch screen: none of those that are packaged
+//! takes fingers from a program.
+
+use std::{
+    collections::VecDeque,
+    path::Path,
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread::{self, JoinHandle},
+    time::Duration,
+};
+
+use fanlight_tests::{Context, Failure, Result};
+use wayland_protocols::xdg::shell::server::{
+    xdg_positioner::XdgPositioner,
+    xdg_surface::{self, XdgSurface},
+    xdg_toplevel::XdgToplevel,
+    xdg_wm_base::{self, XdgWmBase},
+};
+use wayland_server::{
+    Client, DataInit, Dispatch, Display, DisplayHandle, GlobalDispatch, ListeningSocket, New,
+    backend::ClientData,
+    protocol::{
+        wl_buffer::WlBuffer,
+        wl_callback::WlCallback,
+        wl_compositor::{self, WlCompositor},
+        wl_keyboard::WlKeyboard,
+        wl_pointer::WlPointer,
+        wl_region::WlRegion,
+        wl_seat::{self, WlSeat},
+        wl_shm::{self, WlShm},
+        wl_shm_pool::{self, WlShmPool},
+        wl_surface::{self, WlSurface},
+        wl_touch::WlTouch,
+    },
+};
+
+/// What a finger does; places are in the window's pixels.
+#[derive(Clone, Copy, Debug)]
+pub enum Finger {
+    Down(i32, f64, f64),
+    Moves(i32, f64, f64),
+    Up(i32),
+    /// The compositor takes the whole gesture for itself.
+    Cancelled,
+}
+
+/// The compositor, on a thread of its own. Its window has the size that it was started with.
+pub struct TouchScreen {
+    shared: Arc<Shared>,
+    thread: Option<JoinHandle<Result<()>>>,
+}
+
+#[derive(Default)]
+struct Shared {
+    fingers: Mutex<VecDeque<Finger>>,
+    /// Whether there is a window that can be touched.
+    ready: AtomicBool,
+    end: AtomicBool,
+}
+
+impl TouchScreen {
+    /// Listens at `socket`.
+    pub fn start(socket: &Path, width: i32, height: i32) -> Result<Self> {
+        let listener = ListeningSocket::bind_absolute(socket.into()).context("cannot listen")?;
+        let shared = Arc::new(Shared::default());
+        let thread = thread::spawn({
+            let shared = shared.clone();
+            move || serve(&listener, &shared, (width, height))
+        });
+        Ok(Self {
+            shared,
+            thread: Some(thread),
+        })
+    }
+
+    /// Whether a viewer shows a window and listens to fingers.
+    pub fn is_ready(&self) -> bool {
+        self.shared.ready.load(Ordering::Acquire)
+    }
+
+    /// Has fingers do something, all at once.
+    pub fn touch(&self, fingers: &[Finger]) {
+        let mut queue = self.shared.fingers.lock();
+        queue
+            .as_mut()
+            .unwrap_or_else(|error: &mut PoisonError<_>| error.get_mut())
+            .extend(fingers);
+    }
+
+    /// Ends it.
+    pub fn stop(mut self) -> Result<()> {
+        self.shared.end.store(true, Ordering::Release);
+        let ended = self.thread.take().map(JoinHandle::join);
+        ended
+            .unwrap_or(Ok(Ok(())))
+            .map_err(|_| Failure("the touch screen panicked".into()))?
+    }
+}
+
+struct State {
+    size: (i32, i32),
+    surface: Option<WlSurface>,
+    xdg: Option<XdgSurface>,
+    toplevel: Option<XdgToplevel>,
+    configured: bool,
+    touch: Option<WlTouch>,
+    /// Frames that were asked for. Their objects go with the answer, which must not be within the request.
+    frames: Vec<WlCallback>,
+}
+
+struct Nobody;
+
+impl ClientData for Nobody {}
+
+fn serve(listener: &ListeningSocket, shared: &Shared, size: (i32, i32)) -> Result<()> {
+    let mut display = Display::<State>::new().context("no Wayland display")?;
+    let handle = display.handle();
+    handle.create_global::<State, WlCompositor, ()>(4, ());
+    handle.create_global::<State, WlShm, ()>(1, ());
+    handle.create_global::<State, XdgWmBase, ()>(1, ());
+    handle.create_global::<State, WlSeat, ()>(5, ());
+    let mut state = State {
+        size,
+        surface: None,
+        xdg: None,
+        toplevel: None,
+        configured: false,
+        touch: None,
+        frames: Vec::new(),
+    };
+    while !shared.end.load(Ordering::Acquire) {
+        if let Some(stream) = listener.accept().context("cannot accept")? {
+            let mut clients = display.handle();
+            let client = clients.insert_client(stream, Arc::new(Nobody));
+            client.context("cannot take a client")?;
+        }
+        display
+            .dispatch_clients(&mut state)
+            .context("a client broke the rules")?;
+        for frame in state.frames.drain(..) {
+            frame.done(1);
+        }
+        if let (Some(touch), Some(surface), true) = (&state.touch, &state.surface, state.configured)
+        {
+            shared.ready.store(true, Ordering::Release);
+            let mut queue = shared
+                .fingers
+                .lock()
+                .unwrap_or_else(PoisonError::into_inner);
+            let any = !queue.is_empty();
+            for finger in queue.drain(..) {
+                match finger {
+                    Finger::Down(id, x, y) => touch.down(1, 1, surface, id, x, y),
+                    Finger::Moves(id, x, y) => touch.motion(1, id, x, y),
+                    Finger::Up(id) => touch.up(1, 1, id),
+                    Finger::Cancelled => touch.cancel(),
+                }
+            }
+            if any {
+                touch.frame();
+            }
+        }
+        display.flush_clients().context("cannot answer a client")?;
+        thread::sleep(Duration::from_millis(10));
+    }
+    Ok(())
+}
+
+/// Globals that say nothing when they are bound, and objects whose requests change nothing here.
+macro_rules! silent {
+    (globals: $($global:ty),*; objects: $($object:ty),*) => {
+        $(impl GlobalDispatch<$global, ()> for State {
+            fn bind(
+                _: &mut Self, _: &DisplayHandle, _: &Client, new: New<$global>, (): &(),
+                init: &mut DataInit<'_, Self>,
+            ) {
+                init.init(new, ());
+            }
+        })*
+        $(impl Dispatch<$object, ()> for State {
+            fn request(
+                _: &mut Self, _: &Client, _: &$object,
+                _: <$object as wayland_server::Resource>::Request, (): &(), _: &DisplayHandle,
+                _: &mut DataInit<'_, Self>,
+            ) {}
+        })*
+    };
+}
+
+silent!(globals: WlCompositor, XdgWmBase;
+    objects: WlBuffer, WlCallback, WlKeyboard, WlPointer, WlRegion, WlTouch, XdgPositioner, XdgToplevel);
+
+/// Objects that make others, or act.
+macro_rules! requests {
+    ($($object:ty, |$state:ident, $it:pat_param, $request:ident, $init:ident| $body:block)*) => {
+        $(impl Dispatch<$object, ()> for State {
+            fn request(
+                $state: &mut Self, _: &Client, $it: &$object,
+                $request: <$object as wayland_server::Resource>::Request, (): &(), _: &DisplayHandle,
+                $init: &mut DataInit<'_, Self>,
+            ) $body
+        })*
+    };
+}
+
+requests! {
+    WlCompositor, |state, _, request, init| {
+        match request {
+            // The window's comes first; the other one is the cursor's.
+            wl_compositor::Request::CreateSurface { id } => {
+                let surface = init.init(id, ());
+                state.surface.get_or_insert(surface);
+            }
+            wl_compositor::Request::CreateRegion { id } => {
+                init.init(id, ());
+            }
+            _ => {}
+        }
+    }
+    WlSurface, |state, surface, request, init| {
+        match request {
+            wl_surface::Request::Frame { callback } => {
+                state.frames.push(init.init(callback, ()));
+            }
+            wl_surface::Request::Commit if state.surface.as_ref() == Some(surface) => {
+                if let (Some(xdg), Some(toplevel), false) =
+                    (&state.xdg, &state.toplevel, state.configured)
+                {
+                    toplevel.configure(state.size.0, state.size.1, vec![]);
+                    xdg.configure(1);
+                    state.configured = true;
+                }
+            }
+            _ => {}
+        }
+    }
+    XdgWmBase, |state, _, request, init| {
+        match request {
+            xdg_wm_base::Request::GetXdgSurface { id, .. } => {
+                state.xdg = Some(init.init(id, ()));
+            }
+            xdg_wm_base::Request::CreatePositioner { id } => {
+                init.init(id, ());
+            }
+            _ => {}
+        }
+    }
+    XdgSurface, |state, _, request, init| {
+        if let xdg_surface::Request::GetToplevel { id } = request {
+            state.toplevel = Some(init.init(id, ()));
+        }
+    }
+    WlShm, |_state, _, request, init| {
+        if let wl_shm::Request::CreatePool { id, .. } = request {
+            init.init(id, ());
+        }
+    }
+    WlShmPool, |_state, _, request, init| {
+        if let wl_shm_pool::Request::CreateBuffer { id, .. } = request {
+            init.init(id, ());
+        }
+    }
+    WlSeat, |state, _, request, init| {
+        match request {
+            wl_seat::Request::GetTouch { id } => state.touch = Some(init.init(id, ())),
+            wl_seat::Request::GetKeyboard { id } => {
+                init.init(id, ());
+            }
+            wl_seat::Request::GetPointer { id } => {
+                init.init(id, ());
+            }
+            _ => {}
+        }
+    }
+}
+
+impl GlobalDispatch<WlShm, ()> for State {
+    fn bind(
+        _: &mut Self,
+        _: &DisplayHandle,
+        _: &Client,
+        new: New<WlShm>,
+        (): &(),
+        init: &mut DataInit<'_, Self>,
+    ) {
+        let shm = init.init(new, ());
+        shm.format(wl_shm::Format::Xrgb8888);
+        shm.format(wl_shm::Format::Argb8888);
+    }
+}
+
+impl GlobalDispatch<WlSeat, ()> for State {
+    fn bind(
+        _: &mut Self,
+        _: &DisplayHandle,
+        _: &Client,
+        new: New<WlSeat>,
+        (): &(),
+        init: &mut DataInit<'_, Self>,
+    ) {
+        init.init(new, ()).capabilities(wl_seat::Capability::Touch);
+    }
+}

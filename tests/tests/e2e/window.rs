@@ -1,0 +1,396 @@
+//! `fanlight view` in real compositors: what the window shows, what the user does with it, and what becomes of the
+//! guest when its viewers misbehave.
+
+use std::{
+    fs,
+    io::Write,
+    os::{fd::OwnedFd, unix::net::UnixStream},
+    path::{Path, PathBuf},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use fanlight_api::{
+    client::Client,
+    display::{WatchDisplay, WatcherSays},
+    methods::{DisplaySubscribe, VmInfoMethod, VmStatsMethod},
+    stream::MessageStream,
+    types::NoParams,
+};
+use fanlight_tests::{
+    Context, Failure, Result,
+    guest::{Assets, Guest, ensure},
+    painting::Painter,
+    watcher::Watcher,
+};
+use rustix::process::{Pid, Signal, kill_process};
+use wayland_client::protocol::wl_pointer::Axis;
+
+use super::{
+    compositor::{Compositor, Viewer, take_picture},
+    touch_screen::{Finger, TouchScreen},
+    view::{HEIGHT, PATIENCE, WIDTH, drawing, one},
+    virtual_input::VirtualInput,
+};
+use crate::Test;
+
+pub const TESTS: &[(&str, Test)] = &[
+    ("view::a_window_in_weston", weston),
+    (
+        "view::frames_without_a_copy_and_viewers_that_misbehave",
+        painted,
+    ),
+    ("view::keys_wheel_grab_and_fingers", input),
+];
+
+/// Frames that the guest draws while a viewer misbehaves.
+const FRAMES: u32 = 60;
+
+fn weston(assets: &Assets) -> Result<()> {
+    let (mut guest, mut client, socket) = drawing(assets)?;
+    let weston = Compositor::weston(assets, "pixman")?;
+    let viewer = weston.viewer(assets, &socket)?;
+    weston.wait_for(&take_picture(&mut client)?)?;
+    guest.send(
+        "cat /tmp/picture | tr '\\000-\\377' '\\001-\\377\\000' > /dev/fb0; echo pain''ted\n",
+    )?;
+    guest.wait_for("painted")?;
+    let second = take_picture(&mut client)?;
+    weston.wait_for(&second)?;
+    let said = viewer.said();
+    ensure(said.matches("they are copied").count() == 1, said)?;
+    // A viewer that dies takes nothing with it.
+    drop(viewer);
+    guest.send("cat /tmp/picture > /dev/fb0; echo a''gain\n")?;
+    guest.wait_for("again")?;
+    let mut viewer = weston.viewer(assets, &socket)?;
+    weston.wait_for(&take_picture(&mut client)?)?;
+    guest.send("poweroff -f\n")?;
+    guest.expect_exit(0)?;
+    let status = viewer
+        .process
+        .wait()
+        .context("cannot wait for the viewer")?;
+    ensure(status.success(), format!("the viewer ended with {status}"))
+}
+
+/// A guest whose program draws as it is told, shown by nobody yet.
+fn painting(assets: &Assets) -> Result<(Painter, Client, PathBuf)> {
+    let script = format!("exec guest-agent paint {WIDTH} {HEIGHT} 4000 0");
+    let guest = assets
+        .guest(&script)
+        .modules(&["virtio_gpu"])?
+        .option("--gpu", format!("outputs={WIDTH}x{HEIGHT}"));
+    let socket = guest.path("api");
+    let mut guest = guest.option("--api-socket", &socket).start()?;
+    guest.wait_for("agent: shows")?;
+    let client = Client::connect(&socket).context("cannot connect")?;
+    Ok((Painter::new(guest), client, socket))
+}
+
+/// Mappings of dma-bufs that a process has.
+fn mapped_dmabufs(pid: u32) -> Result<usize> {
+    let maps = fs::read_to_string(format!("/proc/{pid}/maps")).context("cannot read mappings")?;
+    Ok(maps
+        .lines()
+        .filter(|line| line.contains("/dmabuf:"))
+        .count())
+}
+
+/// How many of these flushes waited for longer than a viewer may hold them.
+fn flush(painter: &mut Painter) -> Result<u32> {
+    match painter.ask(&format!("flush {FRAMES}"))?[..] {
+        [_, _, _, late] => Ok(late as u32),
+        _ => Err(Failure(painter.guest.transcript())),
+    }
+}
+
+fn painted(assets: &Assets) -> Result<()> {
+    let (mut painter, mut client, socket) = painting(assets)?;
+    let weston = Compositor::weston(assets, "gl")?;
+    let viewer = weston.viewer(assets, &socket)?;
+    let mut shows = |painter: &mut Painter, number: u32| -> Result<()> {
+        painter.ask(&format!("draw {number}"))?;
+        let wanted = take_picture(&mut client)?;
+        weston
+            .wait_for(&wanted)
+            .map_err(|error| Failure::new(error, viewer.said()))
+    };
+    shows(&mut painter, 1)?;
+    shows(&mut painter, 2)?;
+    // The compositor reads the guest's memory itself.
+    let said = viewer.said();
+    ensure(said.is_empty(), format!("the viewer said: {said}"))?;
+    ensure(
+        mapped_dmabufs(weston.pid())? > 0,
+        "Weston has no dma-buf mapped",
+    )?;
+    ensure(
+        mapped_dmabufs(viewer.process.id())? == 0,
+        "the viewer reads pixels",
+    )?;
+    stopped(&mut painter, &socket, &viewer)?;
+    // It catches up with what it missed.
+    shows(&mut painter, 3)?;
+    drop(viewer);
+    flooded(&mut painter, &socket)?;
+    let viewer = weston.viewer(assets, &socket)?;
+    painter.ask("draw 4")?;
+    weston.wait_for(&take_picture(&mut client)?)?;
+    ensure(viewer.said().is_empty(), viewer.said())
+}
+
+/// A viewer that stands still holds one frame back, and only for a while; another one sees them all.
+fn stopped(painter: &mut Painter, socket: &Path, viewer: &Viewer) -> Result<()> {
+    let mut client = Client::connect(socket).context("cannot connect")?;
+    let other = Watcher::start(&mut client, true)?;
+    let signal = |signal| {
+        kill_process(Pid::from_child(&viewer.process), signal).context("cannot send a signal")
+    };
+    signal(Signal::STOP)?;
+    let late = flush(painter)?;
+    let heard = other.stop()?;
+    signal(Signal::CONT)?;
+    // A busy emulator holds up some; a viewer that is waited for holds up all.
+    ensure(
+        late < FRAMES * 3 / 4,
+        format!("{late} of {FRAMES} frames waited for a viewer that stands still"),
+    )?;
+    ensure(
+        heard >= u64::from(FRAMES / 2),
+        format!("another viewer heard of {heard} of {FRAMES} frames"),
+    )
+}
+
+/// One that says more than anybody can hear, and listens to nothing.
+fn flooded(painter: &mut Painter, socket: &Path) -> Result<()> {
+    let mut client = Client::connect(socket).context("cannot connect")?;
+    let memory = |client: &mut Client| -> Result<u64> {
+        let stats = client.call::<VmStatsMethod>(&NoParams {});
+        Ok(stats.context("vm.stats")?.memory.resident)
+    };
+    let before = memory(&mut client)?;
+    let end = Arc::new(AtomicBool::new(false));
+    let mut floods = Vec::new();
+    let start = Instant::now();
+    while floods.len() < 2 {
+        let watch = WatchDisplay {
+            pace: true,
+            drive: floods.is_empty(),
+        };
+        let (stream, fds) = client
+            .call_with::<DisplaySubscribe>(&watch, &[])
+            .context("display.subscribe")?;
+        // It may not have been noticed yet that the last one who drove has gone.
+        if stream.drives == watch.drive {
+            let (end, fd) = (end.clone(), one(fds)?);
+            floods.push(thread::spawn(move || flood(fd, &end)));
+        }
+        ensure(start.elapsed() < PATIENCE, "nobody may drive")?;
+    }
+    // Nonsense ends the stream that it came on.
+    let (_, fds) = client
+        .call_with::<DisplaySubscribe>(&WatchDisplay::default(), &[])
+        .context("display.subscribe")?;
+    let mut nonsense = UnixStream::from(one(fds)?);
+    let _ = nonsense.write_all(&vec![b'{'; 4 << 20]);
+    for _ in 0..3 {
+        flush(painter)?;
+        let info = client.call::<VmInfoMethod>(&NoParams {});
+        info.context("vm.info while the stream is flooded")?;
+    }
+    let grown = memory(&mut client)?.saturating_sub(before);
+    end.store(true, Ordering::Release);
+    for flood in floods {
+        let said = flood
+            .join()
+            .map_err(|_| Failure("a flood panicked".into()))?;
+        ensure(said? > 1000, "that was no flood")?;
+    }
+    ensure(
+        grown < 32 << 20,
+        format!("a flood made Fanlight {grown} bytes larger"),
+    )
+}
+
+/// Says all that a viewer can, without end and without hearing; how many messages that was.
+fn flood(fd: OwnedFd, end: &AtomicBool) -> Result<u64> {
+    let mut stream = MessageStream::new(UnixStream::from(fd)).context("a stream")?;
+    let mut said = 0;
+    for number in (0u32..).take_while(|_| !end.load(Ordering::Acquire)) {
+        if stream.is_full() {
+            stream.flush().context("the stream of a flood")?;
+            thread::yield_now();
+            continue;
+        }
+        let says = match number % 6 {
+            0 => WatcherSays::Release {
+                serial: u64::from(number),
+            },
+            1 => WatcherSays::Resize {
+                output: 0,
+                width: 600 + number % 512,
+                height: 400 + number % 256,
+            },
+            2 => WatcherSays::Key {
+                code: (number % 255) as u16,
+                pressed: number % 4 < 2,
+            },
+            3 => WatcherSays::Pointer {
+                output: number,
+                x: f64::from(number),
+                y: -0.5,
+            },
+            4 => WatcherSays::Touch {
+                output: 0,
+                finger: number as i32,
+                at: Some([0.5, 2.0]),
+            },
+            _ => WatcherSays::Wheel {
+                horizontal: i32::MIN,
+                vertical: i32::MAX,
+            },
+        };
+        stream
+            .send(&says, vec![])
+            .context("the stream of a flood")?;
+        said += 1;
+    }
+    Ok(said)
+}
+
+/// Linux `input-event-codes.h`.
+const KEY_LEFTCTRL: u32 = 29;
+const KEY_G: u32 = 34;
+const KEY_X: u32 = 45;
+const KEY_LEFTALT: u32 = 56;
+const KEY_LEFTMETA: u32 = 125;
+const BTN_LEFT: u32 = 0x110;
+/// Sway takes this shortcut for itself, and it shows in its list of marks.
+const SHORTCUT: [u32; 2] = [KEY_LEFTMETA, KEY_X];
+const SWAY: &str = "bindsym Mod4+x mark --toggle taken";
+
+fn input(assets: &Assets) -> Result<()> {
+    let guest = assets
+        .guest("exec guest-agent listen")
+        .modules(&["virtio_gpu", "virtio_input"])?
+        .option("--gpu", "outputs=800x600");
+    let socket = guest.path("api");
+    let mut guest = guest.option("--api-socket", &socket).start()?;
+    guest.wait_for("agent: listens to 3 devices.")?;
+    let sway = Compositor::sway(assets, SWAY)?;
+    let viewer = sway.viewer(assets, &socket)?;
+    let until = |what: &str, is_so: &dyn Fn() -> Result<bool>| -> Result<()> {
+        let start = Instant::now();
+        while !is_so()? {
+            let why = || format!("{what} never happens; the viewer said: {}", viewer.said());
+            ensure(start.elapsed() < PATIENCE, why())?;
+            thread::sleep(Duration::from_millis(200));
+        }
+        Ok(())
+    };
+    let titled = |title: &str| -> Result<bool> {
+        let tree = sway.swaymsg(&["-t", "get_tree"])?;
+        Ok(tree.contains(&format!("\"name\": \"{title}\"")))
+    };
+    until("a window", &|| titled("Fanlight"))?;
+    let mut input = VirtualInput::plug_in(&sway.socket())?;
+    let heard = |guest: &mut Guest, event: &str| guest.wait_for(&format!("heard: {event}."));
+
+    // In the middle, whatever the window's size is: half of 32767.
+    input.move_to(1, 1, WIDTH, HEIGHT)?;
+    input.move_to(WIDTH / 2, HEIGHT / 2, WIDTH, HEIGHT)?;
+    heard(&mut guest, "pointer 3 0 16383")?;
+    heard(&mut guest, "pointer 3 1 16383")?;
+    input.wheel(Axis::VerticalScroll, 1)?;
+    heard(&mut guest, "pointer 2 11 -120")?;
+    heard(&mut guest, "pointer 2 8 -1")?;
+    input.wheel(Axis::HorizontalScroll, -2)?;
+    heard(&mut guest, "pointer 2 12 -240")?;
+    heard(&mut guest, "pointer 2 6 -2")?;
+    input.scroll(5.0)?;
+    heard(&mut guest, "pointer 2 11 -60")?;
+
+    // Before a click the compositor's shortcuts are its own.
+    let taken = || Ok(sway.swaymsg(&["-t", "get_marks"])?.contains("taken"));
+    input.chord(&SHORTCUT)?;
+    until("the compositor's shortcut", &taken)?;
+    input.button(BTN_LEFT, true)?;
+    input.button(BTN_LEFT, false)?;
+    heard(&mut guest, "pointer 1 272 1")?;
+    heard(&mut guest, "pointer 1 272 0")?;
+    until("the grab", &|| {
+        titled("Fanlight: Ctrl-Alt-G gives the keyboard back")
+    })?;
+    let x = format!("keyboard 1 {KEY_X} 1");
+    let said = guest.transcript();
+    ensure(
+        !said.contains(&x),
+        format!("a shortcut reached the guest:\n{said}"),
+    )?;
+    input.chord(&SHORTCUT)?;
+    heard(&mut guest, &x)?;
+    heard(&mut guest, &format!("keyboard 1 {KEY_X} 0"))?;
+    ensure(
+        taken()?,
+        "the compositor took a shortcut that the viewer had",
+    )?;
+    // Once, though two devices came to the seat one after the other.
+    let said = guest.transcript();
+    ensure(said.matches(&format!("heard: {x}.")).count() == 1, said)?;
+
+    input.chord(&[KEY_LEFTCTRL, KEY_LEFTALT, KEY_G])?;
+    until("the grab's end", &|| titled("Fanlight"))?;
+    input.chord(&SHORTCUT)?;
+    until("the compositor's shortcut again", &|| {
+        taken().map(|taken| !taken)
+    })?;
+
+    // The one that drives goes, and nothing stays pressed.
+    input.key(KEY_G, true)?;
+    guest.wait_for_times(&format!("heard: keyboard 1 {KEY_G} 1."), 2)?;
+    drop(viewer);
+    guest.wait_for_times(&format!("heard: keyboard 1 {KEY_G} 0."), 2)?;
+    touch(assets, &mut guest, &socket)
+}
+
+/// Two fingers, one of which is taken away by the compositor.
+fn touch(assets: &Assets, guest: &mut Guest, socket: &Path) -> Result<()> {
+    let (width, height) = (800, 600);
+    let dir = tempfile::tempdir().context("cannot make a directory")?;
+    let at = dir.path().join("wayland");
+    let screen = TouchScreen::start(&at, width, height)?;
+    let viewer = Viewer::start(assets, socket, dir.path(), "wayland")?;
+    let start = Instant::now();
+    while !screen.is_ready() {
+        ensure(start.elapsed() < PATIENCE, viewer.said())?;
+        thread::sleep(Duration::from_millis(50));
+    }
+    let heard =
+        |guest: &mut Guest, event: &str| guest.wait_for(&format!("heard: touch-screen {event}."));
+    let (right, bottom) = (f64::from(width), f64::from(height));
+    screen.touch(&[Finger::Down(7, right / 4.0, bottom / 2.0)]);
+    heard(guest, "3 57 0")?;
+    heard(guest, "3 53 8191")?;
+    heard(guest, "3 54 16383")?;
+    heard(guest, "1 330 1")?;
+    screen.touch(&[
+        Finger::Down(9, right, bottom),
+        Finger::Moves(7, right / 2.0, bottom / 2.0),
+    ]);
+    heard(guest, "3 47 1")?;
+    heard(guest, "3 57 1")?;
+    heard(guest, "3 53 32767")?;
+    heard(guest, "3 53 16383")?;
+    screen.touch(&[Finger::Up(7)]);
+    heard(guest, "3 57 -1")?;
+    screen.touch(&[Finger::Cancelled]);
+    guest.wait_for_times("heard: touch-screen 3 57 -1.", 2)?;
+    heard(guest, "1 330 0")?;
+    drop(viewer);
+    screen.stop()
+}
