@@ -11,6 +11,7 @@ use super::{
     commands::CommandError,
     format::Format,
     output::Mode,
+    render::HostResource,
 };
 use crate::{
     dmabuf::{Buffer, MemoryEntry, Piece, ScatterList},
@@ -23,12 +24,12 @@ pub const MAX_ENTRIES: u32 = 1 << 18;
 /// The most 2D resources: each holds a descriptor.
 const MAX_IMAGES: usize = 512;
 /// What a resource costs besides its pixels and entries.
-const RESOURCE_COST: u64 = 1 << 10;
+pub const RESOURCE_COST: u64 = 1 << 10;
 /// What a page of a blob costs in the host's kernel while the blob is exported (udmabuf keeps a folio and an
 /// offset for each), whether or not it is.
 const PAGE_COST: u64 = 32;
 /// Rows of 2D resources start at multiples of this: what the strictest GPUs import.
-const ROW_ALIGNMENT: u32 = 256;
+pub const ROW_ALIGNMENT: u32 = 256;
 
 /// Memory with pixels, on the account of the guest that has it.
 #[derive(Debug)]
@@ -36,6 +37,16 @@ pub struct Surface {
     /// The memory.
     pub buffer: Buffer,
     _charge: Charge,
+}
+
+impl Surface {
+    /// Memory that is paid for.
+    pub fn new(buffer: Buffer, charge: Charge) -> Self {
+        Self {
+            buffer,
+            _charge: charge,
+        }
+    }
 }
 
 /// A 2D resource.
@@ -75,13 +86,15 @@ pub struct Blob {
     _charge: Charge,
 }
 
-/// Either kind.
+/// Any kind.
 #[derive(Debug)]
 pub enum Kind {
     /// RESOURCE_CREATE_2D.
     Image(Image),
-    /// RESOURCE_CREATE_BLOB.
+    /// RESOURCE_CREATE_BLOB of guest memory.
     Blob(Blob),
+    /// What the renderer has.
+    Host(HostResource),
 }
 
 /// A resource.
@@ -99,6 +112,7 @@ impl Resource {
         match &self.kind {
             Kind::Image(image) => Some(&image.surface),
             Kind::Blob(blob) => blob.surface.as_ref(),
+            Kind::Host(host) => host.shown.as_ref().map(|shown| &shown.surface),
         }
     }
 }
@@ -149,20 +163,20 @@ impl Resources {
         self.images = 0;
     }
 
-    fn charge(&self, bytes: u64) -> Result<Charge, CommandError> {
+    pub fn charge(&self, bytes: u64) -> Result<Charge, CommandError> {
         self.budget
             .charge(bytes)
             .ok_or(CommandError::OutOfMemory(bytes))
     }
 
-    fn check_new(&self, id: u32) -> Result<(), CommandError> {
+    pub fn check_new(&self, id: u32) -> Result<(), CommandError> {
         if id == 0 || self.all.contains_key(&id) {
             return Err(CommandError::Resource(id));
         }
         Ok(())
     }
 
-    fn insert(&mut self, id: u32, kind: Kind) {
+    pub fn insert(&mut self, id: u32, kind: Kind) {
         self.all.insert(id, Resource { kind, uuid: None });
     }
 
@@ -199,10 +213,7 @@ impl Resources {
                 width,
                 height,
                 stride,
-                surface: Arc::new(Surface {
-                    buffer: Buffer::new(vec![piece]),
-                    _charge: charge,
-                }),
+                surface: Arc::new(Surface::new(Buffer::new(vec![piece]), charge)),
                 pixels,
                 backing: None,
             }),
@@ -250,10 +261,7 @@ impl Resources {
         let export = size.div_ceil(PAGE_SIZE).saturating_mul(PAGE_COST);
         let charge = self.charge(list_cost(entries).saturating_add(export))?;
         let memory = ScatterList::resolve(map, entries.iter().copied(), size)?;
-        Ok(Arc::new(Surface {
-            buffer: Buffer::new(memory.pieces()),
-            _charge: charge,
-        }))
+        Ok(Arc::new(Surface::new(Buffer::new(memory.pieces()), charge)))
     }
 
     /// RESOURCE_ATTACH_BACKING.
@@ -290,6 +298,7 @@ impl Resources {
         let had = match &mut self.get_mut(id)?.kind {
             Kind::Image(image) => image.backing.take().is_some(),
             Kind::Blob(blob) => blob.surface.take().is_some(),
+            Kind::Host(_) => false,
         };
         if had {
             Ok(())
@@ -304,7 +313,7 @@ fn list_cost(entries: &[MemoryEntry]) -> u64 {
 }
 
 /// A memfd with its mapping. Sealed as udmabuf wants it: against shrinking, not against writing.
-fn host_memory(size: u64) -> io::Result<(Arc<File>, MmapRegion)> {
+pub fn host_memory(size: u64) -> io::Result<(Arc<File>, MmapRegion)> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let memfd = rustix::fs::memfd_create("fanlight-gpu", flags)?;
     rustix::fs::ftruncate(&memfd, size)?;
