@@ -5,6 +5,7 @@ pub mod bed;
 pub mod echo;
 pub mod edu;
 pub mod embedded;
+pub mod graphics;
 pub mod guest;
 pub mod host;
 pub mod pci;

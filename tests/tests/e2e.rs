@@ -13,6 +13,7 @@ mod e2e {
     pub mod input;
     pub mod life;
     pub mod network;
+    pub mod render;
     pub mod topology;
     pub mod vfio;
     pub mod view;
@@ -28,8 +29,8 @@ use std::{
 use fanlight_tests::{
     Context, Failure, Result,
     bed::{
-        ApiClients, Bed, Busybox, Cache, DebianPrograms, Emulator, L1Kernel, Modules, Share,
-        StockKernel, bed_kernel, build_program, guest_archive, pulse,
+        ApiClients, Bed, Busybox, Cache, DebianPrograms, Emulator, GraphicsStack, L1Kernel,
+        Modules, Share, StockKernel, bed_kernel, build_program, guest_archive, pulse,
     },
     guest::{Assets, HANG},
     host::{self, Kvm},
@@ -50,6 +51,7 @@ fn tests() -> Vec<(&'static str, Test)> {
         e2e::input::TESTS,
         e2e::life::TESTS,
         e2e::network::TESTS,
+        e2e::render::TESTS,
         e2e::topology::TESTS,
         e2e::view::TESTS,
         e2e::vfio::TESTS,
@@ -152,6 +154,7 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
         emulator: Emulator::get(cache)?,
         clients: ApiClients::get(cache)?,
         weston: weston(cache)?,
+        graphics: GraphicsStack::get(cache)?,
         guest_archive: guest_archive.into(),
     })
 }
@@ -183,6 +186,7 @@ impl Beds {
         let kernel = bed_kernel(cache)?;
         ApiClients::get(cache)?;
         weston(cache)?;
+        GraphicsStack::get(cache)?;
         for (from, to) in [(&*this, "e2e"), (fanlight, "fanlight")] {
             fs::copy(from, share.join(to)).context("cannot share a program")?;
         }

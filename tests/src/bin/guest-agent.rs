@@ -3,7 +3,10 @@
 
 use std::{ffi::CString, fs::File, os::fd::AsRawFd, process::ExitCode};
 
-use fanlight_tests::{Context, Failure, Result, echo, edu};
+use fanlight_tests::{
+    Context, Failure, Result, echo, edu,
+    graphics::{drm, gl, vulkan},
+};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
@@ -47,9 +50,15 @@ fn act(arguments: &[String]) -> Result<String> {
             let heard = edu::interrupts(number(count)? as u32)?;
             Ok(format!("edu interrupted {heard} times"))
         }
+        [verb] if verb == "gl" => gl::draw(),
+        [verb] if verb == "vulkan" => vulkan::work(),
+        [verb, count, pairs] if verb == "blobs" => drm::blobs(number(count)?, number(pairs)?),
+        [verb] if verb == "blobs-until-refused" => drm::until_refused(),
+        [verb] if verb == "show-red" => drm::show([1.0, 0.0, 0.0]),
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
-             kexec KERNEL INITRD CMDLINE | peer | mark NUMBER | interrupts COUNT"
+             kexec KERNEL INITRD CMDLINE | peer | mark NUMBER | interrupts COUNT | gl | vulkan | \
+             blobs COUNT PAIRS | blobs-until-refused | show-red"
                 .into(),
         )),
     }

@@ -62,7 +62,7 @@ fn drawing(assets: &Assets) -> Result<(Guest, Client, PathBuf)> {
 }
 
 /// Red, green and blue of each pixel.
-fn read_png(file: File) -> Result<Vec<u8>> {
+pub fn read_png(file: File) -> Result<Vec<u8>> {
     let mut reader = png::Decoder::new(BufReader::new(file))
         .read_info()
         .context("not a PNG file")?;
@@ -89,7 +89,7 @@ fn take_picture(client: &mut Client) -> Result<Vec<u8>> {
     read_png(File::from(one(fds)?))
 }
 
-fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd> {
+pub fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd> {
     fds.into_iter()
         .next()
         .ok_or(Failure("no descriptor".into()))
