@@ -492,7 +492,7 @@ mod tests {
     #[test]
     fn this_host_gets_a_report() {
         let report = Report::of(None);
-        assert_eq!(report.checks.len(), 6);
+        assert_eq!(report.checks.len(), 8);
         let missing = report
             .checks
             .iter()

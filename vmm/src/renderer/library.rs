@@ -153,7 +153,7 @@ pub struct Library {
 pub enum LibraryError {
     /// It is not there, or is another one.
     #[error(
-        "{NAME} cannot be loaded ({0}): install virglrenderer 1.1 or later, in Debian libvirglrenderer1"
+        "{NAME} cannot be loaded: install virglrenderer 1.1 or later, in Debian libvirglrenderer1"
     )]
     Load(#[from] libloading::Error),
     /// It does not work on this host.

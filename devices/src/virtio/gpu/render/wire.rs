@@ -20,10 +20,10 @@ use rustix::{
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// The longest packet. Capability sets are of some hundred bytes.
-const MAX_PACKET: usize = 64 << 10;
+/// The longest packet. Capability sets are of some thousand bytes at most.
+const MAX_PACKET: usize = 16 << 10;
 /// Ranges beyond so many travel in a file.
-const MAX_RANGES: usize = 3 << 10;
+const MAX_RANGES: usize = 900;
 
 /// What a call asks for, besides the numbers of commands.
 pub const CALL_EXPORT: u32 = 1;
