@@ -23,6 +23,12 @@ pub struct GpuConfig {
     /// How much of the host's memory the guest's driver may have for its resources. What lies in the
     /// guest's own RAM does not count, but for the lists that describe it.
     pub max_resource_memory: ByteSize,
+    /// What draws in 3D for the guest.
+    pub renderer: Renderer,
+    /// How large a window the guest sees the renderer's memory through: a power of two.
+    pub hostmem: ByteSize,
+    /// Gives each piece of the renderer's memory a memory slot of its own: slower, to compare.
+    pub hostmem_slots: bool,
     /// PCIe root port to place the device behind; on the root bus if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<u8>,
@@ -37,6 +43,9 @@ impl Default for GpuConfig {
             }]),
             edid_name: "Fanlight".into(),
             max_resource_memory: ByteSize(256 << 20),
+            renderer: Renderer::None,
+            hostmem: ByteSize(256 << 20),
+            hostmem_slots: false,
             port: None,
         }
     }
@@ -49,6 +58,36 @@ impl FromStr for GpuConfig {
             return Ok(Self::default());
         }
         spec::parse(text, Some("outputs"))
+    }
+}
+
+/// What draws in 3D, by virglrenderer.
+#[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
+pub enum Renderer {
+    /// Nothing: the guest draws by itself, or on another device.
+    #[default]
+    #[serde(rename = "none")]
+    None,
+    /// OpenGL.
+    #[serde(rename = "virgl")]
+    Virgl,
+    /// Vulkan.
+    #[serde(rename = "venus")]
+    Venus,
+    /// Both.
+    #[serde(rename = "venus+virgl")]
+    VenusAndVirgl,
+}
+
+impl Renderer {
+    /// Whether OpenGL is there.
+    pub fn has_virgl(self) -> bool {
+        matches!(self, Self::Virgl | Self::VenusAndVirgl)
+    }
+
+    /// Whether Vulkan is there.
+    pub fn has_venus(self) -> bool {
+        matches!(self, Self::Venus | Self::VenusAndVirgl)
     }
 }
 
@@ -129,6 +168,9 @@ mod tests {
         assert!(json.contains(r#""edid-name":"Fanlight""#), "{json}");
         assert_eq!(serde_json::from_str::<GpuConfig>(&json).unwrap(), gpu);
         assert_eq!("".parse(), Ok(GpuConfig::default()));
+        let gpu: GpuConfig = "800x600,renderer=venus+virgl,hostmem=1G".parse().unwrap();
+        assert_eq!(gpu.renderer, Renderer::VenusAndVirgl);
+        assert_eq!(gpu.hostmem.0, 1 << 30);
     }
 
     #[test]
@@ -149,6 +191,7 @@ mod tests {
                 "{bad}"
             );
         }
+        assert!("renderer=gl".parse::<GpuConfig>().is_err());
         assert!("colour=red".parse::<GpuConfig>().is_err());
     }
 }

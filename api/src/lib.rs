@@ -25,7 +25,7 @@ pub use config::{
     NetConfig, OnPanic, OnReset, RngConfig, VfioConfig, VmConfig, VsockConfig,
 };
 pub use error::{ApiError, ErrorKind};
-pub use gpu::{GpuConfig, OutputMode};
+pub use gpu::{GpuConfig, OutputMode, Renderer};
 pub use or_fd::{OrFd, PathOrFd};
 pub use size::ByteSize;
 

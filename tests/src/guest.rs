@@ -16,7 +16,10 @@ use tempfile::TempDir;
 
 use crate::{
     Context, Failure, Result,
-    bed::{ApiClients, Archive, BedKernel, DebianPrograms, Emulator, Modules, StockKernel},
+    bed::{
+        ApiClients, Archive, BedKernel, DebianPrograms, Emulator, GraphicsStack, Modules,
+        StockKernel,
+    },
     host,
 };
 
@@ -63,6 +66,8 @@ pub struct Assets {
     pub compositors: DebianPrograms,
     /// DRM clients and a judge of EDIDs.
     pub graphics_tools: DebianPrograms,
+    /// Mesa and virglrenderer.
+    pub graphics: GraphicsStack,
     /// The guest's root without its test.
     pub guest_archive: PathBuf,
 }
@@ -86,6 +91,7 @@ pub struct GuestBuilder {
     script: String,
     arguments: Vec<String>,
     archive: Archive,
+    root: Option<PathBuf>,
 }
 
 impl Assets {
@@ -104,11 +110,29 @@ impl Assets {
             script: script.into(),
             arguments: ["--memory", "256M"].map(str::to_owned).into(),
             archive: Archive::default(),
+            root: None,
         }
     }
 }
 
 impl GuestBuilder {
+    /// Has Fanlight run on a host with Mesa and virglrenderer, and gives the guest the same as its first disk.
+    pub fn with_graphics(mut self) -> Result<Self> {
+        let GraphicsStack { root, image } = self.assets.graphics.clone();
+        let program = self.assets.fanlight.parent().map(Path::to_path_buf);
+        let cache = root.parent().map(Path::to_path_buf);
+        let system = ["/dev", "/proc", "/sys", "/tmp"].map(PathBuf::from);
+        for dir in system.into_iter().chain(program).chain(cache) {
+            let to = root.join(dir.strip_prefix("/").unwrap_or(&dir));
+            fs::create_dir_all(&to).context("cannot make a directory")?;
+            rustix::mount::mount_bind(&dir, &to)
+                .context(format!("cannot show {} to Fanlight", dir.display()))?;
+        }
+        self.root = Some(root);
+        let disk = format!("path={},format=raw,readonly=on", image.display());
+        Ok(self.option("--disk", disk))
+    }
+
     /// Boots another kernel.
     pub fn kernel(mut self, kernel: GuestKernel) -> Self {
         self.kernel = kernel;
@@ -185,7 +209,19 @@ impl GuestBuilder {
             GuestKernel::Stock => &self.assets.stock.image,
             GuestKernel::Vmlinux => &self.assets.bed.vmlinux,
         };
-        let mut command = Command::new(&self.assets.fanlight);
+        let mut command = match &self.root {
+            None => Command::new(&self.assets.fanlight),
+            Some(root) => {
+                let mut command = Command::new("chroot");
+                command
+                    .arg(root)
+                    .arg(&self.assets.fanlight)
+                    .env("LD_LIBRARY_PATH", "/usr/lib/x86_64-linux-gnu")
+                    // Of all drivers the one that needs no hardware: looking for it takes time.
+                    .env("VK_DRIVER_FILES", "/usr/share/vulkan/icd.d/lvp_icd.json");
+                command
+            }
+        };
         command
             .arg("run")
             .arg("--kernel")

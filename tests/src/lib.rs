@@ -7,6 +7,7 @@ pub mod display;
 pub mod echo;
 pub mod edu;
 pub mod evdev;
+pub mod graphics;
 pub mod guest;
 pub mod host;
 pub mod painting;

@@ -15,6 +15,7 @@ mod e2e {
     pub mod input;
     pub mod life;
     pub mod network;
+    pub mod render;
     pub mod topology;
     pub mod touch_screen;
     pub mod vfio;
@@ -34,8 +35,8 @@ use std::{
 use fanlight_tests::{
     Context, Failure, Result,
     bed::{
-        ApiClients, Bed, Busybox, Cache, DebianPrograms, Emulator, L1Kernel, Modules, Share,
-        StockKernel, bed_kernel, build_program, guest_archive, guest_module, pulse,
+        ApiClients, Bed, Busybox, Cache, DebianPrograms, Emulator, GraphicsStack, L1Kernel,
+        Modules, Share, StockKernel, bed_kernel, build_program, guest_archive, guest_module, pulse,
     },
     guest::{Assets, HANG},
     host::{self, Kvm},
@@ -62,6 +63,7 @@ fn tests() -> Vec<(&'static str, Test)> {
         e2e::input::TESTS,
         e2e::life::TESTS,
         e2e::network::TESTS,
+        e2e::render::TESTS,
         e2e::topology::TESTS,
         e2e::view::TESTS,
         e2e::window::TESTS,
@@ -174,6 +176,7 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
         clients: ApiClients::get(cache)?,
         compositors: compositors(cache)?,
         graphics_tools: graphics_tools(cache)?,
+        graphics: GraphicsStack::get(cache)?,
         guest_archive: guest_archive.into(),
     })
 }
@@ -207,6 +210,7 @@ impl Beds {
         ApiClients::get(cache)?;
         compositors(cache)?;
         graphics_tools(cache)?;
+        GraphicsStack::get(cache)?;
         for (from, to) in [(&*this, "e2e"), (fanlight, "fanlight")] {
             fs::copy(from, share.join(to)).context("cannot share a program")?;
         }

@@ -1,7 +1,7 @@
 //! `fanlight doctor`: what this host, and one device of it, has of what a guest with a GPU needs; for each
 //! thing that is missing, what mends it.
 
-use std::{fs, io, path::Path};
+use std::{fs, io, path::Path, sync::Arc};
 
 use fanlight_arch::{cpuid::physical_address_bits, layout};
 use fanlight_devices::{
@@ -10,11 +10,15 @@ use fanlight_devices::{
         HostDevice, Iommu, VfioError, dmabuf, others_in_group,
         sysfs::{HostFunction, VFIO_PCI},
     },
+    virtio::gpu::render::wire::Start,
 };
-use rustix::process::Resource;
+use rustix::{fs::MemfdFlags, process::Resource};
 use serde::Serialize;
 
-use crate::kvm;
+use crate::{
+    kvm,
+    renderer::{RendererError, Starter},
+};
 
 /// How a check came out.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
@@ -79,6 +83,8 @@ impl Report {
             dma_interface(),
             udmabuf(),
             memory_lock(),
+            draws("OpenGL for guests (virgl)", true),
+            draws("Vulkan for guests (Venus)", false),
         ];
         if let Some(function) = device {
             checks.extend([
@@ -223,6 +229,43 @@ fn udmabuf() -> Check {
             }
         }
         _ => Check::new(NAME, Verdict::Yes, "/dev/udmabuf"),
+    }
+}
+
+/// Whether virglrenderer draws here: it is asked, in a process of its own.
+fn draws(name: &'static str, virgl: bool) -> Check {
+    let start = Start {
+        virgl: virgl.into(),
+        venus: (!virgl).into(),
+    };
+    let nothing = rustix::fs::memfd_create("fanlight-doctor", MemfdFlags::CLOEXEC);
+    let asked = nothing
+        .and_then(|file| rustix::fs::ftruncate(&file, 1 << 12).map(|()| file))
+        .map_err(|error| RendererError::Start(error.into()))
+        .and_then(|file| Starter::new(Arc::new(file.into()), start).capabilities());
+    match asked {
+        Ok(infos) => {
+            let sets: Vec<_> = infos
+                .iter()
+                .map(|info| format!("{} version {}", info.id, info.max_version))
+                .collect();
+            let found = format!("virglrenderer with capability set {}", sets.join(", "));
+            Check::new(name, Verdict::Yes, found)
+        }
+        Err(RendererError::Failed(why)) => {
+            // What is missing, and what mends it.
+            let (found, mend) = why.split_once(": install").unwrap_or((&why, ""));
+            let check = Check::new(name, Verdict::Partly, format!("none: {found}"));
+            match mend {
+                "" => check,
+                mend => check.mend(format!("install{mend}")),
+            }
+        }
+        Err(error) => Check::new(
+            name,
+            Verdict::Partly,
+            format!("none: {}", error_line(&error)),
+        ),
     }
 }
 
@@ -449,7 +492,7 @@ mod tests {
     #[test]
     fn this_host_gets_a_report() {
         let report = Report::of(None);
-        assert_eq!(report.checks.len(), 6);
+        assert_eq!(report.checks.len(), 8);
         let missing = report
             .checks
             .iter()

@@ -2,17 +2,29 @@
 
 use std::{io, sync::Arc};
 
-use fanlight_api::GpuConfig;
+use fanlight_api::{ByteSize, GpuConfig, Renderer};
 use fanlight_devices::{
     dmabuf::Exporter,
+    hypervisor::Hypervisor,
+    memory::{ArenaError, GuestRam},
     virtio::{
-        gpu::{DisplayConfig, DisplayHandle, Mode, NAME_MAX, OUTPUTS},
+        gpu::{
+            DisplayConfig, DisplayHandle, Mode, NAME_MAX, OUTPUTS,
+            render::{
+                HostMemory, Rendering,
+                wire::{CapsetInfo, Start},
+            },
+        },
         input::{InputHandle, Kind},
     },
 };
 use thiserror::Error;
 
-use crate::{display::Display, input::Inputs};
+use crate::{
+    display::Display,
+    input::Inputs,
+    renderer::{RendererError, Starter},
+};
 
 /// What is wrong with a GPU's configuration.
 #[derive(Debug, Error)]
@@ -35,6 +47,12 @@ pub enum GraphicsError {
     /// Not a name that an EDID can hold.
     #[error("edid-name={0}: 1 to {NAME_MAX} printable ASCII characters")]
     BadName(String),
+    /// No size of a window into the renderer's memory.
+    #[error("hostmem={0}: a power of two from 1M to 64G")]
+    HostMemory(ByteSize),
+    /// There is no renderer.
+    #[error("renderer")]
+    Renderer(#[from] RendererError),
     /// Something of the host's failed.
     #[error("cannot make an event descriptor")]
     Host(#[from] io::Error),
@@ -49,11 +67,56 @@ pub struct Graphics {
     pub inputs: [InputHandle; 3],
     /// Root port of the GPU, if it is behind one.
     pub port: Option<u8>,
+    /// What draws in 3D, if anything does.
+    pub renderer: Option<RendererSetup>,
+}
+
+/// What a machine makes a GPU's 3D of.
+#[derive(Clone, Debug)]
+pub struct RendererSetup {
+    starter: Arc<Starter>,
+    capsets: Vec<CapsetInfo>,
+    hostmem: u64,
+    slot_per_blob: bool,
+}
+
+impl RendererSetup {
+    const HOSTMEM: std::ops::RangeInclusive<u64> = 1 << 20..=64 << 30;
+
+    fn new(config: &GpuConfig, ram: &GuestRam) -> Result<Option<Self>, GraphicsError> {
+        let hostmem = config.hostmem.0;
+        if !hostmem.is_power_of_two() || !Self::HOSTMEM.contains(&hostmem) {
+            return Err(GraphicsError::HostMemory(config.hostmem));
+        }
+        if config.renderer == Renderer::None {
+            return Ok(None);
+        }
+        let start = Start {
+            virgl: config.renderer.has_virgl().into(),
+            venus: config.renderer.has_venus().into(),
+        };
+        let starter = Arc::new(Starter::new(ram.file().clone(), start));
+        Ok(Some(Self {
+            capsets: starter.capabilities()?,
+            starter,
+            hostmem,
+            slot_per_blob: config.hostmem_slots,
+        }))
+    }
+
+    /// The GPU's part of it in one life of the machine.
+    pub fn rendering(&self, hypervisor: Arc<dyn Hypervisor>) -> Result<Rendering, ArenaError> {
+        Ok(Rendering {
+            starter: self.starter.clone(),
+            capsets: self.capsets.clone(),
+            memory: HostMemory::new(self.hostmem, self.slot_per_blob, hypervisor)?,
+        })
+    }
 }
 
 impl Graphics {
     /// Checks the configuration and makes what it describes.
-    pub fn new(config: &GpuConfig) -> Result<Self, GraphicsError> {
+    pub fn new(config: &GpuConfig, ram: &GuestRam) -> Result<Self, GraphicsError> {
         let outputs = &config.outputs.0;
         if outputs.len() > OUTPUTS {
             return Err(GraphicsError::TooManyOutputs(outputs.len()));
@@ -90,6 +153,7 @@ impl Graphics {
                 InputHandle::new(Kind::Touch)?,
             ],
             port: config.port,
+            renderer: RendererSetup::new(config, ram)?,
         })
     }
 }
@@ -108,7 +172,8 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
-        let error = |text: &str| match Graphics::new(&text.parse().unwrap()) {
+        let ram = GuestRam::new(16 << 20, None).unwrap();
+        let error = |text: &str| match Graphics::new(&text.parse().unwrap(), &ram) {
             Ok(_) => panic!("{text} is accepted"),
             Err(error) => error.to_string(),
         };
@@ -116,6 +181,7 @@ mod tests {
         assert!(error("outputs=20000x600").contains("32 to 16384"));
         assert!(error("edid-name=").contains("1 to 13"));
         assert!(error("edid-name=fourteen chars").contains("fourteen chars"));
+        assert!(error("800x600,hostmem=3M").starts_with("hostmem=3M: "));
         let many = vec!["640x480"; 17].join("+");
         assert!(error(&many).contains("17 are more than 16"));
     }
@@ -123,7 +189,8 @@ mod tests {
     #[test]
     fn sixteen_outputs_are_there() {
         let config = vec!["640x480"; 16].join("+").parse().unwrap();
-        let graphics = Graphics::new(&config).unwrap();
+        let ram = GuestRam::new(16 << 20, None).unwrap();
+        let graphics = Graphics::new(&config, &ram).unwrap();
         let outputs = graphics.display.outputs();
         assert!(outputs.iter().all(|output| output.output.connected));
     }

@@ -6,6 +6,7 @@ use std::{collections::BTreeMap, sync::Arc, sync::atomic::Ordering};
 use fanlight_api::types;
 use fanlight_arch::layout;
 use fanlight_devices::{
+    hypervisor::Hypervisor,
     memory::AddressSpace,
     pci::{
         BarKind, BarReport, DevFn, EjectSink, HostBridge, PciBus, PciError, PciFunction, Port,
@@ -164,6 +165,11 @@ impl Inventory {
     /// The map of guest-physical addresses.
     pub fn address_space(&self) -> Arc<AddressSpace> {
         self.environment.memory.clone()
+    }
+
+    /// What devices ask for interrupts and memory slots.
+    pub fn hypervisor(&self) -> Arc<dyn Hypervisor> {
+        self.environment.hypervisor.clone()
     }
 
     /// The root bus.

@@ -16,6 +16,7 @@ pub mod kvm;
 pub mod lifecycle;
 pub mod machine;
 pub mod passthrough;
+pub mod renderer;
 pub mod resources;
 pub mod serve;
 pub mod status;

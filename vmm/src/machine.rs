@@ -20,7 +20,7 @@ use fanlight_devices::{
         RequestSink, i8042, i8042::I8042, power, power::PowerDevice, pvpanic::PvPanic, rtc,
         rtc::Rtc, serial, serial::SerialPort,
     },
-    memory::{AddressSpace, AddressSpaceError, IoHandler, RamError},
+    memory::{AddressSpace, AddressSpaceError, ArenaError, IoHandler, RamError},
     pci::{ConfigMechanism1, Ecam, EjectSink, MECHANISM_1_PORTS, MsixError, PciError, Windows},
     vfio::{DmaMapping, Iommu, VfioError},
     virtio::{
@@ -79,6 +79,9 @@ pub enum MachineError {
     /// PCI.
     #[error(transparent)]
     Pci(#[from] PciError),
+    /// The window into the renderer's memory.
+    #[error("--gpu hostmem")]
+    HostMemory(#[from] ArenaError),
     /// Interrupts of a PCI function.
     #[error("cannot give a device its interrupts")]
     Msix(#[from] MsixError),
@@ -445,6 +448,7 @@ fn add_devices(
         inventory.add(net_device(interface, mem)?)?;
     }
     let map = inventory.address_space();
+    let hypervisor = inventory.hypervisor();
     let add = |inventory: &mut Inventory, id: &str, device: Box<dyn VirtioDevice>, class| {
         inventory.add(NewDevice {
             id: id.into(),
@@ -468,7 +472,10 @@ fn add_devices(
         add(inventory, "rng", Box::<Rng>::default(), CLASS_OTHER)?;
     }
     if let Some(graphics) = &resources.graphics {
-        let gpu = Gpu::new(graphics.display.clone(), map);
+        let mut gpu = Gpu::new(graphics.display.clone(), map);
+        if let Some(renderer) = &graphics.renderer {
+            gpu = gpu.with_renderer(renderer.rendering(hypervisor)?);
+        }
         inventory.add_together(NewDevice {
             id: "gpu".into(),
             device: Box::new(gpu),

@@ -12,6 +12,7 @@ use fanlight::{
     doctor::Report,
     host_devices::{self, HostDeviceError},
     lifecycle::{self, LifeError, Signals},
+    renderer,
     resources::Resources,
     serve::{self, with_api_defaults},
     status::Ending,
@@ -19,6 +20,8 @@ use fanlight::{
 };
 use fanlight_api::{server::Server, socket::Descriptors};
 use fanlight_devices::error_line;
+use tracing_subscriber::filter::{LevelFilter, Targets};
+
 use options::{ApiOptions, Command, Options, RunOptions, ServeOptions, VfioCommand};
 
 fn main() -> ExitCode {
@@ -39,6 +42,11 @@ fn main() -> ExitCode {
         Command::Completions { shell } => {
             let mut command = Options::command();
             clap_complete::generate(shell, &mut command, "fanlight", &mut std::io::stdout());
+            Ending::PowerOff
+        }
+        Command::Renderer => {
+            let _ = log::start(&Targets::new().with_default(LevelFilter::WARN));
+            renderer::process::run();
             Ending::PowerOff
         }
         Command::TerminalGuard => match terminal::guard() {

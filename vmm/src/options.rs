@@ -54,6 +54,9 @@ pub enum Command {
     /// Restores the terminal when the process on standard input ends
     #[command(name = fanlight::terminal::GUARD_COMMAND, hide = true)]
     TerminalGuard,
+    /// Draws for the guest of the process on standard input
+    #[command(name = fanlight::renderer::COMMAND, hide = true)]
+    Renderer,
 }
 
 /// What can be done with devices of the host's.
@@ -230,10 +233,11 @@ pub struct RunOptions {
     #[arg(long, value_name = "on|off")]
     rng: Option<RngConfig>,
     /// Virtio GPU with a keyboard, a pointer and a touch screen. outputs are the screens plugged in at
-    /// first, up to 16 [default: none; of a GPU: outputs=1280x800,edid-name=Fanlight,max-resource-memory=256M]
+    /// first, up to 16; renderer has virglrenderer draw OpenGL and Vulkan [default: none; of a GPU:
+    /// outputs=1280x800,edid-name=Fanlight,max-resource-memory=256M,renderer=none,hostmem=256M]
     #[arg(
         long,
-        value_name = "outputs=WxH[+WxH...][,edid-name=TEXT][,max-resource-memory=SIZE][,port=N]",
+        value_name = "outputs=WxH[+WxH...][,edid-name=TEXT][,max-resource-memory=SIZE][,renderer=none|virgl|venus|venus+virgl][,hostmem=SIZE][,port=N]",
         num_args = 0..=1,
         default_missing_value = ""
     )]

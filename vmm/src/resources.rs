@@ -271,7 +271,8 @@ impl Resources {
         }
         let passthrough = Passthrough::open(&config.vfio, descriptors)?;
         let requests = HostRequests::new(passthrough.as_ref())?;
-        let graphics = config.gpu.as_ref().map(Graphics::new).transpose()?;
+        let graphics = config.gpu.as_ref().map(|gpu| Graphics::new(gpu, &ram));
+        let graphics = graphics.transpose()?;
         let console = config.console.as_ref().map(|console| &console.0);
         if config.serial == CharBackend::Stdio && console == Some(&CharBackend::Stdio) {
             return Err(ConfigError::TwoConsoles);

@@ -2,11 +2,13 @@
 
 mod address_space;
 mod aligned_hole;
+mod arena;
 mod ram;
 
 pub use address_space::{
     AddressSpace, AddressSpaceError, Backing, BackingKind, IoHandler, MapWatcher, Region, Segment,
 };
+pub use arena::{Arena, ArenaError};
 pub use ram::{GuestRam, HugePageSize, RamError};
 
 /// A host mapping to be shown to the guest as a memory slot.

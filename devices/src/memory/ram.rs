@@ -190,6 +190,11 @@ impl GuestRam {
         self.size
     }
 
+    /// The memfd, for those who share it.
+    pub fn file(&self) -> &Arc<File> {
+        &self.file
+    }
+
     /// The mappings to show to the guest.
     pub fn slots(&self) -> impl Iterator<Item = SlotMapping> + '_ {
         self.mem.iter().filter_map(|region| {

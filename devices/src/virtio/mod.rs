@@ -71,6 +71,11 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// Writes device configuration. Writes to read-only fields are ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
 
+    /// Memory that the device shares with its driver, for as long as the device is there.
+    fn shared_memory(&self) -> Option<pci::SharedMemory> {
+        None
+    }
+
     /// DRIVER_OK: the queues are live. A queue that the driver did not enable is `None`.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 

@@ -4,6 +4,7 @@
 //! MSI-X table and pending bits.
 
 mod report;
+mod shared_memory;
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
 
@@ -24,6 +25,7 @@ use crate::{
 };
 
 pub use report::FunctionReport;
+pub use shared_memory::SharedMemory;
 
 const VENDOR_ID: u16 = 0x1af4;
 /// Modern devices have their virtio device id on top of this.
@@ -194,6 +196,10 @@ impl VirtioPciFunction {
             .map(|at| (at - 2, 0xff))
             .collect();
         let pci_cfg_at = config.add_capability(&pci_cfg);
+        let shared_memory = device.shared_memory();
+        if let Some(memory) = &shared_memory {
+            config.add_capability(&memory.capability());
+        }
         let kicks = queues
             .iter()
             .map(|_| EventFd::new(EFD_NONBLOCK))
@@ -209,6 +215,9 @@ impl VirtioPciFunction {
                 BAR_SIZE,
                 BarContent::Registers(Arc::new(Registers(this.clone()))),
             );
+            if let Some(memory) = shared_memory {
+                memory.add_to(&mut bars, &mut config);
+            }
             let initial_config = config.clone();
             Self {
                 name: device.name(),

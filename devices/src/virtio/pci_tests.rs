@@ -38,6 +38,71 @@ impl VirtioDevice for Probe {
     }
 }
 
+/// A device with shared memory.
+#[derive(Debug)]
+struct Sharing(Arc<dyn crate::hypervisor::Hypervisor>);
+
+impl VirtioDevice for Sharing {
+    fn device_id(&self) -> u32 {
+        16
+    }
+    fn name(&self) -> &'static str {
+        "sharing"
+    }
+    fn queue_sizes(&self) -> &[u16] {
+        &[64]
+    }
+    fn features(&self) -> u64 {
+        0
+    }
+    fn read_config(&self, _: u64, _: &mut [u8]) {}
+    fn write_config(&mut self, _: u64, _: &[u8]) {}
+    fn shared_memory(&self) -> Option<SharedMemory> {
+        use crate::virtio::gpu::render::HostMemory;
+        let memory = HostMemory::new(8 << 30, false, self.0.clone()).unwrap();
+        Some(memory.shared_memory().unwrap())
+    }
+    fn activate(&mut self, _: Activation) -> Result<(), ActivateError> {
+        Ok(())
+    }
+    fn reset(&mut self) {}
+}
+
+#[test]
+fn shared_memory_has_a_bar_and_a_capability() {
+    let (environment, hypervisor) = environment();
+    let device = Box::new(Sharing(hypervisor.clone()));
+    let function = VirtioPciFunction::new(device, 0x038000, &environment).unwrap();
+    assert_eq!(function.bars().len(), 2);
+    function.place_bar(2, 0x8_0000_0000);
+    function.write_config(4, &[2, 0]);
+    assert_eq!(hypervisor.slots(), [(0x8_0000_0000, 8 << 30)]);
+    let resolved = environment.memory.resolve(0x8_0000_1000, 0x1000).unwrap();
+    assert!(matches!(
+        resolved[0].backing.kind,
+        crate::memory::BackingKind::SharedMemory { id: 1, .. }
+    ));
+    // struct virtio_pci_cap64, by its type.
+    let read = |at: u8, len: usize| {
+        let mut bytes = vec![0; len];
+        for (index, byte) in bytes.iter_mut().enumerate() {
+            function.read_config(u16::from(at) + index as u16, std::slice::from_mut(byte));
+        }
+        bytes
+    };
+    let mut at = read(0x34, 1)[0];
+    let cap = loop {
+        assert_ne!(at, 0, "no capability");
+        let cap = read(at, 24);
+        if cap[0] == 9 && cap[3] == 8 {
+            break cap;
+        }
+        at = cap[1];
+    };
+    assert_eq!(cap[2..8], [24, 8, 2, 1, 0, 0]);
+    assert_eq!(cap[8..], [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 2, 0, 0, 0]);
+}
+
 const BAR_AT: u64 = 0xc000_0000;
 
 struct Setup {

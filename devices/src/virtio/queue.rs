@@ -302,6 +302,12 @@ impl Buffers {
         Ok(data.len() - rest.len())
     }
 
+    /// Where they are: addresses and lengths.
+    pub fn ranges(&self) -> impl Iterator<Item = (u64, u64)> + '_ {
+        let spans = self.0.iter();
+        spans.map(|span| (span.address.0, span.len.into()))
+    }
+
     /// The bytes in place.
     pub fn slices<'a>(
         &self,

@@ -120,6 +120,14 @@ impl Driver {
         self.write(available + 2, &index.to_le_bytes());
     }
 
+    /// Makes a queue as it was at first, for a device that is activated again.
+    pub fn clear_rings(&self, queue: usize) {
+        let [_, available, used] = Self::rings(queue);
+        for ring in [available, used] {
+            self.write(ring, &[0; 4]);
+        }
+    }
+
     fn u16(&self, address: u64) -> u16 {
         self.mem.read_obj(GuestAddress(address)).unwrap()
     }

@@ -16,4 +16,4 @@ pub use initramfs::{Archive, guest_archive};
 pub use kernel::{BedKernel, bed_kernel};
 pub use machine::{Bed, L1Device, L1Kernel, Share, build_program};
 pub use modules::Modules;
-pub use packages::{ApiClients, Busybox, DebianPrograms, Emulator, StockKernel};
+pub use packages::{ApiClients, Busybox, DebianPrograms, Emulator, GraphicsStack, StockKernel};

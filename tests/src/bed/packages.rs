@@ -52,20 +52,20 @@ struct Apt {
 }
 
 impl Apt {
-    /// Reads the lists of trixie and its backports.
-    fn new(dir: &Path) -> Result<Self> {
+    /// Reads the lists of these suites.
+    fn new(dir: &Path, suites: &[&str]) -> Result<Self> {
         for sub in ["state/lists/partial", "cache/archives/partial"] {
             fs::create_dir_all(dir.join(sub)).context("cannot make apt's directories")?;
         }
         fs::write(dir.join("status"), "").context("cannot write apt's status")?;
         let (mirror, keyring) = (mirror(dir)?, keyring(dir)?);
-        let line = |suite| {
+        let line = |suite: &str| {
             format!(
                 "deb [arch=amd64 signed-by={}] {mirror} {suite} main\n",
                 keyring.display()
             )
         };
-        let sources = line("trixie") + &line("trixie-backports");
+        let sources: String = suites.iter().map(|suite| line(suite)).collect();
         fs::write(dir.join("sources.list"), sources).context("cannot write apt's sources")?;
         let at = dir.display();
         let text = format!(
@@ -198,10 +198,14 @@ impl Busybox {
     }
 }
 
-/// Runs `work` with an apt whose directories are gone after.
+/// Runs `work` with an apt of trixie and its backports, whose directories are gone after.
 fn with_apt(at: &Path, work: impl FnOnce(&Apt) -> Result<()>) -> Result<()> {
+    with_apt_of(&["trixie", "trixie-backports"], at, work)
+}
+
+fn with_apt_of(suites: &[&str], at: &Path, work: impl FnOnce(&Apt) -> Result<()>) -> Result<()> {
     let dir = at.join("apt");
-    work(&Apt::new(&dir)?)?;
+    work(&Apt::new(&dir, suites)?)?;
     fs::remove_dir_all(&dir).context("cannot remove apt's directories")
 }
 
@@ -287,6 +291,11 @@ pub fn kernel_source(cache: &Cache) -> Result<PathBuf> {
 /// Unpacks packages with all that they need, as a system that programs can run in.
 fn unpack_system(packages: &[&str], at: &Path) -> Result<()> {
     with_apt(at, |apt| apt.unpack_closure(packages, at))?;
+    complete_system(at)
+}
+
+/// Gives unpacked packages what makes a system of them.
+fn complete_system(at: &Path) -> Result<()> {
     // Programs look for themselves where base-files would have put links.
     for (link, target) in [
         ("lib64", "usr/lib64"),
@@ -340,6 +349,65 @@ impl DebianPrograms {
             .arg(self.0.join(path)))?;
         let library = |line: &str| Some(PathBuf::from(line.split_whitespace().nth(2)?));
         Ok(list.lines().filter_map(library).collect())
+    }
+}
+
+/// What a host needs to draw for its guests, and a guest to have it drawn, without a GPU: virglrenderer with
+/// its server, Mesa with its software rasterizers, and programs that say what they find.
+const GRAPHICS: &[&str] = &[
+    "libvirglrenderer1",
+    "virgl-server",
+    "mesa-vulkan-drivers",
+    "libegl1",
+    "libegl-mesa0",
+    "libgles2",
+    "vulkan-tools",
+    "mesa-utils-bin",
+    "e2fsprogs",
+];
+/// The suite with virglrenderer 1.3.
+const GRAPHICS_SUITE: &str = "sid";
+
+/// Debian's graphics as a root directory, for hosts, and as a disk, for guests.
+#[derive(Clone, Debug)]
+pub struct GraphicsStack {
+    /// The root directory.
+    pub root: PathBuf,
+    /// The same in an ext4 image.
+    pub image: PathBuf,
+}
+
+impl GraphicsStack {
+    /// From the cache or the archive.
+    pub fn get(cache: &Cache) -> Result<Self> {
+        const IMAGE: &str = "disk";
+        let root = cache.entry("graphics-1", "downloading Mesa and virglrenderer", |at| {
+            with_apt_of(&[GRAPHICS_SUITE], at, |apt| {
+                apt.unpack_closure(GRAPHICS, at)
+            })?;
+            complete_system(at)?;
+            // What else Fanlight needs of its host in the bed.
+            for dir in ["share", "cache"] {
+                fs::create_dir_all(at.join(dir)).context("cannot make a directory")?;
+            }
+            Ok(())
+        })?;
+        let disk = cache.entry("graphics-disk-1", "making a disk with Mesa", |at| {
+            let libraries = root.join(LIBRARIES);
+            run(Command::new(libraries.join("ld-linux-x86-64.so.2"))
+                .arg("--library-path")
+                .arg(&libraries)
+                .arg(root.join("usr/sbin/mke2fs"))
+                .args(["-q", "-t", "ext4", "-O", "^has_journal", "-d"])
+                .arg(&root)
+                .arg(at.join(IMAGE))
+                .arg("1G"))
+            .map(drop)
+        })?;
+        Ok(Self {
+            root,
+            image: disk.join(IMAGE),
+        })
     }
 }
 

@@ -4,7 +4,9 @@
 use std::{ffi::CString, fs::File, os::fd::AsRawFd, process::ExitCode};
 
 use fanlight_tests::{
-    Context, Failure, Result, echo, edu, evdev, painting, raw_gpu, rogue, screen,
+    Context, Failure, Result, echo, edu, evdev,
+    graphics::{drm, gl, vulkan},
+    painting, raw_gpu, rogue, screen,
 };
 
 fn main() -> ExitCode {
@@ -71,11 +73,17 @@ fn act(arguments: &[String]) -> Result<String> {
             let side = |text| number(text).map(|side| u16::try_from(side).unwrap_or(u16::MAX));
             painting::paint(side(width)?, side(height)?, number(frame)? as u32, colour)
         }
+        [verb] if verb == "gl" => gl::draw(),
+        [verb] if verb == "vulkan" => vulkan::work(),
+        [verb, count, pairs] if verb == "blobs" => drm::blobs(number(count)?, number(pairs)?),
+        [verb] if verb == "blobs-until-refused" => drm::until_refused(),
+        [verb] if verb == "show-red" => drm::show([1.0, 0.0, 0.0]),
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
              kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts COUNT | \
              break VENDOR:DEVICE | screen IDS BAR OFFSET | buffers | listen | \
-             paint WIDTH HEIGHT MICROSECONDS COLOUR"
+             paint WIDTH HEIGHT MICROSECONDS COLOUR | gl | vulkan | blobs COUNT PAIRS | \
+             blobs-until-refused | show-red"
                 .into(),
         )),
     }

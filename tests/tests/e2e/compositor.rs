@@ -248,7 +248,7 @@ impl Drop for Viewer {
 }
 
 /// Red, green and blue of each pixel.
-fn read_png(file: File) -> Result<Vec<u8>> {
+pub fn read_png(file: File) -> Result<Vec<u8>> {
     let mut reader = png::Decoder::new(BufReader::new(file))
         .read_info()
         .context("not a PNG file")?;

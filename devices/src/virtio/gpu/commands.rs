@@ -21,7 +21,7 @@ use super::{
 use crate::{
     GuestMemory,
     dmabuf::{BufferError, MemoryEntry, ScatterError},
-    memory::AddressSpace,
+    memory::{AddressSpace, ArenaError},
     virtio::queue::Buffers,
 };
 use fanlight_arch::layout::PAGE_SIZE;
@@ -62,6 +62,18 @@ pub enum CommandError {
     /// The host cannot read what it should.
     #[error(transparent)]
     Buffer(#[from] BufferError),
+    /// No such context, or one of this id already, or one too many.
+    #[error("context {0} is not there, or there already, or there are too many")]
+    Context(u32),
+    /// A blob cannot be shown.
+    #[error("cannot show the blob")]
+    Map(#[source] ArenaError),
+    /// The renderer has ended, and takes no more until the driver resets the device.
+    #[error("the renderer has ended")]
+    NoRenderer,
+    /// The renderer would not.
+    #[error("the renderer refused it")]
+    Renderer,
 }
 
 impl CommandError {
@@ -71,7 +83,16 @@ impl CommandError {
             Self::Truncated | Self::Parameter(_) | Self::Memory(_) => {
                 VIRTIO_GPU_RESP_ERR_INVALID_PARAMETER
             }
-            Self::Unknown(_) | Self::Backing(_) | Self::Buffer(_) => VIRTIO_GPU_RESP_ERR_UNSPEC,
+            Self::Unknown(_)
+            | Self::Backing(_)
+            | Self::Buffer(_)
+            | Self::NoRenderer
+            | Self::Renderer => VIRTIO_GPU_RESP_ERR_UNSPEC,
+            Self::Context(_) => VIRTIO_GPU_RESP_ERR_INVALID_CONTEXT_ID,
+            Self::Map(ArenaError::Host { .. } | ArenaError::Lost) => {
+                VIRTIO_GPU_RESP_ERR_OUT_OF_MEMORY
+            }
+            Self::Map(_) => VIRTIO_GPU_RESP_ERR_INVALID_PARAMETER,
             Self::Scanout(_) => VIRTIO_GPU_RESP_ERR_INVALID_SCANOUT_ID,
             Self::Resource(_) => VIRTIO_GPU_RESP_ERR_INVALID_RESOURCE_ID,
             Self::OutOfMemory(_) | Self::Host(_) => VIRTIO_GPU_RESP_ERR_OUT_OF_MEMORY,
@@ -106,7 +127,7 @@ impl Input<'_> {
     }
 
     /// The list of `count` entries that follows.
-    fn entries(&mut self, count: u32) -> Result<Vec<MemoryEntry>, CommandError> {
+    pub fn entries(&mut self, count: u32) -> Result<Vec<MemoryEntry>, CommandError> {
         if count > MAX_ENTRIES {
             return Err(CommandError::Parameter("number of entries"));
         }
@@ -132,13 +153,13 @@ pub struct Answer {
 }
 
 impl Answer {
-    const OK: Self = Self {
+    pub const OK: Self = Self {
         type_: VIRTIO_GPU_RESP_OK_NODATA,
         body: Vec::new(),
         hold: None,
     };
 
-    fn with(type_: u32, body: &(impl IntoBytes + Immutable)) -> Self {
+    pub fn with(type_: u32, body: &(impl IntoBytes + Immutable)) -> Self {
         Self {
             type_,
             body: body.as_bytes().into(),
@@ -156,7 +177,7 @@ impl From<&CommandError> for Answer {
     }
 }
 
-fn scanout_index(id: u32) -> Result<usize, CommandError> {
+pub fn scanout_index(id: u32) -> Result<usize, CommandError> {
     let index = id as usize;
     if index < OUTPUTS {
         Ok(index)
@@ -165,7 +186,7 @@ fn scanout_index(id: u32) -> Result<usize, CommandError> {
     }
 }
 
-fn area(rect: &Rect) -> Result<Area, CommandError> {
+pub fn area(rect: &Rect) -> Result<Area, CommandError> {
     Area::from_wire(rect).ok_or(CommandError::Parameter("rectangle"))
 }
 
@@ -196,9 +217,9 @@ impl State {
             VIRTIO_GPU_CMD_GET_DISPLAY_INFO => Ok(self.display_info()),
             VIRTIO_GPU_CMD_GET_EDID => self.get_edid(&input.take()?),
             VIRTIO_GPU_CMD_RESOURCE_CREATE_2D => self.create_2d(&input.take()?),
-            VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB => self.create_blob(input, map),
+            VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB => self.create_blob(&input.take()?, input, map),
             VIRTIO_GPU_CMD_RESOURCE_UNREF => self.unref(input.take()?),
-            VIRTIO_GPU_CMD_RESOURCE_ATTACH_BACKING => self.attach(input, map),
+            VIRTIO_GPU_CMD_RESOURCE_ATTACH_BACKING => self.attach(&input.take()?, input, map),
             VIRTIO_GPU_CMD_RESOURCE_DETACH_BACKING => self.detach(input.take()?),
             VIRTIO_GPU_CMD_RESOURCE_ASSIGN_UUID => self.assign_uuid(input.take()?),
             VIRTIO_GPU_CMD_SET_SCANOUT => self.set_scanout_2d(&input.take()?),
@@ -278,12 +299,12 @@ impl State {
         Ok(Answer::OK)
     }
 
-    fn create_blob(
+    pub(super) fn create_blob(
         &mut self,
+        command: &ResourceCreateBlob,
         input: &mut Input,
         map: &AddressSpace,
     ) -> Result<Answer, CommandError> {
-        let command: ResourceCreateBlob = input.take()?;
         if command.blob_mem.get() != VIRTIO_GPU_BLOB_MEM_GUEST {
             return Err(CommandError::Parameter("memory of a blob"));
         }
@@ -301,7 +322,7 @@ impl State {
         Ok(Answer::OK)
     }
 
-    fn unref(&mut self, command: ResourceId) -> Result<Answer, CommandError> {
+    pub(super) fn unref(&mut self, command: ResourceId) -> Result<Answer, CommandError> {
         let id = command.resource_id.get();
         self.resources.remove(id)?;
         for index in 0..OUTPUTS {
@@ -312,8 +333,12 @@ impl State {
         Ok(Answer::OK)
     }
 
-    fn attach(&mut self, input: &mut Input, map: &AddressSpace) -> Result<Answer, CommandError> {
-        let command: ResourceAttachBacking = input.take()?;
+    pub(super) fn attach(
+        &mut self,
+        command: &ResourceAttachBacking,
+        input: &mut Input,
+        map: &AddressSpace,
+    ) -> Result<Answer, CommandError> {
         let id = command.resource_id.get();
         let entries = input.entries(command.nr_entries.get())?;
         self.resources.attach(id, &entries, map)?;
@@ -321,7 +346,7 @@ impl State {
         Ok(Answer::OK)
     }
 
-    fn detach(&mut self, command: ResourceId) -> Result<Answer, CommandError> {
+    pub(super) fn detach(&mut self, command: ResourceId) -> Result<Answer, CommandError> {
         let id = command.resource_id.get();
         self.resources.detach(id)?;
         self.memory_changed(id);
@@ -353,27 +378,28 @@ impl State {
         ))
     }
 
-    fn set_scanout_2d(&mut self, command: &SetScanout) -> Result<Answer, CommandError> {
+    pub(super) fn set_scanout_2d(&mut self, command: &SetScanout) -> Result<Answer, CommandError> {
         let index = scanout_index(command.scanout_id.get())?;
         let id = command.resource_id.get();
         if id == 0 {
             self.set_scanout(index, None);
             return Ok(Answer::OK);
         }
-        let Kind::Image(image) = &self.resources.get(id)?.kind else {
-            return Err(CommandError::Resource(id));
+        let layout = match &self.resources.get(id)?.kind {
+            Kind::Image(image) => Layout {
+                format: image.format,
+                width: image.width,
+                height: image.height,
+                stride: image.stride,
+                offset: 0,
+            },
+            Kind::Host(_) => self.resources.show(id)?,
+            Kind::Blob(_) => return Err(CommandError::Resource(id)),
         };
         let area = area(&command.r)?;
-        if !area.is_within(image.width, image.height) {
+        if !area.is_within(layout.width, layout.height) {
             return Err(CommandError::Parameter("rectangle"));
         }
-        let layout = Layout {
-            format: image.format,
-            width: image.width,
-            height: image.height,
-            stride: image.stride,
-            offset: 0,
-        };
         self.set_scanout(
             index,
             Some(Scanout {
@@ -431,18 +457,19 @@ impl State {
             }
             // Linux transfers blobs too; their pixels are where they belong.
             Kind::Blob(_) => {}
+            Kind::Host(_) => return Err(CommandError::Resource(command.resource_id.get())),
         }
         Ok(Answer::OK)
     }
 
-    fn flush(&mut self, command: &ResourceFlush) -> Result<Answer, CommandError> {
+    pub(super) fn flush(&mut self, command: &ResourceFlush) -> Result<Answer, CommandError> {
         let id = command.resource_id.get();
         let flushed = area(&command.r)?;
         let mut shown = self.scanouts.iter().flatten();
         let fits = match &self.resources.get(id)?.kind {
             Kind::Image(image) => flushed.is_within(image.width, image.height),
-            // A blob has a size in pixels only where it is shown.
-            Kind::Blob(_) => {
+            // Others have a size in pixels only where they are shown.
+            Kind::Blob(_) | Kind::Host(_) => {
                 let fits = |s: &Scanout| flushed.is_within(s.layout.width, s.layout.height);
                 let mut shown = shown.by_ref().filter(|s| s.resource == id).peekable();
                 shown.peek().is_none() || shown.any(fits)

@@ -216,7 +216,7 @@ impl State {
 
 fn location(resource: &Resource) -> Location {
     match resource.kind {
-        Kind::Image(_) => Location::Host,
+        Kind::Image(_) | Kind::Host(_) => Location::Host,
         Kind::Blob(Blob {
             memory: BlobMemory::Device { .. },
             ..

@@ -1,8 +1,8 @@
-//! GPU device (Virtio 1.4, 5.7): 2D, with blobs of guest memory that leave as dma-bufs.
+//! GPU device (Virtio 1.4, 5.7): 2D, with blobs of guest memory that leave as dma-bufs, and 3D for a renderer.
 //!
 //! `protocol` is the wire, `commands` what each command does, `resources` what the driver has us remember,
-//! [`Frame`] the way out, [`DisplayHandle`] the host's side. There is no VIRGL: Linux imports other devices'
-//! dma-bufs only into a device without it.
+//! [`Frame`] the way out, [`DisplayHandle`] the host's side, `render` the way to a renderer. Without one there
+//! is no VIRGL: Linux imports other devices' dma-bufs only into a device without it.
 //!
 //! One thread serves both queues; it and the host's side share one state behind a lock that is held for the
 //! time of a command.
@@ -16,7 +16,9 @@ mod display;
 mod edid;
 mod format;
 mod output;
-mod protocol;
+#[allow(missing_docs, reason = "the specification has it")]
+pub mod protocol;
+pub mod render;
 mod resources;
 mod scanout;
 #[cfg(any(test, feature = "test-util"))]
@@ -48,12 +50,14 @@ pub use watch::PATIENCE;
 
 use super::{
     ActivateError, Activation, VirtioDevice,
-    queue::{DeviceQueue, QueueError, QueueHandler, Request, Worker},
+    pci::SharedMemory,
+    queue::{Buffers, DeviceQueue, QueueError, QueueHandler, Request, Worker},
     read_bytes,
 };
 use crate::memory::AddressSpace;
 use commands::{Answer, CommandError, Input};
 use protocol::*;
+use render::{Heard, Outcome, Pending, Places, Renderer, Rendering, Then, wire::FenceAt};
 use watch::Hold;
 
 const QUEUE_SIZES: &[u16] = &[256, 16];
@@ -67,6 +71,7 @@ const FEATURES: u64 = VIRTIO_GPU_F_EDID
 pub struct Gpu {
     display: DisplayHandle,
     map: Arc<AddressSpace>,
+    rendering: Option<Rendering>,
     worker: Option<Worker>,
 }
 
@@ -77,8 +82,15 @@ impl Gpu {
         Self {
             display,
             map,
+            rendering: None,
             worker: None,
         }
+    }
+
+    /// The same with 3D.
+    pub fn with_renderer(mut self, rendering: Rendering) -> Self {
+        self.rendering = Some(rendering);
+        self
     }
 }
 
@@ -96,13 +108,27 @@ impl VirtioDevice for Gpu {
     }
 
     fn features(&self) -> u64 {
-        FEATURES
+        match self.rendering {
+            Some(_) => FEATURES | VIRTIO_GPU_F_VIRGL | VIRTIO_GPU_F_CONTEXT_INIT,
+            None => FEATURES,
+        }
+    }
+
+    fn shared_memory(&self) -> Option<SharedMemory> {
+        let memory = &self.rendering.as_ref()?.memory;
+        memory
+            .shared_memory()
+            .inspect_err(|error| tracing::error!(%error, "the GPU shows no blobs"))
+            .ok()
     }
 
     fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let rendering = self.rendering.as_ref();
+        let capsets = rendering.map_or(0, |rendering| rendering.capsets.len());
         let config = Config {
             events_read: self.display.0.lock().events.into(),
             num_scanouts: (OUTPUTS as u32).into(),
+            num_capsets: (capsets as u32).into(),
             blob_alignment: BLOB_ALIGNMENT.into(),
             ..Default::default()
         };
@@ -125,7 +151,16 @@ impl VirtioDevice for Gpu {
             action: "make a timer".into(),
             source: error.into(),
         })?;
+        // A driver that does not take 3D has none.
+        let wanted = activation.features & VIRTIO_GPU_F_VIRGL != 0;
+        let rendering = self.rendering.as_ref().filter(|_| wanted);
+        let renderer = rendering.map(Renderer::start).transpose();
         let handler = Handler {
+            renderer: renderer.map_err(|source| ActivateError::Host {
+                device: "gpu",
+                action: "start a renderer".into(),
+                source,
+            })?,
             control: activation.take_queue(CONTROL_QUEUE)?,
             // Firmware's drivers, such as EDK2's, have no use for cursors.
             cursor: activation.take_optional_queue(CURSOR_QUEUE),
@@ -146,6 +181,9 @@ impl VirtioDevice for Gpu {
     fn reset(&mut self) {
         self.worker = None;
         self.display.0.lock().reset();
+        if let Some(rendering) = &self.rendering {
+            rendering.memory.clear();
+        }
     }
 }
 
@@ -169,6 +207,7 @@ struct Handler {
     cursor: Option<DeviceQueue>,
     display: DisplayHandle,
     map: Arc<AddressSpace>,
+    renderer: Option<Renderer>,
     /// In the order in which they came; no more than the control queue has room for.
     held: Vec<Held>,
     timer: OwnedFd,
@@ -179,6 +218,8 @@ struct Handler {
 const CONTROL: usize = 0;
 const RELEASED: usize = 1;
 const TIMER: usize = 2;
+/// The cursor queue if there is one, then the renderer.
+const CURSOR: usize = 3;
 
 impl QueueHandler for Handler {
     fn sources(&self) -> Vec<RawFd> {
@@ -190,12 +231,16 @@ impl QueueHandler for Handler {
         ]
         .into_iter()
         .chain(cursor.map(|queue| queue.kick().as_raw_fd()))
+        .chain(self.renderer.as_ref().map(Renderer::fd))
         .collect()
     }
 
     fn ready(&mut self, source: usize) -> Result<(), QueueError> {
         match source {
-            CONTROL => self.serve_control(),
+            CONTROL => {
+                self.control.clear_kick();
+                self.serve_control()
+            }
             RELEASED => {
                 let _ = self.display.0.released.read();
                 self.release_held()
@@ -205,40 +250,145 @@ impl QueueHandler for Handler {
                 let _ = rustix::io::read(&self.timer, &mut [0; 8]);
                 self.release_held()
             }
-            _ => self.serve_cursor(),
+            CURSOR if self.cursor.is_some() => self.serve_cursor(),
+            _ => self.hear_renderer(),
         }
     }
 }
 
 impl Handler {
     fn serve_control(&mut self) -> Result<(), QueueError> {
-        self.control.clear_kick();
         loop {
             self.control.set_notification(false)?;
-            while let Some(request) = self.control.pop()? {
-                let head = request.head;
-                let mem = self.control.memory();
-                let (written, hold) = answer(mem, request, &mut self.told, |type_, input| {
-                    self.display.0.lock().control(type_, input, &self.map)
-                });
-                match hold {
-                    None => self.control.push(head, written)?,
-                    Some(hold) => {
-                        let until = Instant::now() + PATIENCE;
-                        self.held.push(Held {
-                            head,
-                            written,
-                            hold,
-                            until,
-                        });
-                        self.arm_timer()?;
-                    }
-                }
+            while self.renderer.as_ref().is_none_or(Renderer::is_idle) {
+                let Some(request) = self.control.pop()? else {
+                    break;
+                };
+                self.serve(request)?;
             }
-            if !self.control.set_notification(true)? {
+            // What waits for the renderer's answer is looked at when it comes.
+            if self.renderer.as_ref().is_some_and(|r| !r.is_idle())
+                || !self.control.set_notification(true)?
+            {
                 return Ok(());
             }
         }
+    }
+
+    fn serve(&mut self, request: Request) -> Result<(), QueueError> {
+        let mem = self.control.memory().clone();
+        let head = request.head;
+        let Some(renderer) = &mut self.renderer else {
+            let (written, hold) = answer(&mem, request, &mut self.told, |header, input| {
+                let type_ = header.type_.get();
+                self.display.0.lock().control(type_, input, &self.map)
+            });
+            return self.give(head, written, hold);
+        };
+        let mut input = Input {
+            mem: &mem,
+            buffers: request.readable,
+        };
+        let mut pending = Pending {
+            head,
+            writable: request.writable,
+            header: CtrlHdr::default(),
+            fence: FenceAt::default(),
+        };
+        let places = Places {
+            display: &self.display,
+            map: &self.map,
+        };
+        let outcome = input.take::<CtrlHdr>().and_then(|header| {
+            pending.header = fence_of(&header);
+            pending.fence = renderer.fence(&header)?;
+            renderer.command(&header, &mut input, &places)
+        });
+        let (call, then) = match outcome {
+            Ok(Outcome::Now(answer)) if renderer.must_wait(&pending.fence) => {
+                (Renderer::fence_only(), Then::Give(answer))
+            }
+            Ok(Outcome::Now(answer)) => {
+                pending.fence = FenceAt::default();
+                return self.finish(pending, Ok(answer));
+            }
+            Ok(Outcome::Later(call, then)) => (*call, then),
+            Err(error) => {
+                pending.fence = FenceAt::default();
+                return self.finish(pending, Err(error));
+            }
+        };
+        match renderer.ask(call, then, pending) {
+            Ok(()) => Ok(()),
+            Err(refused) => {
+                let (mut pending, error) = *refused;
+                pending.fence = FenceAt::default();
+                self.finish(pending, Err(error))
+            }
+        }
+    }
+
+    /// Writes the answer to a request, and gives it back now or when its fence is passed.
+    fn finish(
+        &mut self,
+        pending: Pending,
+        answer: Result<Answer, CommandError>,
+    ) -> Result<(), QueueError> {
+        let mem = self.control.memory();
+        let (written, hold) = respond(
+            mem,
+            pending.header,
+            &pending.writable,
+            answer,
+            &mut self.told,
+        );
+        match &mut self.renderer {
+            Some(renderer) if pending.fence.number != 0 && hold.is_none() => {
+                renderer.wait(pending.fence, pending.head, written);
+                Ok(())
+            }
+            _ => self.give(pending.head, written, hold),
+        }
+    }
+
+    fn give(&mut self, head: u16, written: u32, hold: Option<Hold>) -> Result<(), QueueError> {
+        let Some(hold) = hold else {
+            return self.control.push(head, written);
+        };
+        self.held.push(Held {
+            head,
+            written,
+            hold,
+            until: Instant::now() + PATIENCE,
+        });
+        self.arm_timer()
+    }
+
+    fn give_all(&mut self, answers: Vec<(u16, u32)>) -> Result<(), QueueError> {
+        for (head, written) in answers {
+            self.control.push(head, written)?;
+        }
+        Ok(())
+    }
+
+    fn hear_renderer(&mut self) -> Result<(), QueueError> {
+        while let Some(heard) = self.renderer.as_mut().and_then(|r| r.hear(&self.display)) {
+            match heard {
+                Heard::Done(pending, answer) => {
+                    self.finish(pending, answer)?;
+                    self.serve_control()?;
+                }
+                Heard::Passed(answers) => self.give_all(answers)?,
+                Heard::Died(asked, answers) => {
+                    self.give_all(answers)?;
+                    if let Some((pending, answer)) = asked {
+                        self.finish(pending, answer)?;
+                    }
+                    self.serve_control()?;
+                }
+            }
+        }
+        Ok(())
     }
 
     fn serve_cursor(&mut self) -> Result<(), QueueError> {
@@ -248,8 +398,8 @@ impl Handler {
         cursor.clear_kick();
         let (display, told) = (&self.display, &mut self.told);
         cursor.drain(|mem, request| {
-            let (written, _) = answer(mem, request, told, |type_, input| {
-                display.0.lock().cursor(type_, input)
+            let (written, _) = answer(mem, request, told, |header, input| {
+                display.0.lock().cursor(header.type_.get(), input)
             });
             Ok(written)
         })
@@ -299,7 +449,7 @@ fn answer(
     mem: &crate::GuestMemory,
     request: Request,
     told: &mut bool,
-    execute: impl FnOnce(u32, &mut Input) -> Result<Answer, CommandError>,
+    execute: impl FnOnce(&CtrlHdr, &mut Input) -> Result<Answer, CommandError>,
 ) -> (u32, Option<Hold>) {
     let mut input = Input {
         mem,
@@ -307,33 +457,49 @@ fn answer(
     };
     // Without a header there is no fence to speak of either.
     let header = input.take::<CtrlHdr>();
-    let fence = header
-        .as_ref()
-        .map_or(CtrlHdr::default(), |header| CtrlHdr {
-            type_: 0.into(),
-            flags: (header.flags.get() & VIRTIO_GPU_FLAG_FENCE).into(),
-            padding: [0; 3],
-            ..*header
-        });
-    let answer = header
-        .and_then(|header| execute(header.type_.get(), &mut input))
-        .unwrap_or_else(|error| {
-            match &error {
-                CommandError::Host(_) if !std::mem::replace(told, true) => {
-                    tracing::warn!(error = %crate::error_line(&error), "no memory for the guest's GPU");
-                }
-                // Rare, and told by nobody else: Linux's driver does not read the answer.
-                CommandError::Memory(_) => {
-                    tracing::info!("refused memory of the guest's GPU driver: {}", crate::error_line(&error));
-                }
-                _ => tracing::debug!(
-                    error = %crate::error_line(&error),
-                    "refused a command of the guest's GPU driver"
-                ),
+    let fence = header.as_ref().map_or(CtrlHdr::default(), fence_of);
+    let answer = header.and_then(|header| execute(&header, &mut input));
+    respond(mem, fence, &request.writable, answer, told)
+}
+
+/// What of a request's header its response repeats.
+fn fence_of(header: &CtrlHdr) -> CtrlHdr {
+    let flags = VIRTIO_GPU_FLAG_FENCE | VIRTIO_GPU_FLAG_INFO_RING_IDX;
+    CtrlHdr {
+        type_: 0.into(),
+        flags: (header.flags.get() & flags).into(),
+        padding: [0; 3],
+        ..*header
+    }
+}
+
+fn respond(
+    mem: &crate::GuestMemory,
+    fence: CtrlHdr,
+    writable: &Buffers,
+    answer: Result<Answer, CommandError>,
+    told: &mut bool,
+) -> (u32, Option<Hold>) {
+    let answer = answer.unwrap_or_else(|error| {
+        match &error {
+            CommandError::Host(_) if !std::mem::replace(told, true) => {
+                tracing::warn!(error = %crate::error_line(&error), "no memory for the guest's GPU");
             }
-            Answer::from(&error)
-        });
-    let fenced = fence.flags.get() != 0;
+            // Rare, and told by nobody else: Linux's driver does not read the answer.
+            CommandError::Memory(_) => {
+                tracing::info!(
+                    "refused memory of the guest's GPU driver: {}",
+                    crate::error_line(&error)
+                );
+            }
+            _ => tracing::debug!(
+                error = %crate::error_line(&error),
+                "refused a command of the guest's GPU driver"
+            ),
+        }
+        Answer::from(&error)
+    });
+    let fenced = fence.flags.get() & VIRTIO_GPU_FLAG_FENCE != 0;
     let mut response = CtrlHdr {
         type_: answer.type_.into(),
         ..fence
@@ -341,7 +507,7 @@ fn answer(
     .as_bytes()
     .to_vec();
     response.extend(answer.body);
-    let written = request.writable.write(mem, &response).unwrap_or(0);
+    let written = writable.write(mem, &response).unwrap_or(0);
     let hold = answer.hold.filter(|hold| fenced && !hold.is_over());
     (written as u32, hold)
 }

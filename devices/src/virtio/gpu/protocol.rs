@@ -8,9 +8,11 @@ use zerocopy::{
 pub const VIRTIO_GPU_DEVICE_ID: u32 = 16;
 
 /// Feature bits (5.7.3).
+pub const VIRTIO_GPU_F_VIRGL: u64 = 1 << 0;
 pub const VIRTIO_GPU_F_EDID: u64 = 1 << 1;
 pub const VIRTIO_GPU_F_RESOURCE_UUID: u64 = 1 << 2;
 pub const VIRTIO_GPU_F_RESOURCE_BLOB: u64 = 1 << 3;
+pub const VIRTIO_GPU_F_CONTEXT_INIT: u64 = 1 << 4;
 pub const VIRTIO_GPU_F_BLOB_ALIGNMENT: u64 = 1 << 5;
 
 /// Queues (5.7.2).
@@ -34,22 +36,48 @@ pub const VIRTIO_GPU_CMD_GET_EDID: u32 = 0x010a;
 pub const VIRTIO_GPU_CMD_RESOURCE_ASSIGN_UUID: u32 = 0x010b;
 pub const VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB: u32 = 0x010c;
 pub const VIRTIO_GPU_CMD_SET_SCANOUT_BLOB: u32 = 0x010d;
+pub const VIRTIO_GPU_CMD_CTX_CREATE: u32 = 0x0200;
+pub const VIRTIO_GPU_CMD_CTX_DESTROY: u32 = 0x0201;
+pub const VIRTIO_GPU_CMD_CTX_ATTACH_RESOURCE: u32 = 0x0202;
+pub const VIRTIO_GPU_CMD_CTX_DETACH_RESOURCE: u32 = 0x0203;
+pub const VIRTIO_GPU_CMD_RESOURCE_CREATE_3D: u32 = 0x0204;
+pub const VIRTIO_GPU_CMD_TRANSFER_TO_HOST_3D: u32 = 0x0205;
+pub const VIRTIO_GPU_CMD_TRANSFER_FROM_HOST_3D: u32 = 0x0206;
+pub const VIRTIO_GPU_CMD_SUBMIT_3D: u32 = 0x0207;
+pub const VIRTIO_GPU_CMD_RESOURCE_MAP_BLOB: u32 = 0x0208;
+pub const VIRTIO_GPU_CMD_RESOURCE_UNMAP_BLOB: u32 = 0x0209;
 pub const VIRTIO_GPU_CMD_UPDATE_CURSOR: u32 = 0x0300;
 pub const VIRTIO_GPU_CMD_MOVE_CURSOR: u32 = 0x0301;
 
 pub const VIRTIO_GPU_RESP_OK_NODATA: u32 = 0x1100;
 pub const VIRTIO_GPU_RESP_OK_DISPLAY_INFO: u32 = 0x1101;
+pub const VIRTIO_GPU_RESP_OK_CAPSET_INFO: u32 = 0x1102;
+pub const VIRTIO_GPU_RESP_OK_CAPSET: u32 = 0x1103;
 pub const VIRTIO_GPU_RESP_OK_EDID: u32 = 0x1104;
 pub const VIRTIO_GPU_RESP_OK_RESOURCE_UUID: u32 = 0x1105;
+pub const VIRTIO_GPU_RESP_OK_MAP_INFO: u32 = 0x1106;
 pub const VIRTIO_GPU_RESP_ERR_UNSPEC: u32 = 0x1200;
 pub const VIRTIO_GPU_RESP_ERR_OUT_OF_MEMORY: u32 = 0x1201;
 pub const VIRTIO_GPU_RESP_ERR_INVALID_SCANOUT_ID: u32 = 0x1202;
 pub const VIRTIO_GPU_RESP_ERR_INVALID_RESOURCE_ID: u32 = 0x1203;
+pub const VIRTIO_GPU_RESP_ERR_INVALID_CONTEXT_ID: u32 = 0x1204;
 pub const VIRTIO_GPU_RESP_ERR_INVALID_PARAMETER: u32 = 0x1205;
 
 pub const VIRTIO_GPU_FLAG_FENCE: u32 = 1 << 0;
+pub const VIRTIO_GPU_FLAG_INFO_RING_IDX: u32 = 1 << 1;
+/// Rings of a context.
+pub const VIRTIO_GPU_MAX_RINGS: u8 = 64;
+
+/// Capability sets (5.7.6.8).
+pub const VIRTIO_GPU_CAPSET_VIRGL: u32 = 1;
+pub const VIRTIO_GPU_CAPSET_VIRGL2: u32 = 2;
+pub const VIRTIO_GPU_CAPSET_VENUS: u32 = 4;
+/// What of `context_init` says of which capability set a context is.
+pub const VIRTIO_GPU_CONTEXT_INIT_CAPSET_ID_MASK: u32 = 0xff;
 
 pub const VIRTIO_GPU_BLOB_MEM_GUEST: u32 = 1;
+pub const VIRTIO_GPU_BLOB_MEM_HOST3D: u32 = 2;
+pub const VIRTIO_GPU_BLOB_FLAG_USE_MAPPABLE: u32 = 1;
 /// USE_MAPPABLE, USE_SHAREABLE and USE_CROSS_DEVICE.
 pub const VIRTIO_GPU_BLOB_FLAGS: u32 = 7;
 
@@ -137,7 +165,7 @@ wire! {
         width: U32,
         height: U32,
     }
-    /// `struct virtio_gpu_resource_unref`, `_detach_backing` and `_assign_uuid`.
+    /// `struct virtio_gpu_resource_unref`, and all others that name a resource only.
     ResourceId: 8 {
         resource_id: U32,
         padding: U32,
@@ -196,6 +224,78 @@ wire! {
         padding: U32,
         strides: [U32; 4],
         offsets: [U32; 4],
+    }
+    /// `struct virtio_gpu_get_capset_info`.
+    GetCapsetInfo: 8 {
+        capset_index: U32,
+        padding: U32,
+    }
+    /// `struct virtio_gpu_resp_capset_info`.
+    RespCapsetInfo: 16 {
+        capset_id: U32,
+        capset_max_version: U32,
+        capset_max_size: U32,
+        padding: U32,
+    }
+    /// `struct virtio_gpu_get_capset`; the response is the content.
+    GetCapset: 8 {
+        capset_id: U32,
+        capset_version: U32,
+    }
+    /// `struct virtio_gpu_ctx_create` (5.7.6.9).
+    CtxCreate: 72 {
+        nlen: U32,
+        context_init: U32,
+        debug_name: [u8; 64],
+    }
+    /// `struct virtio_gpu_resource_create_3d`.
+    ResourceCreate3d: 48 {
+        resource_id: U32,
+        target: U32,
+        format: U32,
+        bind: U32,
+        width: U32,
+        height: U32,
+        depth: U32,
+        array_size: U32,
+        last_level: U32,
+        nr_samples: U32,
+        flags: U32,
+        padding: U32,
+    }
+    /// `struct virtio_gpu_box`.
+    Box3d: 24 {
+        x: U32,
+        y: U32,
+        z: U32,
+        w: U32,
+        h: U32,
+        d: U32,
+    }
+    /// `struct virtio_gpu_transfer_host_3d`.
+    TransferHost3d: 48 {
+        box_: Box3d,
+        offset: U64,
+        resource_id: U32,
+        level: U32,
+        stride: U32,
+        layer_stride: U32,
+    }
+    /// `struct virtio_gpu_cmd_submit`; the stream follows.
+    CmdSubmit: 8 {
+        size: U32,
+        padding: U32,
+    }
+    /// `struct virtio_gpu_resource_map_blob`.
+    ResourceMapBlob: 16 {
+        resource_id: U32,
+        padding: U32,
+        offset: U64,
+    }
+    /// `struct virtio_gpu_resp_map_info`.
+    RespMapInfo: 8 {
+        map_info: U32,
+        padding: U32,
     }
     /// `struct virtio_gpu_update_cursor` (5.7.6.10).
     UpdateCursor: 32 {

@@ -12,6 +12,7 @@ use super::{
     commands::CommandError,
     format::Format,
     output::Mode,
+    render::HostResource,
 };
 use crate::{
     dmabuf::{Buffer, MemoryEntry, Piece, ScatterList},
@@ -24,12 +25,12 @@ pub const MAX_ENTRIES: u32 = 1 << 18;
 /// The most 2D resources: each holds a descriptor.
 const MAX_IMAGES: usize = 512;
 /// What a resource costs besides its pixels and entries.
-const RESOURCE_COST: u64 = 1 << 10;
+pub const RESOURCE_COST: u64 = 1 << 10;
 /// What a page of a blob costs in the host's kernel while the blob is exported (udmabuf keeps a folio and an
 /// offset for each), whether or not it is.
 const PAGE_COST: u64 = 32;
 /// Rows of 2D resources start at multiples of this: what the strictest GPUs import.
-const ROW_ALIGNMENT: u32 = 256;
+pub const ROW_ALIGNMENT: u32 = 256;
 
 /// Memory with pixels, on the account of the guest that has it.
 #[derive(Debug)]
@@ -76,13 +77,15 @@ pub struct Blob {
     _charge: Charge,
 }
 
-/// Either kind.
+/// Any kind.
 #[derive(Debug)]
 pub enum Kind {
     /// RESOURCE_CREATE_2D.
     Image(Image),
-    /// RESOURCE_CREATE_BLOB.
+    /// RESOURCE_CREATE_BLOB of guest memory.
     Blob(Blob),
+    /// What the renderer has.
+    Host(HostResource),
 }
 
 /// A resource.
@@ -100,6 +103,7 @@ impl Resource {
         match &self.kind {
             Kind::Image(image) => Some(&image.surface),
             Kind::Blob(blob) => blob.memory.surface(),
+            Kind::Host(host) => host.shown.as_ref().map(|shown| &shown.surface),
         }
     }
 }
@@ -160,20 +164,20 @@ impl Resources {
         self.images = 0;
     }
 
-    fn charge(&self, bytes: u64) -> Result<Charge, CommandError> {
+    pub fn charge(&self, bytes: u64) -> Result<Charge, CommandError> {
         self.budget
             .charge(bytes)
             .ok_or(CommandError::OutOfMemory(bytes))
     }
 
-    fn check_new(&self, id: u32) -> Result<(), CommandError> {
+    pub fn check_new(&self, id: u32) -> Result<(), CommandError> {
         if id == 0 || self.all.contains_key(&id) {
             return Err(CommandError::Resource(id));
         }
         Ok(())
     }
 
-    fn insert(&mut self, id: u32, kind: Kind) {
+    pub fn insert(&mut self, id: u32, kind: Kind) {
         self.all.insert(id, Resource { kind, uuid: None });
     }
 
@@ -297,6 +301,7 @@ impl Resources {
             Kind::Blob(blob) => {
                 !std::mem::replace(&mut blob.memory, BlobMemory::Detached).is_detached()
             }
+            Kind::Host(_) => false,
         };
         if had {
             Ok(())
@@ -311,7 +316,7 @@ impl Resources {
     pub fn memory_changed(&mut self, map: &AddressSpace, gpa: u64, len: u64) -> Vec<u32> {
         let changed = |(&id, resource): (&u32, &mut Resource)| match &mut resource.kind {
             Kind::Blob(blob) => blob.memory.changed(map, gpa, len).then_some(id),
-            Kind::Image(_) => None,
+            Kind::Image(_) | Kind::Host(_) => None,
         };
         self.all.iter_mut().filter_map(changed).collect()
     }
@@ -322,7 +327,7 @@ fn list_cost(entries: &[MemoryEntry]) -> u64 {
 }
 
 /// A memfd with its mapping. Sealed as udmabuf wants it: against shrinking, not against writing.
-fn host_memory(size: u64) -> io::Result<(Arc<File>, MmapRegion)> {
+pub fn host_memory(size: u64) -> io::Result<(Arc<File>, MmapRegion)> {
     let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
     let memfd = rustix::fs::memfd_create("fanlight-gpu", flags)?;
     rustix::fs::ftruncate(&memfd, size)?;

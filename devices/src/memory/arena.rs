@@ -1,0 +1,425 @@
+//! A range of the guest's addresses into which files are mapped as they come and go, in one memory slot.
+//!
+//! The range is reserved once, without access. What is mapped lies over the reservation (`MAP_FIXED`), and what
+//! is unmapped gets the reservation back: at every moment each page is the arena's, and a guest that touches a
+//! page without a file gets an error from KVM, never somebody else's memory. KVM follows both by itself, through
+//! its notifier of the host's page tables, so that neither waits for a vCPU or a memory slot.
+
+use std::{
+    collections::BTreeMap,
+    ffi::c_void,
+    fs::File,
+    io::{self, Seek, SeekFrom},
+    ops::Bound,
+    os::fd::AsFd,
+    ptr,
+};
+
+use fanlight_arch::layout::PAGE_SIZE;
+use rustix::mm::{
+    Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mremap_fixed, munmap,
+};
+use thiserror::Error;
+
+/// Why something could not be mapped or unmapped.
+#[derive(Debug, Error)]
+pub enum ArenaError {
+    /// Not whole pages, or none.
+    #[error("{len:#x} bytes at {offset:#x} are not whole pages")]
+    Unaligned {
+        /// Where in the arena.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+    },
+    /// Beyond the end.
+    #[error("{len:#x} bytes at {offset:#x} do not lie within the {size:#x} bytes of the arena")]
+    Bounds {
+        /// Where in the arena.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+        /// The arena's size.
+        size: u64,
+    },
+    /// Something else lies there.
+    #[error("{len:#x} bytes at {offset:#x} overlap what is mapped at {other:#x}")]
+    Overlap {
+        /// Where in the arena.
+        offset: u64,
+        /// Length in bytes.
+        len: u64,
+        /// Where the other mapping starts.
+        other: u64,
+    },
+    /// The file is shorter than what is to be mapped of it.
+    #[error("the file has {size:#x} bytes, fewer than the {len:#x} to be mapped")]
+    Short {
+        /// Length in bytes.
+        len: u64,
+        /// The file's.
+        size: u64,
+    },
+    /// Nothing starts there.
+    #[error("nothing is mapped at {0:#x}")]
+    NotMapped(u64),
+    /// The host failed.
+    #[error("cannot {action}")]
+    Host {
+        /// What was tried.
+        action: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
+    },
+    /// A mapping failed and left a page that is not the arena's: it must not be the guest's any more.
+    #[error("the host lost a part of the arena")]
+    Lost,
+}
+
+/// The range and what is mapped in it.
+#[derive(Debug)]
+pub struct Arena {
+    start: *mut c_void,
+    len: u64,
+    /// Lengths, by offset; never overlapping.
+    mapped: BTreeMap<u64, u64>,
+    lost: bool,
+}
+
+// SAFETY: the mapping belongs to the value, which never reads or writes through the pointer.
+unsafe impl Send for Arena {}
+
+impl Arena {
+    /// Reserves `len` bytes, whole pages, of address space and no memory.
+    pub fn new(len: u64) -> Result<Self, ArenaError> {
+        if len == 0 || !len.is_multiple_of(PAGE_SIZE) {
+            return Err(ArenaError::Unaligned { offset: 0, len });
+        }
+        // SAFETY: a new mapping at an address of the kernel's choice, which nothing can access.
+        let start = unsafe {
+            mmap_anonymous(
+                ptr::null_mut(),
+                len as usize,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE,
+            )
+        };
+        let start = start.map_err(|error| ArenaError::Host {
+            action: "reserve addresses for the GPU's memory",
+            source: error.into(),
+        })?;
+        Ok(Self {
+            start,
+            len,
+            mapped: BTreeMap::new(),
+            lost: false,
+        })
+    }
+
+    /// Host-virtual address of its start: what a memory slot shows. Nothing else may use it.
+    pub fn host_address(&self) -> u64 {
+        self.start.addr() as u64
+    }
+
+    /// Length in bytes.
+    pub fn len(&self) -> u64 {
+        self.len
+    }
+
+    /// Whether nothing is mapped.
+    pub fn is_empty(&self) -> bool {
+        self.mapped.is_empty()
+    }
+
+    /// Shows the first `len` bytes of `file` at `offset`, to be read, and written if `writable`.
+    pub fn map(
+        &mut self,
+        offset: u64,
+        len: u64,
+        file: &File,
+        writable: bool,
+    ) -> Result<(), ArenaError> {
+        self.check(offset, len)?;
+        // For dma-bufs too, whose size `fstat` does not tell. Who made the file may have its position.
+        let size = file
+            .try_clone()
+            .and_then(|mut file| file.seek(SeekFrom::End(0)));
+        let size = size.map_err(|source| ArenaError::Host {
+            action: "find the size of the GPU's memory",
+            source,
+        })?;
+        if size < len {
+            return Err(ArenaError::Short { len, size });
+        }
+        let access = if writable {
+            ProtFlags::READ | ProtFlags::WRITE
+        } else {
+            ProtFlags::READ
+        };
+        let refused = |source: rustix::io::Errno| ArenaError::Host {
+            action: "map the GPU's memory",
+            source: source.into(),
+        };
+        let bytes = len as usize;
+        // Elsewhere first, then moved: asked for in place, Linux up to 6.11 takes the reservation away before the
+        // file refuses, and another thread's mapping could come to lie there.
+        // SAFETY: a new mapping at an address of the kernel's choice.
+        let elsewhere = unsafe {
+            mmap(
+                ptr::null_mut(),
+                bytes,
+                access,
+                MapFlags::SHARED,
+                file.as_fd(),
+                0,
+            )
+        };
+        let elsewhere = elsewhere.map_err(refused)?;
+        // SAFETY: from the mapping just made, of which nobody else knows, to within the reservation, checked above,
+        // which only the guest accesses.
+        let moved = unsafe {
+            mremap_fixed(
+                elsewhere,
+                bytes,
+                bytes,
+                MremapFlags::MAYMOVE,
+                self.at(offset),
+            )
+        };
+        if let Err(error) = moved {
+            // SAFETY: it is still there, and still nobody else's.
+            let _ = unsafe { munmap(elsewhere, bytes) };
+            // Changes nothing, and fails where nothing is mapped.
+            // SAFETY: the advice is what holds already.
+            let reserved = unsafe { madvise(self.at(offset), bytes, Advice::Normal) };
+            self.lost |= reserved.is_err();
+            return Err(refused(error));
+        }
+        self.mapped.insert(offset, len);
+        Ok(())
+    }
+
+    /// Takes away what was mapped at `offset`.
+    pub fn unmap(&mut self, offset: u64) -> Result<(), ArenaError> {
+        let len = *self
+            .mapped
+            .get(&offset)
+            .ok_or(ArenaError::NotMapped(offset))?;
+        self.reserve(offset, len)?;
+        self.mapped.remove(&offset);
+        Ok(())
+    }
+
+    /// Takes away all that is mapped.
+    pub fn clear(&mut self) -> Result<(), ArenaError> {
+        if !self.mapped.is_empty() {
+            self.reserve(0, self.len)?;
+            self.mapped.clear();
+        }
+        Ok(())
+    }
+
+    fn check(&self, offset: u64, len: u64) -> Result<(), ArenaError> {
+        if self.lost {
+            return Err(ArenaError::Lost);
+        }
+        if len == 0 || !offset.is_multiple_of(PAGE_SIZE) || !len.is_multiple_of(PAGE_SIZE) {
+            return Err(ArenaError::Unaligned { offset, len });
+        }
+        let end = offset.checked_add(len).filter(|end| *end <= self.len);
+        let end = end.ok_or(ArenaError::Bounds {
+            offset,
+            len,
+            size: self.len,
+        })?;
+        let before = (Bound::Unbounded, Bound::Excluded(end));
+        match self.mapped.range(before).next_back() {
+            Some((&other, &other_len)) if other + other_len > offset => {
+                Err(ArenaError::Overlap { offset, len, other })
+            }
+            _ => Ok(()),
+        }
+    }
+
+    fn at(&self, offset: u64) -> *mut c_void {
+        self.start.wrapping_byte_add(offset as usize)
+    }
+
+    /// Puts the reservation back.
+    fn reserve(&mut self, offset: u64, len: u64) -> Result<(), ArenaError> {
+        // SAFETY: within the reservation, which only the guest accesses.
+        let result = unsafe {
+            mmap_anonymous(
+                self.at(offset),
+                len as usize,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
+            )
+        };
+        result.map(drop).map_err(|_| {
+            self.lost = true;
+            ArenaError::Lost
+        })
+    }
+}
+
+impl Drop for Arena {
+    fn drop(&mut self) {
+        if !self.lost {
+            // SAFETY: the whole range is this value's; memory slots that show it are gone before it is.
+            let _ = unsafe { munmap(self.start, self.len as usize) };
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use proptest::prelude::*;
+    use rustix::fs::{MemfdFlags, memfd_create};
+
+    use super::*;
+
+    const PAGES: u64 = 16;
+
+    /// A file of `pages` pages, each of whose bytes is `fill`.
+    fn file(pages: u64, fill: u8) -> File {
+        let mut file = File::from(memfd_create("blob", MemfdFlags::CLOEXEC).unwrap());
+        file.write_all(&vec![fill; (pages * PAGE_SIZE) as usize])
+            .unwrap();
+        file
+    }
+
+    /// A byte of a page, or `None` where nothing can be read: as the guest sees it.
+    fn seen(arena: &Arena, page: u64) -> Option<u8> {
+        let mut byte = 0_u8;
+        let local = libc::iovec {
+            iov_base: ptr::from_mut(&mut byte).cast(),
+            iov_len: 1,
+        };
+        let remote = libc::iovec {
+            iov_base: arena.at(page * PAGE_SIZE + 77),
+            iov_len: 1,
+        };
+        // SAFETY: writes one byte to `byte`; an address that cannot be read is an error.
+        let read = unsafe { libc::process_vm_readv(libc::getpid(), &local, 1, &remote, 1, 0) };
+        (read == 1).then_some(byte)
+    }
+
+    #[test]
+    fn what_does_not_fit_is_refused() {
+        let mut arena = Arena::new(PAGES * PAGE_SIZE).unwrap();
+        let two = file(2, 1);
+        let mut refused = |offset, len| arena.map(offset, len, &two, true).unwrap_err();
+        assert!(matches!(
+            refused(1, PAGE_SIZE),
+            ArenaError::Unaligned { .. }
+        ));
+        assert!(matches!(refused(0, 0), ArenaError::Unaligned { .. }));
+        assert!(matches!(refused(0, 5), ArenaError::Unaligned { .. }));
+        let last = u64::MAX - PAGE_SIZE + 1;
+        assert!(matches!(
+            refused(last, PAGE_SIZE),
+            ArenaError::Bounds { .. }
+        ));
+        assert!(matches!(
+            refused(last, 2 * PAGE_SIZE),
+            ArenaError::Bounds { .. }
+        ));
+        let end = (PAGES - 1) * PAGE_SIZE;
+        assert!(matches!(
+            refused(end, 2 * PAGE_SIZE),
+            ArenaError::Bounds { .. }
+        ));
+        assert!(matches!(
+            refused(0, 3 * PAGE_SIZE),
+            ArenaError::Short { .. }
+        ));
+        arena.map(PAGE_SIZE, 2 * PAGE_SIZE, &two, true).unwrap();
+        for offset in [0, 1, 2] {
+            let result = arena.map(offset * PAGE_SIZE, 2 * PAGE_SIZE, &two, true);
+            assert!(
+                matches!(result, Err(ArenaError::Overlap { .. })),
+                "{offset}"
+            );
+        }
+        arena.map(0, PAGE_SIZE, &two, true).unwrap();
+        assert!(matches!(
+            arena.unmap(2 * PAGE_SIZE),
+            Err(ArenaError::NotMapped(_))
+        ));
+    }
+
+    #[test]
+    fn a_file_that_cannot_be_mapped_leaves_the_reservation() {
+        let mut arena = Arena::new(PAGES * PAGE_SIZE).unwrap();
+        let mut readonly = tempfile::NamedTempFile::new().unwrap();
+        readonly.write_all(&[1; 4096]).unwrap();
+        let readonly = File::open(readonly.path()).unwrap();
+        assert!(matches!(
+            arena.map(0, PAGE_SIZE, &readonly, true),
+            Err(ArenaError::Host { .. })
+        ));
+        arena.map(0, PAGE_SIZE, &readonly, false).unwrap();
+        assert_eq!(seen(&arena, 0), Some(1));
+    }
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Map { page: u64, pages: u64, fill: u8 },
+        Unmap { page: u64 },
+        Clear,
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        prop_oneof![
+            6 => (0..PAGES + 2, 0..5_u64, 1..=255_u8)
+                .prop_map(|(page, pages, fill)| Step::Map { page, pages, fill }),
+            4 => (0..PAGES).prop_map(|page| Step::Unmap { page }),
+            1 => Just(Step::Clear),
+        ]
+    }
+
+    proptest! {
+        /// The guest sees of each page what a table of pages says, and nothing anywhere else.
+        #[test]
+        fn it_is_a_table_of_pages(steps in prop::collection::vec(step(), 1..60)) {
+            let mut arena = Arena::new(PAGES * PAGE_SIZE).unwrap();
+            let mut model = [None; PAGES as usize];
+            let mut starts = BTreeMap::new();
+            for step in steps {
+                match step {
+                    Step::Map { page, pages, fill } => {
+                        let fits = pages > 0
+                            && page + pages <= PAGES
+                            && (page..page + pages).all(|p| model[p as usize].is_none());
+                        let file = file(pages, fill);
+                        let result =
+                            arena.map(page * PAGE_SIZE, pages * PAGE_SIZE, &file, fill % 2 == 0);
+                        prop_assert_eq!(result.is_ok(), fits);
+                        if fits {
+                            starts.insert(page, pages);
+                            model[page as usize..(page + pages) as usize].fill(Some(fill));
+                        }
+                    }
+                    Step::Unmap { page } => {
+                        let pages = starts.remove(&page);
+                        prop_assert_eq!(arena.unmap(page * PAGE_SIZE).is_ok(), pages.is_some());
+                        let pages = pages.unwrap_or(0);
+                        model[page as usize..(page + pages) as usize].fill(None);
+                    }
+                    Step::Clear => {
+                        arena.clear().unwrap();
+                        starts.clear();
+                        model.fill(None);
+                    }
+                }
+                for page in 0..PAGES {
+                    prop_assert_eq!(seen(&arena, page), model[page as usize]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,462 @@
+//! Commands that are, or may be, the renderer's: checked here, carried out there.
+
+use super::{
+    super::{
+        commands::{Answer, CommandError, Input, area},
+        display::State,
+        protocol::*,
+        resources::Kind,
+        scanout::{Area, Scanout},
+    },
+    HostKind, Outcome, Places, Renderer, Then,
+    wire::{CALL_EXPORT, CALL_READ_BACK, Call, RamRange, Say},
+};
+use crate::{
+    dmabuf::{MemoryEntry, ScatterList},
+    virtio::gpu::display::DisplayHandle,
+};
+use fanlight_arch::layout::PAGE_SIZE;
+use zerocopy::{Immutable, IntoBytes};
+
+/// Contexts at a time: the renderer may have a process for each.
+const MAX_CONTEXTS: usize = 1 << 10;
+/// The longest command stream. Mesa's are of some hundred KiB.
+const MAX_STREAM: u64 = 64 << 20;
+
+/// What [`CALL_READ_BACK`] is about.
+#[derive(
+    Clone, Copy, Debug, Default, zerocopy::FromBytes, Immutable, IntoBytes, zerocopy::KnownLayout,
+)]
+#[repr(C)]
+pub struct ReadBack {
+    /// The resource.
+    pub resource: u32,
+    /// Bytes from one row to the next in the file.
+    pub stride: u32,
+    /// Left edge.
+    pub x: u32,
+    /// Upper edge.
+    pub y: u32,
+    /// Pixels in a row.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
+    /// Where in the file the first pixel goes.
+    pub offset: u64,
+    /// Length of the file.
+    pub size: u64,
+}
+
+fn later(call: Call, then: Then) -> Result<Outcome, CommandError> {
+    Ok(Outcome::Later(Box::new(call), then))
+}
+
+impl Renderer {
+    /// Looks at a command of the control queue; one that has nothing to do with the renderer is left to
+    /// `State::control`.
+    pub fn command(
+        &mut self,
+        header: &CtrlHdr,
+        input: &mut Input,
+        places: &Places,
+    ) -> Result<Outcome, CommandError> {
+        let type_ = header.type_.get();
+        let context = header.ctx_id.get();
+        match type_ {
+            VIRTIO_GPU_CMD_GET_CAPSET_INFO => self.capset_info(&input.take()?),
+            VIRTIO_GPU_CMD_GET_CAPSET => self.capset(&input.take()?),
+            VIRTIO_GPU_CMD_CTX_CREATE => self.create_context(context, input.take()?, places),
+            VIRTIO_GPU_CMD_CTX_DESTROY => self.destroy_context(context),
+            VIRTIO_GPU_CMD_CTX_ATTACH_RESOURCE | VIRTIO_GPU_CMD_CTX_DETACH_RESOURCE => {
+                self.attach_to_context(type_, context, input.take()?, places)
+            }
+            VIRTIO_GPU_CMD_SUBMIT_3D => self.submit(context, input, places),
+            VIRTIO_GPU_CMD_RESOURCE_CREATE_3D => create_3d(input.take()?, places),
+            VIRTIO_GPU_CMD_TRANSFER_TO_HOST_3D | VIRTIO_GPU_CMD_TRANSFER_FROM_HOST_3D => {
+                let command: TransferHost3d = input.take()?;
+                places
+                    .display
+                    .0
+                    .lock()
+                    .resources
+                    .host_mut(command.resource_id.get())?;
+                later(Call::new(type_, context, &command), Then::Answer)
+            }
+            VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB => self.create_blob(context, input, places),
+            VIRTIO_GPU_CMD_RESOURCE_MAP_BLOB => map_blob(&input.take()?, places),
+            VIRTIO_GPU_CMD_RESOURCE_UNMAP_BLOB => self.unmap_blob(input.take()?, places),
+            VIRTIO_GPU_CMD_RESOURCE_UNREF => self.unref(input.take()?, places),
+            VIRTIO_GPU_CMD_RESOURCE_ATTACH_BACKING => attach(input, places),
+            VIRTIO_GPU_CMD_RESOURCE_DETACH_BACKING => self.detach(input.take()?, places),
+            VIRTIO_GPU_CMD_RESOURCE_FLUSH => self.flush(input.take()?, places),
+            _ => {
+                let mut state = places.display.0.lock();
+                Ok(state.control(type_, input, places.map)?.into())
+            }
+        }
+    }
+
+    /// What is left to do of a command once the renderer has done it.
+    pub(super) fn finish(
+        &mut self,
+        then: Then,
+        say: Say,
+        display: &DisplayHandle,
+    ) -> Result<Answer, CommandError> {
+        let mut state = display.0.lock();
+        match then {
+            Then::Answer => Ok(Answer::OK),
+            Then::Give(answer) => Ok(answer),
+            Then::Capset => Ok(Answer {
+                type_: VIRTIO_GPU_RESP_OK_CAPSET,
+                body: say.data,
+                hold: None,
+            }),
+            Then::Created { id, kind } => {
+                state.resources.create_host(id, kind)?;
+                Ok(Answer::OK)
+            }
+            Then::Backed { id, backed } => {
+                state.resources.host_mut(id)?.backed = backed;
+                Ok(Answer::OK)
+            }
+            Then::Map { id, offset, len } => {
+                let file = say.file.ok_or(CommandError::Renderer)?;
+                let host = state.resources.host_mut(id)?;
+                let memory = &self.rendering.memory;
+                memory.map(offset, len, &file).map_err(CommandError::Map)?;
+                host.mapped = Some(offset);
+                let info = RespMapInfo {
+                    map_info: say.head.value.into(),
+                    padding: 0.into(),
+                };
+                Ok(Answer::with(VIRTIO_GPU_RESP_OK_MAP_INFO, &info))
+            }
+            Then::Flush(command) => state.flush(&command),
+        }
+    }
+
+    fn is_gone(&self) -> bool {
+        self.process.is_none()
+    }
+
+    fn context(&self, id: u32) -> Result<(), CommandError> {
+        if self.is_gone() {
+            return Err(CommandError::NoRenderer);
+        }
+        if self.contexts.contains(&id) {
+            Ok(())
+        } else {
+            Err(CommandError::Context(id))
+        }
+    }
+
+    fn capset_info(&self, command: &GetCapsetInfo) -> Result<Outcome, CommandError> {
+        let info = self
+            .rendering
+            .capsets
+            .get(command.capset_index.get() as usize);
+        let info = info.ok_or(CommandError::Parameter("capability set"))?;
+        let info = RespCapsetInfo {
+            capset_id: info.id.into(),
+            capset_max_version: info.max_version.into(),
+            capset_max_size: info.max_size.into(),
+            padding: 0.into(),
+        };
+        Ok(Answer::with(VIRTIO_GPU_RESP_OK_CAPSET_INFO, &info).into())
+    }
+
+    fn capset(&self, command: &GetCapset) -> Result<Outcome, CommandError> {
+        let known = self.rendering.capsets.iter().any(|info| {
+            info.id == command.capset_id.get() && command.capset_version.get() <= info.max_version
+        });
+        if !known {
+            return Err(CommandError::Parameter("capability set"));
+        }
+        later(
+            Call::new(VIRTIO_GPU_CMD_GET_CAPSET, 0, command),
+            Then::Capset,
+        )
+    }
+
+    fn create_context(
+        &mut self,
+        id: u32,
+        mut command: CtxCreate,
+        places: &Places,
+    ) -> Result<Outcome, CommandError> {
+        if self.is_gone() {
+            return Err(CommandError::NoRenderer);
+        }
+        if id == 0 || self.contexts.contains(&id) || self.contexts.len() >= MAX_CONTEXTS {
+            return Err(CommandError::Context(id));
+        }
+        if places.display.0.lock().features & VIRTIO_GPU_F_CONTEXT_INIT == 0 {
+            command.context_init = 0.into();
+        }
+        let capset = command.context_init.get() & VIRTIO_GPU_CONTEXT_INIT_CAPSET_ID_MASK;
+        let capset = if capset == 0 {
+            VIRTIO_GPU_CAPSET_VIRGL
+        } else {
+            capset
+        };
+        if command.context_init.get() & !VIRTIO_GPU_CONTEXT_INIT_CAPSET_ID_MASK != 0
+            || !self.rendering.capsets.iter().any(|info| info.id == capset)
+        {
+            return Err(CommandError::Parameter("kind of a context"));
+        }
+        // Known from now on: one that the renderer refuses is refused by it ever after.
+        self.contexts.insert(id);
+        later(
+            Call::new(VIRTIO_GPU_CMD_CTX_CREATE, id, &command),
+            Then::Answer,
+        )
+    }
+
+    fn destroy_context(&mut self, id: u32) -> Result<Outcome, CommandError> {
+        if self.is_gone() {
+            return Ok(Answer::OK.into());
+        }
+        if !self.contexts.remove(&id) {
+            return Err(CommandError::Context(id));
+        }
+        later(
+            Call::new(VIRTIO_GPU_CMD_CTX_DESTROY, id, &[0_u8; 0]),
+            Then::Answer,
+        )
+    }
+
+    fn attach_to_context(
+        &mut self,
+        type_: u32,
+        context: u32,
+        command: ResourceId,
+        places: &Places,
+    ) -> Result<Outcome, CommandError> {
+        if self.is_gone() && type_ == VIRTIO_GPU_CMD_CTX_DETACH_RESOURCE {
+            return Ok(Answer::OK.into());
+        }
+        self.context(context)?;
+        let state = places.display.0.lock();
+        match state.resources.get(command.resource_id.get())?.kind {
+            Kind::Host(_) => later(Call::new(type_, context, &command), Then::Answer),
+            // Linux attaches whatever a program opens. The renderer has no use for what it does not know.
+            Kind::Image(_) | Kind::Blob(_) => Ok(Answer::OK.into()),
+        }
+    }
+
+    fn submit(
+        &mut self,
+        context: u32,
+        input: &mut Input,
+        places: &Places,
+    ) -> Result<Outcome, CommandError> {
+        let command: CmdSubmit = input.take()?;
+        self.context(context)?;
+        let size = u64::from(command.size.get());
+        let stream = input.buffers.take_front(size);
+        if stream.len() < size {
+            return Err(CommandError::Truncated);
+        }
+        if !size.is_multiple_of(4) || size > MAX_STREAM {
+            return Err(CommandError::Parameter("size of a command stream"));
+        }
+        let entries = stream
+            .ranges()
+            .map(|(address, len)| MemoryEntry { address, len });
+        let mut call = Call::new(VIRTIO_GPU_CMD_SUBMIT_3D, context, &command);
+        call.ranges = ranges(&ScatterList::resolve_ram(places.map, entries, size)?);
+        later(call, Then::Answer)
+    }
+
+    fn create_blob(
+        &mut self,
+        context: u32,
+        input: &mut Input,
+        places: &Places,
+    ) -> Result<Outcome, CommandError> {
+        let command: ResourceCreateBlob = input.take()?;
+        let mut state = places.display.0.lock();
+        if command.blob_mem.get() != VIRTIO_GPU_BLOB_MEM_HOST3D {
+            return Ok(state.create_blob(&command, input, places.map)?.into());
+        }
+        if state.features & VIRTIO_GPU_F_RESOURCE_BLOB == 0 {
+            return Err(CommandError::Unknown(VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB));
+        }
+        self.context(context)?;
+        let (id, size) = (command.resource_id.get(), command.size.get());
+        if command.blob_flags.get() & !VIRTIO_GPU_BLOB_FLAGS != 0 {
+            return Err(CommandError::Parameter("flags of a blob"));
+        }
+        if size == 0 || !size.is_multiple_of(PAGE_SIZE) {
+            return Err(CommandError::Parameter("size of a blob"));
+        }
+        if command.nr_entries.get() != 0 {
+            return Err(CommandError::Parameter("number of entries"));
+        }
+        state.resources.check_new(id)?;
+        let kind = HostKind::Blob(size);
+        later(
+            Call::new(VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB, context, &command),
+            Then::Created { id, kind },
+        )
+    }
+
+    fn unmap_blob(
+        &mut self,
+        command: ResourceId,
+        places: &Places,
+    ) -> Result<Outcome, CommandError> {
+        let mut state = places.display.0.lock();
+        let host = state.resources.host_mut(command.resource_id.get())?;
+        let offset = host.mapped.ok_or(CommandError::Backing("is not shown"))?;
+        self.rendering
+            .memory
+            .unmap(offset)
+            .map_err(CommandError::Map)?;
+        host.mapped = None;
+        Ok(Answer::OK.into())
+    }
+
+    fn unref(&mut self, command: ResourceId, places: &Places) -> Result<Outcome, CommandError> {
+        let mut state = places.display.0.lock();
+        let mut is_host = false;
+        if let Kind::Host(host) = &state.resources.get(command.resource_id.get())?.kind {
+            is_host = true;
+            if let Some(offset) = host.mapped {
+                self.rendering
+                    .memory
+                    .unmap(offset)
+                    .map_err(CommandError::Map)?;
+            }
+        }
+        let answer = state.unref(command)?;
+        if is_host && !self.is_gone() {
+            let call = Call::new(VIRTIO_GPU_CMD_RESOURCE_UNREF, 0, &command);
+            return later(call, Then::Answer);
+        }
+        Ok(answer.into())
+    }
+
+    fn detach(&mut self, command: ResourceId, places: &Places) -> Result<Outcome, CommandError> {
+        let mut state = places.display.0.lock();
+        let id = command.resource_id.get();
+        let Ok(host) = state.resources.host_mut(id) else {
+            return Ok(state.detach(command)?.into());
+        };
+        if !host.backed {
+            return Err(CommandError::Backing("is not there"));
+        }
+        if self.is_gone() {
+            host.backed = false;
+            return Ok(Answer::OK.into());
+        }
+        later(
+            Call::new(VIRTIO_GPU_CMD_RESOURCE_DETACH_BACKING, 0, &command),
+            Then::Backed { id, backed: false },
+        )
+    }
+
+    /// A texture on an output is read back first. Without a renderer the picture stays as it is.
+    fn flush(&mut self, command: ResourceFlush, places: &Places) -> Result<Outcome, CommandError> {
+        let mut state = places.display.0.lock();
+        let id = command.resource_id.get();
+        let flushed = area(&command.r)?;
+        let visible = visible(&state, id, &flushed);
+        if !self.is_gone()
+            && let Some(visible) = visible
+            && let Ok(host) = state.resources.host_mut(id)
+            && let Some(shown) = &host.shown
+        {
+            let layout = shown.layout;
+            let row = u64::from(visible.y) * u64::from(layout.stride);
+            let body = ReadBack {
+                resource: id,
+                stride: layout.stride,
+                x: visible.x,
+                y: visible.y,
+                width: visible.width,
+                height: visible.height,
+                offset: row + u64::from(visible.x) * 4,
+                size: shown.surface.buffer.size(),
+            };
+            let mut call = Call::new(CALL_READ_BACK, 0, &body);
+            let file = shown.file.try_clone().map_err(CommandError::Host)?;
+            call.file = Some(file);
+            return later(call, Then::Flush(command));
+        }
+        Ok(state.flush(&command)?.into())
+    }
+}
+
+/// What of a flushed rectangle lies in the image and is on some output.
+fn visible(state: &State, id: u32, flushed: &Area) -> Option<Area> {
+    let shown = state.scanouts.iter().flatten();
+    let shown = shown.filter(|scanout: &&Scanout| scanout.resource == id);
+    let parts = shown.filter_map(|scanout| flushed.intersection(&scanout.area));
+    parts.reduce(|one, other| one.union(&other))
+}
+
+fn create_3d(command: ResourceCreate3d, places: &Places) -> Result<Outcome, CommandError> {
+    let id = command.resource_id.get();
+    places.display.0.lock().resources.check_new(id)?;
+    let kind = HostKind::Texture {
+        width: command.width.get(),
+        height: command.height.get(),
+        format: command.format.get(),
+    };
+    later(
+        Call::new(VIRTIO_GPU_CMD_RESOURCE_CREATE_3D, 0, &command),
+        Then::Created { id, kind },
+    )
+}
+
+fn map_blob(command: &ResourceMapBlob, places: &Places) -> Result<Outcome, CommandError> {
+    let mut state = places.display.0.lock();
+    let id = command.resource_id.get();
+    let host = state.resources.host_mut(id)?;
+    let HostKind::Blob(len) = host.kind else {
+        return Err(CommandError::Resource(id));
+    };
+    if host.mapped.is_some() {
+        return Err(CommandError::Backing("is shown already"));
+    }
+    let what = ResourceId {
+        resource_id: id.into(),
+        padding: 0.into(),
+    };
+    // Place and length are checked where they are mapped.
+    let offset = command.offset.get();
+    later(
+        Call::new(CALL_EXPORT, 0, &what),
+        Then::Map { id, offset, len },
+    )
+}
+
+fn attach(input: &mut Input, places: &Places) -> Result<Outcome, CommandError> {
+    let command: ResourceAttachBacking = input.take()?;
+    let mut state = places.display.0.lock();
+    let id = command.resource_id.get();
+    let Ok(host) = state.resources.host_mut(id) else {
+        return Ok(state.attach(&command, input, places.map)?.into());
+    };
+    if host.backed {
+        return Err(CommandError::Backing("is there already"));
+    }
+    let entries = input.entries(command.nr_entries.get())?;
+    let size = entries.iter().map(|entry| entry.len).sum();
+    let memory = ScatterList::resolve_ram(places.map, entries, size)?;
+    let mut call = Call::new(VIRTIO_GPU_CMD_RESOURCE_ATTACH_BACKING, 0, &command);
+    call.ranges = ranges(&memory);
+    later(call, Then::Backed { id, backed: true })
+}
+
+fn ranges(memory: &ScatterList) -> Vec<RamRange> {
+    let pieces = memory.pieces().into_iter();
+    pieces
+        .map(|piece| RamRange {
+            offset: piece.offset,
+            len: piece.len,
+        })
+        .collect()
+}

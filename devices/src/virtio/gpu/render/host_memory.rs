@@ -1,0 +1,243 @@
+//! The host-visible region: where blobs of the renderer's are shown to the guest.
+//!
+//! One memory slot shows the whole [`Arena`], and mapping a blob changes the host's page tables only. With a
+//! slot for each blob instead, which is there to compare, KVM stops every vCPU for each.
+
+use std::{
+    collections::BTreeMap,
+    fs::File,
+    io,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+};
+
+use rustix::fs::MemfdFlags;
+
+use crate::{
+    hypervisor::{Hypervisor, MappedSlot},
+    memory::{Arena, ArenaError, Backing, BackingKind, IoHandler, SlotMapping},
+    pci::{BarContent, BarHandler, Piece},
+    virtio::pci::SharedMemory,
+};
+
+/// `VIRTIO_GPU_SHM_ID_HOST_VISIBLE` (Virtio 1.4, 5.7.6.1).
+const HOST_VISIBLE: u8 = 1;
+
+/// Memory slots of a region without one of its own.
+#[derive(Debug, Default)]
+struct Slots {
+    /// Where the guest has put the region.
+    address: Option<u64>,
+    /// By offset: length, and the slot while the region is somewhere.
+    blobs: BTreeMap<u64, (u64, Option<MappedSlot>)>,
+}
+
+#[derive(Debug)]
+struct State {
+    /// Goes before the memory that they show.
+    slots: Option<Slots>,
+    arena: Arena,
+}
+
+/// The host-visible region of a GPU.
+#[derive(Debug)]
+pub struct HostMemory {
+    state: Mutex<State>,
+    hypervisor: Arc<dyn Hypervisor>,
+    len: u64,
+}
+
+impl HostMemory {
+    /// A region of `len` bytes, a power of two. `slot_per_blob` gives each blob a memory slot of its own.
+    pub fn new(
+        len: u64,
+        slot_per_blob: bool,
+        hypervisor: Arc<dyn Hypervisor>,
+    ) -> Result<Arc<Self>, ArenaError> {
+        let state = State {
+            slots: slot_per_blob.then(Slots::default),
+            arena: Arena::new(len)?,
+        };
+        Ok(Arc::new(Self {
+            state: Mutex::new(state),
+            hypervisor,
+            len,
+        }))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The region as the transport shows it.
+    pub fn shared_memory(self: &Arc<Self>) -> io::Result<SharedMemory> {
+        let state = self.lock();
+        let pieces = if state.slots.is_some() {
+            Vec::new()
+        } else {
+            // The map wants a file, and what lies there is of many: one that holds nothing.
+            let nothing = rustix::fs::memfd_create("fanlight-hostmem", MemfdFlags::CLOEXEC)?;
+            let backing = Backing {
+                kind: BackingKind::SharedMemory {
+                    device: 0,
+                    id: HOST_VISIBLE,
+                },
+                file: Arc::new(File::from(nothing)),
+                offset: 0,
+            };
+            vec![Piece {
+                offset: 0,
+                len: self.len,
+                backing,
+                host: state.arena.host_address(),
+                readonly: false,
+            }]
+        };
+        Ok(SharedMemory {
+            id: HOST_VISIBLE,
+            len: self.len,
+            content: BarContent::Pieces {
+                handler: self.clone(),
+                pieces,
+                hypervisor: self.hypervisor.clone(),
+            },
+        })
+    }
+
+    /// Shows the first `len` bytes of `file` at `offset`.
+    pub fn map(&self, offset: u64, len: u64, file: &File) -> Result<(), ArenaError> {
+        let State { arena, slots } = &mut *self.lock();
+        arena
+            .map(offset, len, file, true)
+            .inspect_err(stop_if_lost)?;
+        if let Some(slots) = slots {
+            let slot = slots.address.map(|address| {
+                self.hypervisor.map_slot(SlotMapping {
+                    gpa: address + offset,
+                    len,
+                    host: arena.host_address() + offset,
+                    readonly: false,
+                })
+            });
+            match slot.transpose() {
+                Ok(slot) => slots.blobs.insert(offset, (len, slot)),
+                Err(source) => {
+                    arena.unmap(offset).inspect_err(stop_if_lost)?;
+                    return Err(ArenaError::Host {
+                        action: "give a blob a memory slot",
+                        source,
+                    });
+                }
+            };
+        }
+        Ok(())
+    }
+
+    /// Takes away what is shown at `offset`.
+    pub fn unmap(&self, offset: u64) -> Result<(), ArenaError> {
+        let State { arena, slots } = &mut *self.lock();
+        if let Some(slots) = slots {
+            slots.blobs.remove(&offset);
+        }
+        arena.unmap(offset).inspect_err(stop_if_lost)
+    }
+
+    /// Takes all away.
+    pub fn clear(&self) {
+        let State { arena, slots } = &mut *self.lock();
+        if let Some(slots) = slots {
+            slots.blobs.clear();
+        }
+        if let Err(error) = arena.clear() {
+            stop_if_lost(&error);
+        }
+    }
+}
+
+/// The guest may see a page that is not the region's, and there is no way to take it away: nothing of the
+/// machine may go on.
+fn stop_if_lost(error: &ArenaError) {
+    if matches!(error, ArenaError::Lost) {
+        tracing::error!(%error, "the guest might see the host's memory: stopping at once");
+        std::process::abort();
+    }
+}
+
+impl IoHandler for HostMemory {
+    /// Where no blob has a slot.
+    fn read(&self, _: u64, _: &mut [u8]) {}
+    fn write(&self, _: u64, _: &[u8]) {}
+}
+
+impl BarHandler for HostMemory {
+    fn mapped(&self, address: Option<u64>) {
+        let State { arena, slots } = &mut *self.lock();
+        let Some(slots) = slots else { return };
+        slots.address = address;
+        for (&offset, (len, slot)) in &mut slots.blobs {
+            *slot = None;
+            if let Some(address) = address {
+                let mapping = SlotMapping {
+                    gpa: address + offset,
+                    len: *len,
+                    host: arena.host_address() + offset,
+                    readonly: false,
+                };
+                match self.hypervisor.map_slot(mapping) {
+                    Ok(mapped) => *slot = Some(mapped),
+                    Err(error) => tracing::warn!(%error, "a blob of the GPU's is not shown"),
+                }
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use super::*;
+    use crate::hypervisor::test_util::FakeHypervisor;
+
+    const PAGE: u64 = 4096;
+
+    fn region(slot_per_blob: bool) -> (Arc<HostMemory>, Arc<FakeHypervisor>) {
+        let hypervisor = Arc::new(FakeHypervisor::default());
+        let memory = HostMemory::new(16 * PAGE, slot_per_blob, hypervisor.clone()).unwrap();
+        (memory, hypervisor)
+    }
+
+    fn page() -> File {
+        let mut file = tempfile::tempfile().unwrap();
+        file.write_all(&[1; PAGE as usize]).unwrap();
+        file
+    }
+
+    #[test]
+    fn one_slot_shows_all() {
+        let (memory, hypervisor) = region(false);
+        let BarContent::Pieces { pieces, .. } = memory.shared_memory().unwrap().content else {
+            panic!("no memory");
+        };
+        assert_eq!((pieces[0].offset, pieces[0].len), (0, 16 * PAGE));
+        memory.map(PAGE, PAGE, &page()).unwrap();
+        memory.unmap(PAGE).unwrap();
+        assert!(hypervisor.slots().is_empty());
+    }
+
+    #[test]
+    fn slots_of_blobs_follow_the_region() {
+        let (memory, hypervisor) = region(true);
+        memory.map(0, PAGE, &page()).unwrap();
+        assert!(hypervisor.slots().is_empty());
+        memory.mapped(Some(0x10_0000));
+        memory.map(2 * PAGE, PAGE, &page()).unwrap();
+        assert_eq!(hypervisor.slots(), [(0x10_0000, PAGE), (0x10_2000, PAGE)]);
+        memory.mapped(Some(0x20_0000));
+        assert_eq!(hypervisor.slots(), [(0x20_0000, PAGE), (0x20_2000, PAGE)]);
+        memory.unmap(0).unwrap();
+        assert_eq!(hypervisor.slots(), [(0x20_2000, PAGE)]);
+        memory.clear();
+        assert!(hypervisor.slots().is_empty());
+        assert!(memory.map(2 * PAGE, PAGE, &page()).is_ok());
+    }
+}

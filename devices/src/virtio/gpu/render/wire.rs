@@ -1,0 +1,329 @@
+//! What device and renderer say to each other: packets on a socket, with descriptors beside them. Both ends
+//! are of one program, so numbers are as the processor has them.
+//!
+//! The body of a call is the command's own structure (`protocol`), as the device has checked it. Behind it
+//! come ranges of guest RAM: offsets in its memfd.
+
+use std::{
+    fs::File,
+    io::{self, IoSlice, IoSliceMut, Read, Seek, Write},
+    mem::MaybeUninit,
+    os::fd::{AsFd, BorrowedFd, OwnedFd},
+};
+
+use rustix::{
+    fs::MemfdFlags,
+    net::{
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+        SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    },
+};
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// The longest packet. Capability sets are of some thousand bytes at most.
+const MAX_PACKET: usize = 16 << 10;
+/// Ranges beyond so many travel in a file.
+const MAX_RANGES: usize = 900;
+
+/// What a call asks for, besides the numbers of commands.
+pub const CALL_EXPORT: u32 = 1;
+/// Copies a rectangle of a resource's pixels into the file that comes along.
+pub const CALL_READ_BACK: u32 = 2;
+/// Begin: see [`Start`].
+pub const CALL_START: u32 = 4;
+/// Only the fence.
+pub const CALL_FENCE: u32 = 3;
+
+/// The renderer is there: the data are [`CapsetInfo`]s.
+pub const SAY_READY: u32 = 1;
+/// There is no renderer: the data are text for people.
+pub const SAY_FAILED: u32 = 2;
+/// The answer to the call before.
+pub const SAY_DONE: u32 = 3;
+/// A fence was passed.
+pub const SAY_FENCE: u32 = 4;
+
+/// A range of guest RAM.
+#[derive(
+    Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout, PartialEq, Eq,
+)]
+#[repr(C)]
+pub struct RamRange {
+    /// Offset in the memfd.
+    pub offset: u64,
+    /// Length in bytes.
+    pub len: u64,
+}
+
+/// A capability set that there is.
+#[derive(
+    Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout, PartialEq, Eq,
+)]
+#[repr(C)]
+pub struct CapsetInfo {
+    /// Its number (Virtio 1.4, 5.7.6.8).
+    pub id: u32,
+    /// The highest version.
+    pub max_version: u32,
+    /// The longest content in bytes.
+    pub max_size: u32,
+}
+
+/// A place in the order of fences.
+#[derive(
+    Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout, PartialEq, Eq,
+)]
+#[repr(C)]
+pub struct FenceAt {
+    /// Whether `context` and `ring` count: without, it is the order of the device's own.
+    pub of_ring: u32,
+    /// The context.
+    pub context: u32,
+    /// The ring of that context.
+    pub ring: u32,
+    /// Its number, which grows; 0 is no fence at all.
+    pub number: u32,
+}
+
+/// The head of a call.
+#[derive(Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout)]
+#[repr(C)]
+pub struct CallHead {
+    /// A command's number, or one of the above.
+    pub what: u32,
+    /// `ctx_id` of the command.
+    pub context: u32,
+    /// What is to be told once all before it is done.
+    pub fence: FenceAt,
+    /// How long the body is.
+    pub body: u32,
+    /// How many ranges follow.
+    pub ranges: u32,
+    /// Whether they are in the file that comes along.
+    pub in_file: u32,
+    pad: u32,
+}
+
+/// The first call: what the renderer is to do, with guest RAM's memfd.
+#[derive(
+    Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout, PartialEq, Eq,
+)]
+#[repr(C)]
+pub struct Start {
+    /// OpenGL.
+    pub virgl: u32,
+    /// Vulkan.
+    pub venus: u32,
+}
+
+/// What a renderer is asked.
+#[derive(Debug, Default)]
+pub struct Call {
+    /// Its head; lengths are filled in when it is sent.
+    pub head: CallHead,
+    /// The command.
+    pub body: Vec<u8>,
+    /// Guest RAM.
+    pub ranges: Vec<RamRange>,
+    /// A file for the pixels.
+    pub file: Option<File>,
+}
+
+impl Call {
+    /// A call with a command as its body.
+    pub fn new(what: u32, context: u32, body: &(impl IntoBytes + Immutable)) -> Self {
+        Self {
+            head: CallHead {
+                what,
+                context,
+                ..Default::default()
+            },
+            body: body.as_bytes().into(),
+            ..Default::default()
+        }
+    }
+
+    /// Sends it as one packet.
+    pub fn send(&self, socket: impl AsFd) -> io::Result<()> {
+        let in_file = self.ranges.len() > MAX_RANGES;
+        let head = CallHead {
+            body: self.body.len() as u32,
+            ranges: self.ranges.len() as u32,
+            in_file: in_file.into(),
+            ..self.head
+        };
+        let ranges = self.ranges.as_bytes();
+        let mut list = None;
+        if in_file {
+            let mut file = File::from(rustix::fs::memfd_create("ranges", MemfdFlags::CLOEXEC)?);
+            file.write_all(ranges)?;
+            list = Some(file);
+        }
+        let behind = if in_file { &[] } else { ranges };
+        let file = list.as_ref().or(self.file.as_ref());
+        let packet = [head.as_bytes(), &self.body, behind].concat();
+        send(socket, &packet, file.map(AsFd::as_fd))
+    }
+
+    /// Takes one packet; nothing once the other end has gone.
+    pub fn receive(socket: impl AsFd, flags: RecvFlags) -> io::Result<Option<Self>> {
+        let Some((packet, mut file)) = receive(socket, flags)? else {
+            return Ok(None);
+        };
+        let bad = || io::Error::from(io::ErrorKind::InvalidData);
+        let (head, rest) = CallHead::read_from_prefix(&packet).map_err(|_| bad())?;
+        let (body, rest) = rest.split_at_checked(head.body as usize).ok_or_else(bad)?;
+        let mut ranges = vec![RamRange::default(); head.ranges as usize];
+        if head.in_file != 0 {
+            let mut list = file.take().ok_or_else(bad)?;
+            list.rewind()?;
+            list.read_exact(ranges.as_mut_bytes())?;
+        } else if rest.len() == ranges.as_bytes().len() {
+            ranges.as_mut_bytes().copy_from_slice(rest);
+        } else {
+            return Err(bad());
+        }
+        Ok(Some(Self {
+            head,
+            body: body.into(),
+            ranges,
+            file,
+        }))
+    }
+}
+
+/// The head of what a renderer says.
+#[derive(Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout)]
+#[repr(C)]
+pub struct SayHead {
+    /// One of the above.
+    pub what: u32,
+    /// Whether the call failed.
+    pub failed: u32,
+    /// Which fence was passed.
+    pub fence: FenceAt,
+    /// A number that belongs to the answer.
+    pub value: u32,
+    pad: u32,
+}
+
+/// What a renderer says.
+#[derive(Debug, Default)]
+pub struct Say {
+    /// Its head.
+    pub head: SayHead,
+    /// What belongs to it.
+    pub data: Vec<u8>,
+    /// A blob's memory.
+    pub file: Option<File>,
+}
+
+impl Say {
+    /// Something with nothing but its kind.
+    pub fn of(what: u32) -> Self {
+        let head = SayHead {
+            what,
+            ..Default::default()
+        };
+        Self {
+            head,
+            ..Default::default()
+        }
+    }
+
+    /// Sends it as one packet.
+    pub fn send(&self, socket: impl AsFd) -> io::Result<()> {
+        let packet = [self.head.as_bytes(), &self.data].concat();
+        send(socket, &packet, self.file.as_ref().map(AsFd::as_fd))
+    }
+
+    /// Takes one packet; nothing once the other end has gone.
+    pub fn receive(socket: impl AsFd, flags: RecvFlags) -> io::Result<Option<Self>> {
+        let Some((packet, file)) = receive(socket, flags)? else {
+            return Ok(None);
+        };
+        let (head, data) = SayHead::read_from_prefix(&packet)
+            .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
+        let data = data.into();
+        Ok(Some(Self { head, data, file }))
+    }
+}
+
+fn send(socket: impl AsFd, packet: &[u8], file: Option<BorrowedFd<'_>>) -> io::Result<()> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = SendAncillaryBuffer::new(&mut space);
+    let files: Vec<_> = file.into_iter().collect();
+    if !files.is_empty() {
+        control.push(SendAncillaryMessage::ScmRights(&files));
+    }
+    loop {
+        match sendmsg(
+            &socket,
+            &[IoSlice::new(packet)],
+            &mut control,
+            SendFlags::NOSIGNAL,
+        ) {
+            Err(rustix::io::Errno::INTR) => {}
+            result => return result.map(drop).map_err(Into::into),
+        }
+    }
+}
+
+fn receive(socket: impl AsFd, flags: RecvFlags) -> io::Result<Option<(Vec<u8>, Option<File>)>> {
+    let mut packet = vec![0; MAX_PACKET];
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let flags = flags | RecvFlags::CMSG_CLOEXEC;
+    let received = loop {
+        match recvmsg(
+            &socket,
+            &mut [IoSliceMut::new(&mut packet)],
+            &mut control,
+            flags,
+        ) {
+            Err(rustix::io::Errno::INTR) => {}
+            result => break result?,
+        }
+    };
+    let files = control.drain().filter_map(|message| match message {
+        RecvAncillaryMessage::ScmRights(files) => Some(files),
+        _ => None,
+    });
+    let file = files.flatten().next().map(|fd: OwnedFd| File::from(fd));
+    packet.truncate(received.bytes);
+    Ok((received.bytes > 0).then_some((packet, file)))
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+
+    use super::*;
+
+    #[test]
+    fn calls_arrive_as_they_were_sent() {
+        let (ours, theirs) = socketpair(
+            AddressFamily::UNIX,
+            SocketType::SEQPACKET,
+            SocketFlags::CLOEXEC,
+            None,
+        )
+        .unwrap();
+        for count in [0, 2, MAX_RANGES + 1] {
+            let mut call = Call::new(7, 3, &[1_u8, 2, 3]);
+            call.ranges = (0..count as u64)
+                .map(|offset| RamRange { offset, len: 9 })
+                .collect();
+            call.send(&ours).unwrap();
+            let back = Call::receive(&theirs, RecvFlags::empty()).unwrap().unwrap();
+            assert_eq!((back.head.what, back.head.context), (7, 3));
+            assert_eq!(back.body, [1, 2, 3]);
+            assert_eq!(back.ranges, call.ranges);
+        }
+        send(&ours, &[1; 10], None).unwrap();
+        assert!(Call::receive(&theirs, RecvFlags::empty()).is_err());
+        drop(ours);
+        let end = Call::receive(&theirs, RecvFlags::empty()).unwrap();
+        assert!(end.is_none());
+    }
+}

@@ -1,0 +1,5 @@
+//! Programs for guests that draw in 3D, by Mesa and by the guest's driver itself.
+
+pub mod drm;
+pub mod gl;
+pub mod vulkan;

@@ -1,0 +1,164 @@
+//! 3D by virglrenderer, with Mesa's software rasterizers on the host: stock Mesa in a guest, and programs that
+//! speak to the guest's driver.
+
+use std::{
+    fs,
+    path::PathBuf,
+    thread,
+    time::{Duration, Instant},
+};
+
+use fanlight_api::{client::Client, display::Screenshot, methods::GpuScreenshot};
+use fanlight_tests::{
+    Context, Failure, Result,
+    guest::{Assets, Guest, GuestBuilder, ensure},
+};
+use rustix::process::{Pid, Signal, kill_process};
+
+use super::{compositor::read_png, view::one};
+use crate::Test;
+
+pub const TESTS: &[(&str, Test)] = &[
+    ("render::stock_mesa_draws_and_computes", mesa),
+    ("render::many_blobs_at_once", blobs),
+    ("render::a_slot_for_each_blob", slots),
+    ("render::the_machine_survives_its_renderer", killed),
+];
+
+/// A guest that does not draw for so long hangs. Not a measure of speed.
+const PATIENCE: Duration = Duration::from_secs(120);
+
+/// Makes the root with Mesa usable: programs run in it by `mesa PROGRAM`, the agent among them.
+const ROOT: &str = "mount -t ext4 -o ro /dev/vda /mnt
+    for dir in dev proc sys tmp; do mount -o bind /$dir /mnt/$dir; done
+    cp /bin/guest-agent /tmp/agent
+    export LD_LIBRARY_PATH=/usr/lib/x86_64-linux-gnu XDG_RUNTIME_DIR=/tmp
+    export VK_DRIVER_FILES=/usr/share/vulkan/icd.d/virtio_icd.json
+    mesa() { chroot /mnt \"$@\"; }
+";
+
+fn guest(assets: &Assets, gpu: &str, script: &str) -> Result<GuestBuilder> {
+    let guest = assets
+        .guest(script)
+        .modules(&["virtio_gpu"])?
+        .option("--memory", "1G")
+        .option("--gpu", gpu);
+    guest.with_graphics()
+}
+
+/// Starts a guest and waits for each of what it is to say; then it powers off. Everything that was said.
+fn run(guest: GuestBuilder, says: &[&str]) -> Result<String> {
+    let mut guest = guest.start()?;
+    for text in says {
+        guest.wait_for(text)?;
+    }
+    guest.expect_exit(0)?;
+    Ok(guest.transcript())
+}
+
+fn mesa(assets: &Assets) -> Result<()> {
+    let script = format!(
+        "{ROOT}
+        dmesg | grep -E 'virtio_gpu|drm' | sed 's/^/dmesg: /'
+        mesa /usr/bin/vulkaninfo --summary 2>&1 | sed 's/^/vulkan: /'; echo listed Vulkan
+        mesa /usr/bin/eglinfo.x86_64-linux-gnu -B -p surfaceless 2>&1 | sed 's/^/egl: /'; echo listed EGL
+        mesa /tmp/agent gl 2>&1 | sed 's/^/gl: /'; echo drew
+        mesa /tmp/agent vulkan 2>&1 | sed 's/^/vk: /'"
+    );
+    let guest = guest(assets, "outputs=640x480,renderer=venus+virgl", &script)?;
+    let said = run(guest, &["listed Vulkan", "listed EGL", "drew"])?;
+    let line = |start: &str, part: &str| {
+        let found = said
+            .lines()
+            .any(|line| line.starts_with(start) && line.contains(part));
+        ensure(
+            found,
+            format!("no line {start:?} with {part:?} in:\n{said}"),
+        )
+    };
+    line("dmesg: ", "+virgl +edid +resource_blob +host_visible")?;
+    line("dmesg: ", "number of cap sets: 3")?;
+    line("vulkan: ", "Virtio-GPU Venus")?;
+    line("egl: ", "virgl")?;
+    line("gl: ", "agent: drawn by virgl")?;
+    line("vk: ", "agent: computed and drawn by Virtio-GPU Venus")
+}
+
+fn blobs(assets: &Assets) -> Result<()> {
+    let script = "/bin/guest-agent blobs 3000 2000; /bin/guest-agent blobs 3000 10
+        echo complaints: $(dmesg | grep -ciE 'virtio_gpu.*(ERROR|response)|\\[drm.*ERROR')";
+    let guest = guest(assets, "outputs=640x480,renderer=venus", script)?;
+    let says = [
+        "agent: 3000 blobs and 2000 pairs",
+        "agent: 3000 blobs and 10 pairs",
+    ];
+    let said = run(guest, &says)?;
+    ensure(said.contains("complaints: 0"), &said)
+}
+
+fn slots(assets: &Assets) -> Result<()> {
+    let gpu = "outputs=640x480,renderer=venus,hostmem=64M,hostmem-slots=on";
+    let guest = guest(assets, gpu, "/bin/guest-agent blobs 200 20")?;
+    run(guest, &["agent: 200 blobs and 20 pairs"]).map(drop)
+}
+
+/// The renderer of a guest's process.
+fn renderer(guest: &Guest) -> Result<Pid> {
+    let parent = format!("PPid:\t{}\n", guest.pid());
+    let processes = fs::read_dir("/proc").context("cannot look for processes")?;
+    let names = processes
+        .flatten()
+        .map(|process| process.file_name().to_string_lossy().into_owned());
+    let mut numbers = names.filter_map(|name| name.parse::<i32>().ok());
+    let found = numbers.find(|number| {
+        let read = |file: &str| fs::read_to_string(format!("/proc/{number}/{file}"));
+        read("status").is_ok_and(|status| status.contains(&parent))
+            && read("cmdline").is_ok_and(|command| command.contains("\0renderer\0"))
+    });
+    found
+        .and_then(Pid::from_raw)
+        .ok_or(Failure("there is no renderer".into()))
+}
+
+fn killed(assets: &Assets) -> Result<()> {
+    let guest = guest(
+        assets,
+        "outputs=640x480,renderer=venus+virgl",
+        "echo 0 > /sys/class/graphics/fbcon/cursor_blink
+        /bin/guest-agent show-red
+        /bin/guest-agent blobs-until-refused
+        head -c 1228800 /dev/zero | tr '\\0' '\\125' > /dev/fb0; echo pain''ted; read -r line
+        echo 0 > /sys/class/vtconsole/vtcon1/bind; cd /sys/bus/virtio/drivers/virtio_gpu
+        d=$(ls -d virtio*); echo $d > unbind; echo $d > bind
+        /bin/guest-agent blobs 20 20",
+    )?;
+    let socket: PathBuf = guest.path("api");
+    let mut guest = guest.option("--api-socket", &socket).start()?;
+    guest.wait_for("agent: showing 640x480")?;
+    let mut client = Client::connect(&socket).context("cannot connect")?;
+    let mut picture = || -> Result<Vec<u8>> {
+        let (_, fds) = client
+            .call_with::<GpuScreenshot>(&Screenshot::default(), &[])
+            .context("gpu.screenshot")?;
+        read_png(one(fds)?.into())
+    };
+    let red = picture()?;
+    ensure(
+        red.len() == 640 * 480 * 3 && red.chunks(3).all(|pixel| pixel == [255, 0, 0]),
+        format!("it is not red but {:?}", red.get(..6)),
+    )?;
+    guest.send("\n")?;
+    guest.wait_for("agent: going on")?;
+    kill_process(renderer(&guest)?, Signal::KILL).context("cannot kill the renderer")?;
+    guest.wait_for("agent: refused after some")?;
+    guest.wait_for("painted")?;
+    // The guest flushes when it likes.
+    let start = Instant::now();
+    while !picture()?.iter().all(|&byte| byte == 0x55) {
+        ensure(start.elapsed() < PATIENCE, "the display does not go on")?;
+        thread::sleep(Duration::from_millis(100));
+    }
+    guest.send("\n")?;
+    guest.wait_for("agent: 20 blobs and 20 pairs")?;
+    guest.expect_exit(0)
+}
