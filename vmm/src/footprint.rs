@@ -74,8 +74,15 @@ mod tests {
     fn code_comes_back_when_it_is_used() {
         let text = format!("{:?}", vec![1.5, 2.25]);
         let before = resident_code();
-        shrink();
-        let after = resident_code();
+        // Other tests run beside this one, and use code at the same time.
+        let mut after = before;
+        for _ in 0..50 {
+            shrink();
+            after = resident_code();
+            if after < before / 2 {
+                break;
+            }
+        }
         assert!(after < before / 2, "{before} KiB before, {after} after");
         assert_eq!(format!("{:?}", vec![1.5, 2.25]), text);
     }
