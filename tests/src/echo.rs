@@ -58,9 +58,30 @@ fn limit(socket: impl AsFd) -> Result<()> {
     Ok(())
 }
 
+/// What tells a lost interrupt from a lost timer or packet.
+fn state() -> String {
+    let mut text = String::new();
+    for path in [
+        "/proc/uptime",
+        "/proc/net/tcp",
+        "/proc/net/dev",
+        "/proc/net/snmp",
+    ] {
+        text += &std::fs::read_to_string(path).unwrap_or_default();
+    }
+    for _ in 0..2 {
+        text += &std::fs::read_to_string("/proc/interrupts").unwrap_or_default();
+        thread::sleep(Duration::from_secs(1));
+    }
+    text
+}
+
 fn waited<T>(result: std::io::Result<T>, what: &str) -> Result<T> {
     result.map_err(|error| match error.kind() {
-        ErrorKind::WouldBlock => Failure(format!("{HANG}: nothing to {what} for {PATIENCE:?}")),
+        ErrorKind::WouldBlock => Failure(format!(
+            "{HANG}: nothing to {what} for {PATIENCE:?}\n{}",
+            state()
+        )),
         _ => Failure::new(format!("cannot {what}"), error),
     })
 }

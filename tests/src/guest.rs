@@ -297,6 +297,14 @@ impl Guest {
         self.heard.lock().clone()
     }
 
+    /// Adds what both said to a conversation's failure, once the guest has had time to say why it left.
+    pub fn heard<T>(&self, conversation: Result<T>) -> Result<T> {
+        conversation.map_err(|error| {
+            thread::sleep(Duration::from_secs(5));
+            self.failure(error)
+        })
+    }
+
     /// The process.
     pub fn pid(&self) -> u32 {
         self.child.id()

@@ -195,6 +195,14 @@ const EMULATOR_FAULTS: [&str; 4] = [
     "KVM gave up on the guest (internal error 3)",
 ];
 
+/// Keeps what was said in a run that was void, for who wants to know why; where.
+fn keep(name: &str, tries: usize, output: &str) -> Result<String> {
+    let name = name.replace("::", "-");
+    let path = format!("{}/{name}-{tries}.log", env!("CARGO_TARGET_TMPDIR"));
+    fs::write(&path, output).context(format!("cannot write {path}"))?;
+    Ok(path)
+}
+
 /// What the beds of all tests have in common.
 struct Beds {
     bed: Bed,
@@ -255,7 +263,8 @@ impl Beds {
                 Ok(0) => return Ok(()),
                 Ok(_) => match EMULATOR_FAULTS.iter().find(|fault| output.contains(*fault)) {
                     Some(fault) if tries < TRIES => {
-                        eprintln!("fanlight: {name}: {fault}; tried again");
+                        let log = keep(name, tries, &output)?;
+                        eprintln!("fanlight: {name}: {fault}; tried again ({log})");
                     }
                     _ => return Err(Failure(output.into_owned())),
                 },

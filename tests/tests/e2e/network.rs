@@ -48,9 +48,10 @@ fn tcp(assets: &Assets, tap: &str, net: u8, vhost: &str) -> Result<()> {
     guest.wait_for("ready")?;
     ip(&format!("addr add 10.0.{net}.1/24 dev {tap}"))?;
     ip(&format!("link set {tap} up"))?;
-    let served = echo::serve(&Address::Tcp(format!("10.0.{net}.1:5000")))?;
+    let served = guest.heard(echo::serve(&Address::Tcp(format!("10.0.{net}.1:5000"))))?;
     ensure(served == BYTES, format!("{served} bytes came"))?;
-    echo::call(&Address::Tcp(format!("10.0.{net}.2:5001")), BYTES)?;
+    let called = echo::call(&Address::Tcp(format!("10.0.{net}.2:5001")), BYTES);
+    guest.heard(called)?;
     guest.expect_exit(0)?;
     let said = guest.transcript();
     ensure(said.contains(&format!("mac: 52:54:00:00:00:{net}")), &said)?;
@@ -69,9 +70,10 @@ fn vsock(assets: &Assets) -> Result<()> {
         .start()?;
     let served = server
         .join()
-        .map_err(|_| Failure("the server panicked".into()))??;
+        .map_err(|_| Failure("the server panicked".into()))?;
+    let served = guest.heard(served)?;
     ensure(served == BYTES, format!("{served} bytes came"))?;
-    echo::call(&Address::Vsock(CID, 6001), BYTES)?;
+    guest.heard(echo::call(&Address::Vsock(CID, 6001), BYTES))?;
     guest.expect_exit(0)?;
     let said = guest.transcript();
     went_both_ways(&said)

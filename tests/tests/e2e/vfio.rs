@@ -141,7 +141,7 @@ fn igb_data(assets: &Assets, iommufd: &str) -> Result<()> {
         .option("--log", "info")
         .start()?;
     serve(&mut guest, 1)?;
-    echo::call(&Address::Tcp("10.9.0.2:5001".into()), BYTES)?;
+    guest.heard(echo::call(&Address::Tcp("10.9.0.2:5001".into()), BYTES))?;
     guest.expect_exit(0)?;
     let said = guest.transcript();
     let interface = if iommufd == "on" {
@@ -216,8 +216,7 @@ fn igb_resets(assets: &Assets) -> Result<()> {
         .start()?;
     for round in 1..=4 {
         guest.wait_for_times("driver:", round)?;
-        let served = echo::serve(&Address::Tcp("10.9.0.1:5000".into()))
-            .map_err(|error| Failure::new(error, guest.transcript()))?;
+        let served = guest.heard(echo::serve(&Address::Tcp("10.9.0.1:5000".into())))?;
         ensure(
             served == BYTES,
             format!("{served} bytes came in round {round}"),

@@ -133,6 +133,31 @@ impl Buffers {
         Ok(buffer)
     }
 
+    /// A black picture, for when the guest shows none.
+    pub(super) fn blank(
+        &self,
+        (width, height): (u32, u32),
+        handle: &QueueHandle<State>,
+    ) -> io::Result<Buffer> {
+        let (width, height) = (width.clamp(1, MAX_SIDE), height.clamp(1, MAX_SIDE));
+        let stride = width * PIXEL;
+        let mut buffer = Buffer {
+            id: 0,
+            picture: Picture {
+                fd: shared_memory(stride as usize * height as usize)?,
+                width,
+                height,
+                stride,
+                offset: 0,
+                fourcc: XRGB8888,
+                modifier: 0,
+            },
+            way: Way::Importing,
+        };
+        self.copy(&mut buffer, handle)?;
+        Ok(buffer)
+    }
+
     /// Has a picture copied from now on.
     pub(super) fn fall_back(
         &mut self,
@@ -142,6 +167,10 @@ impl Buffers {
         if !std::mem::replace(&mut self.told, true) {
             tracing::warn!("the compositor does not import the guest's pictures: they are copied");
         }
+        self.copy(buffer, handle)
+    }
+
+    fn copy(&self, buffer: &mut Buffer, handle: &QueueHandle<State>) -> io::Result<()> {
         let picture = &buffer.picture;
         let format = match picture.fourcc {
             XRGB8888 => wl_shm::Format::Xrgb8888,
@@ -219,14 +248,9 @@ impl Buffer {
         self.id
     }
 
-    /// Pixels in a line.
-    pub fn width(&self) -> u32 {
-        self.picture.width
-    }
-
-    /// Lines.
-    pub fn height(&self) -> u32 {
-        self.picture.height
+    /// All of it, as damage.
+    pub fn whole(&self) -> [i32; 4] {
+        [0, 0, self.picture.width as i32, self.picture.height as i32]
     }
 
     /// The compositor has taken the dma-buf.

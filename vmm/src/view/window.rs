@@ -145,6 +145,8 @@ pub(super) struct State {
     pub proposed: Option<(u32, u32)>,
     configured: bool,
     shown: Option<Buffer>,
+    /// The guest shows nothing.
+    blank: bool,
     /// Damage that waits for the compositor to want another frame.
     pending: Vec<[i32; 4]>,
     serial: u64,
@@ -193,6 +195,7 @@ impl Window {
             proposed: None,
             configured: false,
             shown: None,
+            blank: true,
             pending: Vec::new(),
             serial: 0,
             waiting: false,
@@ -201,6 +204,7 @@ impl Window {
         while !state.configured {
             queue.blocking_dispatch(&mut state)?;
         }
+        state.show(None)?;
         Ok(Self {
             connection,
             queue,
@@ -237,22 +241,9 @@ impl Window {
         }
     }
 
-    /// Shows another picture, or nothing.
+    /// Shows another picture, or black.
     pub fn show(&mut self, picture: Option<Picture>) -> Result<(), WindowError> {
-        let state = &mut self.state;
-        state.shown = None;
-        if let Some(picture) = picture {
-            let buffer = state.buffers.import(picture, &state.handle)?;
-            let whole = [0, 0, buffer.width() as i32, buffer.height() as i32];
-            state.shown = Some(buffer);
-            state.pending = vec![whole];
-        } else {
-            state.pending.clear();
-            state.surface.attach(None, 0, 0);
-            state.surface.commit();
-            state.waiting = false;
-        }
-        state.present()?;
+        self.state.show(picture)?;
         self.flush()
     }
 
@@ -273,6 +264,20 @@ impl Window {
 }
 
 impl State {
+    /// A guest that shows nothing has a black window: one without a buffer would be gone, and could not come
+    /// back before the compositor had configured it anew (xdg-shell, xdg_surface).
+    fn show(&mut self, picture: Option<Picture>) -> Result<(), WindowError> {
+        self.blank = picture.is_none();
+        let buffer = match picture {
+            Some(picture) => self.buffers.import(picture, &self.handle)?,
+            None if self.viewport.is_some() => self.buffers.blank((1, 1), &self.handle)?,
+            None => self.buffers.blank(self.size, &self.handle)?,
+        };
+        self.pending = vec![buffer.whole()];
+        self.shown = Some(buffer);
+        self.present()
+    }
+
     /// Commits what waits, unless the compositor has a frame of ours already.
     fn present(&mut self) -> Result<(), WindowError> {
         let Some(buffer) = &self.shown else {
@@ -347,12 +352,14 @@ impl State {
         {
             self.size = (width, height);
             self.events.push(WindowEvent::Resized { width, height });
-            if let Some(buffer) = &self.shown {
-                let whole = [0, 0, buffer.width() as i32, buffer.height() as i32];
-                self.pending.push(whole);
-            }
+            self.pending.extend(self.shown.as_ref().map(Buffer::whole));
         }
-        if let Err(error) = self.present() {
+        let presented = if self.blank && self.viewport.is_none() {
+            self.show(None)
+        } else {
+            self.present()
+        };
+        if let Err(error) = presented {
             tracing::error!(%error, "cannot show a picture");
         }
     }
