@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use rustix::net::sockopt::{Timeout, set_socket_timeout};
+use rustix::net::sockopt::{Timeout, set_socket_linger, set_socket_timeout};
 
 use crate::{Context, Failure, Result, guest::HANG};
 
@@ -49,8 +49,10 @@ impl std::str::FromStr for Address {
     }
 }
 
-/// Has a socket give up a peer that does nothing for so long.
+/// Has a socket give up a peer that does nothing for so long. Closing it waits until the peer has everything: a
+/// guest that says goodbye and is off takes along what is still in its buffers.
 fn limit(socket: impl AsFd) -> Result<()> {
+    set_socket_linger(&socket, Some(PATIENCE)).context("cannot have a socket linger")?;
     for direction in [Timeout::Recv, Timeout::Send] {
         set_socket_timeout(&socket, direction, Some(PATIENCE))
             .context("cannot set a time limit")?;
