@@ -207,9 +207,13 @@ pub struct VfioConfig {
     /// Whether DMA goes through iommufd, or through VFIO's older container.
     #[serde(default)]
     pub iommufd: Iommufd,
-    /// iommufd's node for all devices of the machine, when the first of them comes: `/dev/iommu` if absent.
+    /// iommufd's node for all devices of the machine, when the first of them comes: `/dev/iommu` if absent. With `group`
+    /// or `iommufd=off` the container's: `/dev/vfio/vfio` if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iommu: Option<PathOrFd>,
+    /// Its group's node, for DMA through the container: the one in `/dev/vfio` if absent.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub group: Option<PathOrFd>,
     /// Its name for the API: `vfio0`, `vfio1`, … if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,

@@ -217,8 +217,12 @@ pub struct RunOptions {
     #[arg(long, value_name = "tap=NAME[,mac=ADDRESS][,vhost=on|off][,port=N]")]
     net: Vec<NetConfig>,
     /// PCI device of the host's to pass through, bound to vfio-pci; may be given several times. iommufd says
-    /// whether DMA goes through that, or through VFIO's older container [default: auto]
-    #[arg(long, value_name = "ADDRESS[,iommufd=auto|on|off][,id=NAME][,port=N]")]
+    /// whether DMA goes through that, or through VFIO's older container; iommu and group are nodes of either, for
+    /// who has them open [default: auto]
+    #[arg(
+        long,
+        value_name = "ADDRESS[,iommufd=auto|on|off][,iommu=NODE][,group=NODE][,id=NAME][,port=N]"
+    )]
     vfio: Vec<VfioConfig>,
     /// Sockets between host and guest, with the guest's context id, from 3 on [default: none]
     #[arg(long, value_name = "cid=N")]

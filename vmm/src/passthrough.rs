@@ -2,7 +2,7 @@
 
 use std::{fs::File, io, path::PathBuf, sync::Arc};
 
-use fanlight_api::{ApiError, Iommufd, OrFd, VfioConfig, socket::Descriptors};
+use fanlight_api::{ApiError, Iommufd, OrFd, PathOrFd, VfioConfig, socket::Descriptors};
 use fanlight_devices::vfio::{
     HostDevice, Iommu, VfioError,
     sysfs::{HostFunction, PciAddress, PciAddressError},
@@ -29,7 +29,8 @@ pub enum PassthroughError {
     BothInterfaces,
     /// A descriptor goes with iommufd only.
     #[error(
-        "iommufd=off for a device whose open node is given: those are iommufd's; name its address instead"
+        "iommufd=off or a group for a device whose open node is given: those are iommufd's; name its address \
+         instead"
     )]
     NodeInContainer,
     /// A descriptor of something else.
@@ -41,9 +42,9 @@ pub enum PassthroughError {
     /// Two of them.
     #[error("iommu: a machine has one for all its devices, and it is there already: leave it away")]
     SecondIommu,
-    /// iommufd's node.
-    #[error("iommu={}: cannot open it", path.display())]
-    OpenIommu {
+    /// iommufd's node, the container's, or a group's.
+    #[error("{}: cannot open it", path.display())]
+    OpenNode {
         /// The node.
         path: PathBuf,
         /// The cause.
@@ -147,7 +148,7 @@ impl Passthrough {
 /// What a configuration names.
 struct Found {
     function: HostFunction,
-    /// Its node in `/dev/vfio/devices`, if that came open.
+    /// Its node in `/dev/vfio/devices` or its group's, if that came open.
     node: Option<File>,
 }
 
@@ -160,9 +161,19 @@ impl Found {
             (OrFd::Named(text), _) => {
                 let address: PciAddress = text.parse()?;
                 let function = HostFunction::find(address);
-                (function.ok_or(VfioError::NoDevice(address))?, None)
+                let function = function.ok_or(VfioError::NoDevice(address))?;
+                let group = config.group.as_ref();
+                let node = group.map(|group| open_node(group, descriptors));
+                let node = node.transpose()?;
+                if let (Some(OrFd::Fd(number)), Descriptors::Inherited) = (group, descriptors) {
+                    close_inherited(*number);
+                }
+                (function, node)
             }
             (what, node) => {
+                if config.group.is_some() {
+                    return Err(PassthroughError::NodeInContainer);
+                }
                 let node = node.map(File::from);
                 let function = node.as_ref().and_then(HostFunction::of_node);
                 let no_node = || PassthroughError::NotANode(what.to_string());
@@ -189,58 +200,58 @@ impl Found {
     }
 }
 
-/// Closes the descriptor that the process was started with, of which there is another now: the host gets a device
-/// back when the last one goes.
+/// Closes the descriptor that the process was started with, of which there is another now: the host gets a device or
+/// a group back when the last one goes.
 fn close_inherited(number: u32) {
     if let Ok(number) = i32::try_from(number) {
-        // SAFETY: a device's node that was there when the process started, so it is nobody's in here.
+        // SAFETY: a node that was open when the process started, so it is nobody's in here.
         unsafe { rustix::io::close(number) };
     }
 }
 
-/// iommufd's node, where one of the devices says which. All have one.
+/// iommufd's node or the container's, where one of the devices says which. All have one.
 fn iommu_node(
     configs: &[VfioConfig],
     descriptors: &Descriptors,
 ) -> Result<Option<File>, PassthroughError> {
     let mut named = configs.iter().filter_map(|config| config.iommu.as_ref());
-    let Some(node) = named.next() else {
-        return Ok(None);
-    };
+    let node = named.next();
     if named.next().is_some() {
         return Err(PassthroughError::SecondIommu);
     }
+    node.map(|node| open_node(node, descriptors)).transpose()
+}
+
+/// A node of VFIO's, opened by its path or before.
+fn open_node(node: &PathOrFd, descriptors: &Descriptors) -> Result<File, PassthroughError> {
     let open = descriptors
         .take_of(node)
         .map_err(PassthroughError::Descriptor)?;
-    match (node, open) {
-        (OrFd::Named(path), _) => File::options()
-            .read(true)
-            .write(true)
-            .open(path)
-            .map(Some)
-            .map_err(|source| PassthroughError::OpenIommu {
-                path: path.clone(),
-                source,
-            }),
-        (OrFd::Fd(_), open) => Ok(open.map(File::from)),
+    if let Some(open) = open {
+        return Ok(open.into());
     }
+    let path = PathBuf::from(node.to_string());
+    let file = File::options().read(true).write(true).open(&path);
+    file.map_err(|source| PassthroughError::OpenNode { path, source })
 }
 
 /// Which interface the devices are to use, if somebody cares.
 fn interface(configs: &[VfioConfig]) -> Result<Option<bool>, PassthroughError> {
     let wants = |wish| configs.iter().any(|config| config.iommufd == wish);
-    let is_open =
-        |config: &VfioConfig| matches!(config.device, OrFd::Fd(_)) || config.iommu.is_some();
-    let open = configs.iter().any(is_open);
-    if open && wants(Iommufd::Off) {
+    let is_node = |config: &VfioConfig| matches!(config.device, OrFd::Fd(_));
+    let has_node = configs.iter().any(is_node);
+    let in_container = wants(Iommufd::Off) || configs.iter().any(|config| config.group.is_some());
+    if has_node && in_container {
         return Err(PassthroughError::NodeInContainer);
     }
-    match (open || wants(Iommufd::On), wants(Iommufd::Off)) {
+    match (has_node || wants(Iommufd::On), in_container) {
         (true, true) => Err(PassthroughError::BothInterfaces),
         (true, false) => Ok(Some(true)),
         (false, true) => Ok(Some(false)),
-        (false, false) => Ok(None),
+        (false, false) => {
+            let has_iommu = configs.iter().any(|config| config.iommu.is_some());
+            Ok(has_iommu.then_some(true))
+        }
     }
 }
 
@@ -284,5 +295,11 @@ mod tests {
         assert_eq!(choose(&["1:0.0,iommu=/dev/iommu"]).unwrap(), Some(true));
         let error = choose(&["fd:5,iommufd=off"]).unwrap_err();
         assert!(matches!(error, PassthroughError::NodeInContainer));
+        assert_eq!(
+            choose(&["1:0.0,group=fd:5,iommu=fd:6"]).unwrap(),
+            Some(false)
+        );
+        let both = choose(&["1:0.0,group=fd:5,iommufd=on"]);
+        assert!(matches!(both, Err(PassthroughError::BothInterfaces)));
     }
 }

@@ -13,8 +13,9 @@ use vfio_bindings::bindings::vfio::{
 use super::{
     config::{Consequences, MsixCapability, VirtualConfig},
     error::VfioError,
-    host::{HostDevice, RegionInfo},
+    host::HostDevice,
     interrupts::Interrupts,
+    ioctls::RegionInfo,
     p2p::PeerMemory,
     regions::{RegionMapping, direct_parts},
 };

@@ -60,6 +60,21 @@ pub enum VfioError {
         /// What to do.
         hint: &'static str,
     },
+    /// A descriptor of something else.
+    #[error("iommu: not VFIO's container; give the open /dev/vfio/vfio, or leave it away")]
+    NotAContainer,
+    /// A descriptor of something else.
+    #[error("{0}: the group that was given is none; give its open node in /dev/vfio")]
+    NotAGroup(PciAddress),
+    /// Another device's group.
+    #[error(
+        "{0}: not in the group that was given; `fanlight vfio list` and the link iommu_group in its \
+         directory in sysfs tell its group"
+    )]
+    NotInGroup(PciAddress),
+    /// Somebody has begun to use the group.
+    #[error("{0}: its group is in a container already; hand it over as it was opened")]
+    GroupInContainer(PciAddress),
     /// No interrupt remapping.
     #[error(
         "the host cannot isolate the device's interrupts: switch interrupt remapping on in the firmware, or \
@@ -119,6 +134,17 @@ pub enum VfioError {
         /// The cause.
         #[source]
         source: vfio_ioctls::VfioError,
+    },
+    /// A system call on a device failed.
+    #[error("{address}: cannot {action}")]
+    Device {
+        /// The device.
+        address: PciAddress,
+        /// What was tried.
+        action: &'static str,
+        /// The cause.
+        #[source]
+        source: io::Error,
     },
     /// A system call failed.
     #[error("cannot {action}")]

@@ -8,22 +8,20 @@ use std::{
         fd::{AsFd, AsRawFd, BorrowedFd},
         unix::fs::FileExt,
     },
-    sync::{
-        Arc,
-        atomic::{AtomicBool, Ordering},
-    },
+    sync::Arc,
 };
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_PCI_CONFIG_REGION_INDEX, VFIO_PCI_REQ_IRQ_INDEX, VFIO_REGION_INFO_FLAG_MMAP,
-    VFIO_REGION_INFO_FLAG_WRITE,
+    VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_NORESIZE, VFIO_PCI_CONFIG_REGION_INDEX,
+    VFIO_PCI_REQ_IRQ_INDEX,
 };
-use vfio_ioctls::{VfioDevice, VfioRegionInfoCap};
+use vfio_ioctls::VfioDevice;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
+    container::Group,
     error::{VfioError, errno},
-    ioctls,
+    ioctls::{self, RegionInfo},
     iommu::Iommu,
     sysfs::{HostFunction, PciAddress, VFIO_PCI},
 };
@@ -31,34 +29,27 @@ use super::{
 /// Regions of a PCI device that Fanlight uses: BARs, ROM, configuration space.
 pub const REGIONS: u32 = VFIO_PCI_CONFIG_REGION_INDEX + 1;
 
-/// What the kernel tells of a region.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct RegionInfo {
-    /// Its number.
-    pub index: u32,
-    /// Where it is in the device's descriptor.
-    pub start: u64,
-    /// Size in bytes; 0 if there is none.
-    pub size: u64,
-    /// Whether it can be written.
-    pub writable: bool,
-    /// What of it can be mapped: offset in the region and length.
-    pub mappable: Vec<(u64, u64)>,
-}
-
 /// An open device.
 pub struct HostDevice {
     /// Where it is on the host.
     pub address: PciAddress,
     /// What bounds its DMA.
     pub iommu: Arc<Iommu>,
-    device: ManuallyDrop<VfioDevice>,
-    /// The device's descriptor once more, for mappings, exports and accesses whose errors count.
+    owner: ManuallyDrop<Owner>,
+    /// The device's descriptor, for mappings, exports and accesses.
     file: ManuallyDrop<Arc<File>>,
+    /// Regions, by number.
+    regions: Vec<RegionInfo>,
     /// Signalled when the host wants the device back.
     request: EventFd,
-    /// Whether that has been seen.
-    wanted: AtomicBool,
+}
+
+/// What keeps a device ours.
+enum Owner {
+    /// Its node, bound to iommufd.
+    Node(VfioDevice),
+    /// Its group in a container.
+    Group(#[expect(dead_code, reason = "dropped, for it leaves the container then")] Arc<Group>),
 }
 
 impl std::fmt::Debug for HostDevice {
@@ -68,8 +59,8 @@ impl std::fmt::Debug for HostDevice {
 }
 
 impl HostDevice {
-    /// Opens `function` and puts it into the address space `iommu`. `node` is its node in `/dev/vfio/devices`, if
-    /// somebody has opened it already; it goes with an address space of iommufd's.
+    /// Opens `function` and puts it into the address space `iommu`. `node` is what somebody has opened
+    /// already: its node in `/dev/vfio/devices` for an address space of iommufd's, its group's for a container.
     pub fn open(
         function: &HostFunction,
         iommu: Arc<Iommu>,
@@ -77,19 +68,35 @@ impl HostDevice {
     ) -> Result<Self, VfioError> {
         let address = function.address;
         function.check_usable()?;
-        let device = match (node, &*iommu) {
-            (Some(node), Iommu::Iommufd(iommufd)) => {
-                VfioDevice::new_from_fd(node, iommufd.clone(), true)
+        let (owner, file) = match &*iommu {
+            Iommu::Iommufd(iommufd) => {
+                let device = match node {
+                    Some(node) => VfioDevice::new_from_fd(node, iommufd.clone(), true),
+                    None => VfioDevice::new(&function.path, iommufd.clone(), true),
+                };
+                let device = device.map_err(|error| open_error(function, error))?;
+                let file = duplicate(&device)?;
+                (Owner::Node(device), file)
             }
-            _ => VfioDevice::new(&function.path, iommu.operations(), true),
+            Iommu::Container(container) => {
+                let (device, group) = container.device(function, node)?;
+                (Owner::Group(group), device)
+            }
         };
-        let device = device.map_err(|error| open_error(function, error))?;
+        // What the kernel refuses is not there.
+        let region = |index| {
+            let none = RegionInfo {
+                index,
+                ..Default::default()
+            };
+            ioctls::region(&file, index).unwrap_or(none)
+        };
         let open = Self {
             address,
             iommu,
-            file: ManuallyDrop::new(Arc::new(duplicate(&device)?)),
-            device: ManuallyDrop::new(device),
-            wanted: AtomicBool::new(false),
+            regions: (0..REGIONS).map(region).collect(),
+            owner: ManuallyDrop::new(owner),
+            file: ManuallyDrop::new(Arc::new(file)),
             request: EventFd::new(EFD_NONBLOCK).map_err(|source| VfioError::Host {
                 action: "make an event descriptor",
                 source,
@@ -132,43 +139,20 @@ impl HostDevice {
 
     /// Whether the host has asked for the device since the last call.
     pub fn take_request(&self) -> bool {
-        let asked = self.request.read().is_ok();
-        self.wanted.fetch_or(asked, Ordering::AcqRel);
-        asked
+        self.request.read().is_ok()
     }
 
-    /// Region `index`, below [`REGIONS`]. vfio-ioctls leaves regions out that the kernel refuses, but
-    /// refuses none of these.
+    /// Region `index`, below [`REGIONS`]; an empty one if there is none.
     pub fn region(&self, index: u32) -> RegionInfo {
-        let flags = self.device.get_region_flags(index);
-        let size = self.device.get_region_size(index);
-        let sparse =
-            self.device.get_region_caps(index).into_iter().find_map(
-                |capability| match capability {
-                    VfioRegionInfoCap::SparseMmap(sparse) => Some(sparse.areas),
-                    _ => None,
-                },
-            );
-        let mappable = match sparse {
-            _ if flags & VFIO_REGION_INFO_FLAG_MMAP == 0 => Vec::new(),
-            Some(areas) => areas.iter().map(|area| (area.offset, area.size)).collect(),
-            None => vec![(0, size)],
-        };
-        RegionInfo {
-            index,
-            start: self.device.get_region_offset(index),
-            size,
-            writable: flags & VFIO_REGION_INFO_FLAG_WRITE != 0,
-            mappable,
-        }
+        let region = self.regions.get(index as usize).cloned();
+        region.unwrap_or_default()
     }
 
     /// Number of interrupts of kind `index`, and whether single ones can be added while others are on.
     pub fn interrupts(&self, index: u32) -> (u32, bool) {
-        use vfio_bindings::bindings::vfio::{VFIO_IRQ_INFO_EVENTFD, VFIO_IRQ_INFO_NORESIZE};
-        match self.device.get_irq_info(index) {
-            Some(info) if info.flags & VFIO_IRQ_INFO_EVENTFD != 0 => {
-                (info.count, info.flags & VFIO_IRQ_INFO_NORESIZE == 0)
+        match ioctls::irq_info(self, index) {
+            Ok((flags, count)) if flags & VFIO_IRQ_INFO_EVENTFD != 0 => {
+                (count, flags & VFIO_IRQ_INFO_NORESIZE == 0)
             }
             _ => (0, false),
         }
@@ -187,14 +171,14 @@ impl HostDevice {
     }
 
     fn place(&self, index: u32, offset: u64, len: usize) -> io::Result<u64> {
-        let size = self.device.get_region_size(index);
-        let fits = offset
-            .checked_add(len as u64)
-            .is_some_and(|end| end <= size);
-        if index >= REGIONS || !fits {
-            return Err(io::ErrorKind::InvalidInput.into());
-        }
-        Ok(self.device.get_region_offset(index) + offset)
+        let region = self.regions.get(index as usize);
+        region
+            .filter(|region| {
+                let end = offset.checked_add(len as u64);
+                end.is_some_and(|end| end <= region.size)
+            })
+            .and_then(|region| region.start.checked_add(offset))
+            .ok_or_else(|| io::ErrorKind::InvalidInput.into())
     }
 
     /// Resets the function, if it can be.
@@ -216,28 +200,23 @@ impl AsFd for HostDevice {
 }
 
 impl Drop for HostDevice {
-    /// vfio-ioctls panics where it cannot give a device back in order: detaching fails when the device no
-    /// longer wakes up, and the group of a device that vanished is nowhere to be found. Such a device is
-    /// only closed; the kernel does the rest, and what vfio-ioctls keeps of it stays until the process ends.
+    /// vfio-ioctls panics where it cannot detach a device, as when it no longer wakes up. Such a device is only closed;
+    /// the kernel does the rest, and what vfio-ioctls keeps of it stays until the process ends.
     fn drop(&mut self) {
-        self.take_request();
-        let vanishing = self.wanted.load(Ordering::Acquire);
-        let in_order = match &*self.iommu {
-            Iommu::Iommufd(_) => self.device.detach_hwpt().is_ok(),
-            Iommu::Container(_) => {
-                !vanishing && HostFunction::find(self.address).is_some_and(|f| f.group().is_some())
-            }
+        let in_order = match &*self.owner {
+            Owner::Node(device) => device.detach_hwpt().is_ok(),
+            Owner::Group(_) => true,
         };
-        // SAFETY: `file` is not used after this. It goes first: the container refuses to let go of a group
-        // with an open device.
+        // SAFETY: `file` is not used after this. It goes first: a group with an open device stays in its container.
         unsafe { ManuallyDrop::drop(&mut self.file) };
-        if in_order {
-            // SAFETY: `device` is not used after this.
-            unsafe { ManuallyDrop::drop(&mut self.device) };
-        } else {
-            tracing::warn!(address = %self.address, "a device that does not answer is let go");
-            // SAFETY: nobody uses the descriptor after this: its owner is never dropped.
-            unsafe { libc::close(self.device.as_raw_fd()) };
+        match &*self.owner {
+            Owner::Node(device) if !in_order => {
+                tracing::warn!(address = %self.address, "a device that does not answer is let go");
+                // SAFETY: nobody uses the descriptor after this: its owner is never dropped.
+                unsafe { libc::close(device.as_raw_fd()) };
+            }
+            // SAFETY: `owner` is not used after this.
+            _ => unsafe { ManuallyDrop::drop(&mut self.owner) },
         }
     }
 }
@@ -298,26 +277,17 @@ fn open_error(function: &HostFunction, error: vfio_ioctls::VfioError) -> VfioErr
         others: others.clone(),
     };
     let action = match &error {
-        Library::OpenGroup(source, _) | Library::OpenDeviceCdev(source) => {
-            let node = match &error {
-                Library::OpenGroup(..) => Some(format!("/dev/vfio/{group}").into()),
-                _ => function.character_device(),
-            };
-            match (source.kind(), node) {
-                (io::ErrorKind::PermissionDenied, Some(node)) => {
-                    return VfioError::Permission(node);
-                }
-                (io::ErrorKind::NotFound, Some(path)) => {
-                    return VfioError::NoNode {
-                        path,
-                        hint: "the system's device manager has not made it; check /dev is mounted here",
-                    };
-                }
-                (io::ErrorKind::ResourceBusy, _) => return VfioError::Busy(address),
-                _ => "open it",
+        Library::OpenDeviceCdev(source) => match (source.kind(), function.character_device()) {
+            (io::ErrorKind::PermissionDenied, Some(node)) => return VfioError::Permission(node),
+            (io::ErrorKind::NotFound, Some(path)) => {
+                return VfioError::NoNode {
+                    path,
+                    hint: "the system's device manager has not made it; check /dev is mounted here",
+                };
             }
-        }
-        Library::GroupViable => return not_viable(),
+            (io::ErrorKind::ResourceBusy, _) => return VfioError::Busy(address),
+            _ => "open it",
+        },
         Library::InvalidVfioDev => {
             return VfioError::NoNode {
                 path: "/dev/vfio/devices".into(),
@@ -330,10 +300,6 @@ fn open_error(function: &HostFunction, error: vfio_ioctls::VfioError) -> VfioErr
             Some(libc::EBUSY | libc::EINVAL) => return VfioError::Busy(address),
             Some(libc::EPERM) => return VfioError::UnsafeInterrupts,
             _ => "bind it to iommufd",
-        },
-        Library::ContainerSetIOMMU(_) => match errno(&error) {
-            Some(libc::EPERM) => return VfioError::UnsafeInterrupts,
-            _ => "put it into VFIO's container",
         },
         _ => "take it",
     };

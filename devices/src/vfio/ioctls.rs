@@ -10,8 +10,9 @@ use std::{
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DEVICE_FEATURE_DMA_BUF, VFIO_DEVICE_FEATURE_GET, VFIO_DEVICE_FEATURE_PROBE,
     VFIO_IOMMU_INFO_CAPS, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, VFIO_IRQ_SET_ACTION_TRIGGER,
-    VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE, VFIO_TYPE,
-    vfio_region_info,
+    VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
+    VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_CAPS, VFIO_REGION_INFO_FLAG_MMAP,
+    VFIO_REGION_INFO_FLAG_WRITE, VFIO_TYPE, vfio_irq_info, vfio_region_info,
 };
 use vmm_sys_util::{
     eventfd::EventFd,
@@ -21,6 +22,7 @@ use vmm_sys_util::{
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, VFIO_TYPE as u32, VFIO_BASE + 8);
+ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, VFIO_TYPE as u32, VFIO_BASE + 9);
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
 ioctl_io_nr!(VFIO_DEVICE_FEATURE, VFIO_TYPE as u32, VFIO_BASE + 17);
@@ -30,7 +32,7 @@ ioctl_io_nr!(IOMMU_IOAS_IOVA_RANGES, VFIO_TYPE as u32, 0x84);
 /// The most IOVA ranges that are asked for: a host has one more than it has reserved windows, a handful.
 const MAX_IOVA_RANGES: usize = 256;
 
-fn check(result: libc::c_int) -> io::Result<libc::c_int> {
+pub(super) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 {
         Err(io::Error::last_os_error())
     } else {
@@ -100,6 +102,99 @@ pub fn disable_irqs(device: &impl AsRawFd, index: u32) -> io::Result<()> {
 pub fn reset(device: &impl AsRawFd) -> io::Result<()> {
     // SAFETY: VFIO_DEVICE_RESET takes no argument.
     check(unsafe { ioctl(device, VFIO_DEVICE_RESET()) }).map(drop)
+}
+
+/// What the kernel tells of a region.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct RegionInfo {
+    /// Its number.
+    pub index: u32,
+    /// Where it is in the device's descriptor.
+    pub start: u64,
+    /// Size in bytes; 0 if there is none.
+    pub size: u64,
+    /// Whether it can be written.
+    pub writable: bool,
+    /// What of it can be mapped: offset in the region and length.
+    pub mappable: Vec<(u64, u64)>,
+}
+
+/// Region `index` of a device.
+pub fn region(device: &impl AsRawFd, index: u32) -> io::Result<RegionInfo> {
+    /// The most that is asked for: a region has a handful of mappable areas.
+    const MAX: u32 = 64 << 10;
+    let mut len = size_of::<vfio_region_info>() as u32;
+    loop {
+        let request = RegionHeader {
+            argsz: len,
+            index,
+            ..Default::default()
+        };
+        let mut answer = request.as_bytes().to_vec();
+        answer.resize(len as usize, 0);
+        // SAFETY: the kernel writes at most `argsz` bytes, which is the length of `answer`.
+        check(unsafe {
+            ioctl_with_mut_ptr(device, VFIO_DEVICE_GET_REGION_INFO(), answer.as_mut_ptr())
+        })?;
+        let (header, _) = RegionHeader::read_from_prefix(&answer)
+            .map_err(|_| io::Error::other("the answer is too short"))?;
+        if header.argsz > len && header.argsz <= MAX {
+            len = header.argsz;
+            continue;
+        }
+        return Ok(parse_region(header, &answer));
+    }
+}
+
+/// `struct vfio_region_info`.
+#[derive(Clone, Copy, Default, IntoBytes, FromBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct RegionHeader {
+    argsz: u32,
+    flags: u32,
+    index: u32,
+    cap_offset: u32,
+    size: u64,
+    offset: u64,
+}
+
+fn parse_region(header: RegionHeader, answer: &[u8]) -> RegionInfo {
+    let capability = (header.flags & VFIO_REGION_INFO_FLAG_CAPS != 0)
+        .then(|| capability(answer, header.cap_offset, VFIO_REGION_INFO_CAP_SPARSE_MMAP))
+        .flatten();
+    let mappable = match capability {
+        _ if header.flags & VFIO_REGION_INFO_FLAG_MMAP == 0 => Vec::new(),
+        Some(sparse) => {
+            // `struct vfio_region_info_cap_sparse_mmap`: a count, and areas from 16 on.
+            let count = u32_at(sparse, 8).unwrap_or(0) as usize;
+            let areas = sparse.get(16..).unwrap_or_default().chunks_exact(16);
+            let areas = areas.take(count).filter_map(|bytes| {
+                let [offset, size] = <[u64; 2]>::read_from_bytes(bytes).ok()?;
+                Some((offset, size))
+            });
+            areas.collect()
+        }
+        None => vec![(0, header.size)],
+    };
+    RegionInfo {
+        index: header.index,
+        start: header.offset,
+        size: header.size,
+        writable: header.flags & VFIO_REGION_INFO_FLAG_WRITE != 0,
+        mappable,
+    }
+}
+
+/// `VFIO_IRQ_INFO_*` of interrupts of kind `index`, and how many there are.
+pub fn irq_info(device: &impl AsRawFd, index: u32) -> io::Result<(u32, u32)> {
+    let mut info = vfio_irq_info {
+        argsz: size_of::<vfio_irq_info>() as u32,
+        index,
+        ..Default::default()
+    };
+    // SAFETY: the kernel writes one `vfio_irq_info`, as `argsz` says.
+    check(unsafe { ioctl_with_mut_ref(device, VFIO_DEVICE_GET_IRQ_INFO(), &mut info) })?;
+    Ok((info.flags, info.count))
 }
 
 /// Offset of region `index` in the device's descriptor, and its size.
@@ -249,38 +344,50 @@ pub fn container_iova_ranges(container: &impl AsRawFd) -> io::Result<Vec<RangeIn
 fn parse_type1_info(answer: &[u8]) -> Vec<RangeInclusive<u64>> {
     /// `struct vfio_iommu_type1_info_cap_iova_range`: where the ranges start.
     const RANGES: usize = 16;
-    let u32_at = |at: usize| {
-        let bytes = answer.get(at..at.checked_add(4)?)?.try_into().ok()?;
-        Some(u32::from_ne_bytes(bytes))
-    };
     let Ok((info, _)) = Type1Info::read_from_prefix(answer) else {
         return Vec::new();
     };
     if info.flags & VFIO_IOMMU_INFO_CAPS == 0 {
         return Vec::new();
     }
-    let mut at = info.cap_offset as usize;
+    let Some(found) = capability(
+        answer,
+        info.cap_offset,
+        VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE,
+    ) else {
+        return Vec::new();
+    };
+    let count = u32_at(found, 8).unwrap_or(0) as usize;
+    let ranges = found.get(RANGES..).unwrap_or_default();
+    ranges
+        .chunks_exact(size_of::<IovaRange>())
+        .take(count)
+        .filter_map(|bytes| IovaRange::read_from_bytes(bytes).ok())
+        .map(Into::into)
+        .collect()
+}
+
+fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+    let bytes = bytes.get(at..at.checked_add(4)?)?.try_into().ok()?;
+    Some(u32::from_ne_bytes(bytes))
+}
+
+/// The capability of this kind, from its header to the end of the answer, in the chain of
+/// `struct vfio_info_cap_header` that starts at `first`.
+fn capability(answer: &[u8], first: u32, id: u32) -> Option<&[u8]> {
+    let mut at = first as usize;
     // The chain is the kernel's; a bound all the same.
     for _ in 0..16 {
-        let (Some(header), Some(next)) = (u32_at(at), u32_at(at + 4)) else {
-            break;
-        };
-        if header & 0xffff == VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE {
-            let count = u32_at(at + 8).unwrap_or(0) as usize;
-            let ranges = answer.get(at + RANGES..).unwrap_or_default();
-            return ranges
-                .chunks_exact(size_of::<IovaRange>())
-                .take(count)
-                .filter_map(|bytes| IovaRange::read_from_bytes(bytes).ok())
-                .map(Into::into)
-                .collect();
-        }
-        if next == 0 {
+        if at == 0 {
             break;
         }
-        at = next as usize;
+        let here = answer.get(at..)?;
+        if u32_at(here, 0)? & 0xffff == id {
+            return Some(here);
+        }
+        at = u32_at(here, 4)? as usize;
     }
-    Vec::new()
+    None
 }
 
 #[cfg(test)]
@@ -291,10 +398,42 @@ mod tests {
     fn structures_are_as_large_as_the_kernels() {
         assert_eq!(size_of::<IrqSet>(), 20);
         assert_eq!(size_of::<Feature>(), 8);
+        assert_eq!(size_of::<RegionHeader>(), size_of::<vfio_region_info>());
         assert_eq!(size_of::<FeatureDmaBuf>(), 16);
         assert_eq!(size_of::<IovaRanges>(), 32);
         assert_eq!(size_of::<IovaRange>(), 16);
         assert_eq!(size_of::<Type1Info>(), 24);
+    }
+
+    #[test]
+    fn a_region_is_mappable_where_it_says() {
+        let header = RegionHeader {
+            flags: VFIO_REGION_INFO_FLAG_CAPS | VFIO_REGION_INFO_FLAG_MMAP,
+            index: 4,
+            cap_offset: 32,
+            size: 0x4000,
+            offset: 4 << 40,
+            ..Default::default()
+        };
+        let mut answer = header.as_bytes().to_vec();
+        for word in [3u32 | 1 << 16, 40, 1 | 1 << 16, 0, 2, 0] {
+            answer.extend(word.to_ne_bytes());
+        }
+        for word in [0u64, 0x1000, 0x2000, 0x2000] {
+            answer.extend(word.to_ne_bytes());
+        }
+        let region = parse_region(header, &answer);
+        assert_eq!(region.mappable, [(0, 0x1000), (0x2000, 0x2000)]);
+        assert_eq!((region.start, region.size), (4 << 40, 0x4000));
+        let cut = parse_region(header, &answer[..70]);
+        assert_eq!(cut.mappable, [(0, 0x1000)]);
+        let plain = RegionHeader {
+            flags: VFIO_REGION_INFO_FLAG_MMAP,
+            ..header
+        };
+        assert_eq!(parse_region(plain, &answer).mappable, [(0, 0x4000)]);
+        let unmappable = RegionHeader { flags: 0, ..header };
+        assert_eq!(parse_region(unmappable, &answer).mappable, []);
     }
 
     #[test]

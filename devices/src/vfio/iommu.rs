@@ -6,10 +6,11 @@ use std::{fs::File, io, ops::RangeInclusive, os::fd::AsRawFd, path::Path, sync::
 
 use iommufd_ioctls::{IommuFd, IommufdError};
 use rustix::process::Resource;
-use vfio_ioctls::{VfioContainer, VfioIommufd, VfioOps};
+use vfio_ioctls::VfioIommufd;
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::{
+    container::Container,
     error::{VfioError, errno},
     ioctls,
     sysfs::HostFunction,
@@ -18,15 +19,13 @@ use crate::GuestMemory;
 
 /// iommufd's device node.
 const IOMMUFD: &str = "/dev/iommu";
-/// The container's.
-const CONTAINER: &str = "/dev/vfio/vfio";
 
 /// The machine's I/O address space.
 pub enum Iommu {
     /// An address space of iommufd.
     Iommufd(Arc<VfioIommufd>),
     /// A container.
-    Container(Arc<VfioContainer>),
+    Container(Container),
 }
 
 impl std::fmt::Debug for Iommu {
@@ -51,7 +50,7 @@ pub struct DmaSource<'a> {
 impl Iommu {
     /// Opens an empty address space for `devices`. Without a wish it is iommufd's where the host has that
     /// for all of them.
-    /// `node` is iommufd's, if somebody has opened it already.
+    /// `node` is iommufd's or the container's, if somebody has opened it already.
     pub fn open(
         devices: &[HostFunction],
         iommufd: Option<bool>,
@@ -65,14 +64,7 @@ impl Iommu {
         let iommu = if iommufd {
             Self::Iommufd(Arc::new(open_iommufd(node)?))
         } else {
-            let container = VfioContainer::new(None).map_err(|error| match error {
-                vfio_ioctls::VfioError::OpenContainer(source) => node_error(CONTAINER, source),
-                error => VfioError::Host {
-                    action: "use VFIO's container",
-                    source: io::Error::other(error),
-                },
-            })?;
-            Self::Container(Arc::new(container))
+            Self::Container(Container::open(node)?)
         };
         Ok(Arc::new(iommu))
     }
@@ -85,21 +77,13 @@ impl Iommu {
         }
     }
 
-    /// The same as vfio-ioctls wants it.
-    pub(super) fn operations(&self) -> Arc<dyn VfioOps> {
-        match self {
-            Iommu::Iommufd(iommufd) => iommufd.clone(),
-            Iommu::Container(container) => container.clone(),
-        }
-    }
-
     /// The addresses that can be mapped for the devices that are attached now.
     pub fn allowed(&self) -> Result<Vec<RangeInclusive<u64>>, VfioError> {
         let ranges = match self {
             Iommu::Iommufd(iommufd) => {
                 ioctls::ioas_iova_ranges(&**iommufd.iommufd(), iommufd.ioas().id())
             }
-            Iommu::Container(container) => ioctls::container_iova_ranges(&**container),
+            Iommu::Container(container) => ioctls::container_iova_ranges(container.file()),
         };
         ranges.map_err(|source| VfioError::Host {
             action: "ask the IOMMU which addresses it maps",
@@ -206,9 +190,13 @@ impl Iommu {
         len: u64,
     ) -> io::Result<DmaMapping> {
         let size = usize::try_from(len).map_err(io::Error::other)?;
-        // SAFETY: the caller's promise is the one that vfio-ioctls asks for.
-        unsafe { self.operations().vfio_dma_map(iova, size, host) }
-            .map_err(|error| system_error(&error))?;
+        match &**self {
+            // SAFETY: the caller's promise is the one that vfio-ioctls asks for.
+            Iommu::Iommufd(iommufd) => unsafe { iommufd.vfio_dma_map(iova, size, host) }
+                .map_err(|error| system_error(&error))?,
+            // SAFETY: the caller's promise.
+            Iommu::Container(container) => unsafe { container.map(iova, len, host) }?,
+        }
         Ok(DmaMapping {
             iommu: self.clone(),
             iova,
@@ -227,8 +215,13 @@ pub struct DmaMapping {
 
 impl Drop for DmaMapping {
     fn drop(&mut self) {
-        let size = self.len as usize;
-        if let Err(error) = self.iommu.operations().vfio_dma_unmap(self.iova, size) {
+        let result = match &*self.iommu {
+            Iommu::Iommufd(iommufd) => iommufd
+                .vfio_dma_unmap(self.iova, self.len as usize)
+                .map_err(|error| system_error(&error)),
+            Iommu::Container(container) => container.unmap(self.iova, self.len),
+        };
+        if let Err(error) = result {
             let iova = format_args!("{:#x}", self.iova);
             tracing::error!(%error, iova, "cannot unmap memory from the IOMMU");
         }
@@ -253,7 +246,7 @@ fn open_iommufd(node: Option<File>) -> Result<VfioIommufd, VfioError> {
 }
 
 /// Why a node of VFIO's could not be opened.
-fn node_error(path: &str, source: io::Error) -> VfioError {
+pub(super) fn node_error(path: &str, source: io::Error) -> VfioError {
     match source.kind() {
         io::ErrorKind::PermissionDenied => VfioError::Permission(path.into()),
         io::ErrorKind::NotFound if path == IOMMUFD => VfioError::NoNode {

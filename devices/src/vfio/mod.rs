@@ -5,6 +5,8 @@
 //! reach: guest RAM, and each other's memory where the guest sees it.
 
 mod config;
+mod container;
+mod container_ioctls;
 mod device;
 pub mod dmabuf;
 mod error;
@@ -16,7 +18,9 @@ mod p2p;
 mod regions;
 pub mod sysfs;
 
+pub use container::Container;
 pub use device::VfioFunction;
 pub use error::VfioError;
-pub use host::{HostDevice, RegionInfo, others_in_group};
+pub use host::{HostDevice, others_in_group};
+pub use ioctls::RegionInfo;
 pub use iommu::{DmaMapping, Iommu, covers};

@@ -12,7 +12,7 @@ use fanlight_api::{
         EventName, MemoryStats, ResizeDisk, VcpuStats, VmState, VmStats,
     },
 };
-use fanlight_devices::{GuestMemory, error_line, pci::SlotError};
+use fanlight_devices::{GuestMemory, error_line, pci::SlotError, vfio::VfioError};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{MainLoop, Outcome};
@@ -403,9 +403,16 @@ fn machine_error(error: MachineError) -> ApiError {
 pub fn config_error(error: &ConfigError, field: String) -> ApiError {
     let kind = match error {
         ConfigError::Descriptor { .. }
-        | ConfigError::Vfio(PassthroughError::Descriptor(_) | PassthroughError::NotANode(_)) => {
-            ErrorKind::BadDescriptor
-        }
+        | ConfigError::Vfio(
+            PassthroughError::Descriptor(_)
+            | PassthroughError::NotANode(_)
+            | PassthroughError::Vfio(
+                VfioError::NotAContainer
+                | VfioError::NotAGroup(_)
+                | VfioError::NotInGroup(_)
+                | VfioError::GroupInContainer(_),
+            ),
+        ) => ErrorKind::BadDescriptor,
         _ => ErrorKind::BadInput,
     };
     let error = ApiError::new(kind, error_line(error));

@@ -1,0 +1,109 @@
+//! The ioctls on VFIO's container and groups, one typed function each (Linux `include/uapi/linux/vfio.h`).
+//! vfio-ioctls has them for nodes that it opens itself only.
+
+use std::{
+    ffi::CStr,
+    fs::File,
+    io,
+    os::fd::{AsRawFd, FromRawFd},
+};
+
+use vfio_bindings::bindings::vfio::{
+    VFIO_API_VERSION, VFIO_BASE, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_TYPE,
+    VFIO_TYPE1v2_IOMMU, vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
+};
+use vmm_sys_util::{
+    ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref, ioctl_with_val},
+    ioctl_io_nr,
+};
+
+use super::ioctls::check;
+
+ioctl_io_nr!(VFIO_GET_API_VERSION, VFIO_TYPE as u32, VFIO_BASE);
+ioctl_io_nr!(VFIO_CHECK_EXTENSION, VFIO_TYPE as u32, VFIO_BASE + 1);
+ioctl_io_nr!(VFIO_SET_IOMMU, VFIO_TYPE as u32, VFIO_BASE + 2);
+ioctl_io_nr!(VFIO_GROUP_GET_STATUS, VFIO_TYPE as u32, VFIO_BASE + 3);
+ioctl_io_nr!(VFIO_GROUP_SET_CONTAINER, VFIO_TYPE as u32, VFIO_BASE + 4);
+ioctl_io_nr!(VFIO_GROUP_UNSET_CONTAINER, VFIO_TYPE as u32, VFIO_BASE + 5);
+ioctl_io_nr!(VFIO_GROUP_GET_DEVICE_FD, VFIO_TYPE as u32, VFIO_BASE + 6);
+ioctl_io_nr!(VFIO_IOMMU_MAP_DMA, VFIO_TYPE as u32, VFIO_BASE + 13);
+ioctl_io_nr!(VFIO_IOMMU_UNMAP_DMA, VFIO_TYPE as u32, VFIO_BASE + 14);
+
+/// Whether the file is a container that can translate as Fanlight needs it. What is none gives an error.
+pub fn is_container(file: &File) -> io::Result<bool> {
+    // SAFETY: VFIO_GET_API_VERSION takes no argument.
+    let version = check(unsafe { ioctl(file, VFIO_GET_API_VERSION()) })?;
+    // SAFETY: VFIO_CHECK_EXTENSION takes a number.
+    let has_type1 =
+        check(unsafe { ioctl_with_val(file, VFIO_CHECK_EXTENSION(), VFIO_TYPE1v2_IOMMU.into()) })?;
+    Ok(version as u32 == VFIO_API_VERSION && has_type1 == 1)
+}
+
+/// Has a container translate for the groups that it has.
+pub fn set_iommu(container: &File) -> io::Result<()> {
+    // SAFETY: VFIO_SET_IOMMU takes a number.
+    check(unsafe { ioctl_with_val(container, VFIO_SET_IOMMU(), VFIO_TYPE1v2_IOMMU.into()) })
+        .map(drop)
+}
+
+/// Maps `size` bytes at `host` for devices at `iova`.
+///
+/// # Safety
+/// Devices write there until it is unmapped: nobody may have references into it.
+pub unsafe fn map(container: &File, iova: u64, size: u64, host: *mut u8) -> io::Result<()> {
+    let request = vfio_iommu_type1_dma_map {
+        argsz: size_of::<vfio_iommu_type1_dma_map>() as u32,
+        flags: VFIO_DMA_MAP_FLAG_READ | VFIO_DMA_MAP_FLAG_WRITE,
+        vaddr: host.expose_provenance() as u64,
+        iova,
+        size,
+    };
+    // SAFETY: the kernel reads one request, as `argsz` says; what is mapped is the caller's promise.
+    check(unsafe { ioctl_with_ref(container, VFIO_IOMMU_MAP_DMA(), &request) }).map(drop)
+}
+
+/// Unmaps what was mapped there; how many bytes that were.
+pub fn unmap(container: &File, iova: u64, size: u64) -> io::Result<u64> {
+    let mut request = vfio_iommu_type1_dma_unmap {
+        argsz: size_of::<vfio_iommu_type1_dma_unmap>() as u32,
+        iova,
+        size,
+        ..Default::default()
+    };
+    // SAFETY: the kernel reads and writes one request, as `argsz` says.
+    check(unsafe { ioctl_with_mut_ref(container, VFIO_IOMMU_UNMAP_DMA(), &mut request) })?;
+    Ok(request.size)
+}
+
+/// A group's `VFIO_GROUP_FLAGS_*`. What is no group gives an error.
+pub fn group_flags(group: &File) -> io::Result<u32> {
+    let mut status = vfio_group_status {
+        argsz: size_of::<vfio_group_status>() as u32,
+        flags: 0,
+    };
+    // SAFETY: the kernel writes one status, as `argsz` says.
+    check(unsafe { ioctl_with_mut_ref(group, VFIO_GROUP_GET_STATUS(), &mut status) })?;
+    Ok(status.flags)
+}
+
+/// Puts a group into a container.
+pub fn set_container(group: &File, container: &File) -> io::Result<()> {
+    let number = container.as_raw_fd();
+    // SAFETY: the kernel reads a descriptor's number.
+    check(unsafe { ioctl_with_ref(group, VFIO_GROUP_SET_CONTAINER(), &number) }).map(drop)
+}
+
+/// Takes a group out of its container, which it can be when none of its devices is open.
+pub fn unset_container(group: &File) -> io::Result<()> {
+    // SAFETY: VFIO_GROUP_UNSET_CONTAINER takes no argument.
+    check(unsafe { ioctl(group, VFIO_GROUP_UNSET_CONTAINER()) }).map(drop)
+}
+
+/// Opens the device of this name in a group that is in a container.
+pub fn device_of(group: &File, name: &CStr) -> io::Result<File> {
+    // SAFETY: the kernel reads a string that ends.
+    let device =
+        check(unsafe { ioctl_with_ptr(group, VFIO_GROUP_GET_DEVICE_FD(), name.as_ptr()) })?;
+    // SAFETY: the ioctl returned a new descriptor, which nobody else owns.
+    Ok(unsafe { File::from_raw_fd(device) })
+}
