@@ -2,6 +2,7 @@
 
 use std::{
     fs::{self, File},
+    ops::Range,
     os::unix::fs::FileExt,
     path::{Path, PathBuf},
 };
@@ -89,6 +90,11 @@ impl Function {
     /// Maps BAR `index`.
     pub fn map(&self, index: usize) -> Result<Mmio> {
         let (_, len) = self.bar(index)?;
+        self.map_part(index, 0..len)
+    }
+
+    /// Maps pages of BAR `index`.
+    pub fn map_part(&self, index: usize, part: Range<u64>) -> Result<Mmio> {
         let path = self.0.join(format!("resource{index}"));
         let what = format!("cannot map {}", path.display());
         let file = File::options()
@@ -96,7 +102,7 @@ impl Function {
             .write(true)
             .open(path)
             .context(&what)?;
-        Mmio::new(&file, 0, len).context(&what)
+        Mmio::new(&file, part.start, part.end - part.start).context(&what)
     }
 }
 

@@ -32,11 +32,13 @@ use std::{
     sync::Arc,
 };
 
+use e2e::vfio::hardware::VARIABLE;
 use fanlight_tests::{
     Context, Failure, Result,
     bed::{
-        ApiClients, Bed, Busybox, Cache, DebianPrograms, Emulator, GraphicsStack, L1Kernel,
-        Modules, Share, StockKernel, bed_kernel, build_program, guest_archive, guest_module, pulse,
+        ApiClients, Bed, Busybox, Cache, DebianPrograms, Emulator, GraphicsStack, L1Device,
+        L1Kernel, Modules, Share, StockKernel, bed_kernel, build_program, guest_archive,
+        guest_module, pulse,
     },
     guest::{Assets, HANG},
     host::{self, Kvm},
@@ -71,6 +73,41 @@ fn tests() -> Vec<(&'static str, Test)> {
         e2e::vram::TESTS,
     ];
     groups.concat()
+}
+
+/// What a test's L1 has to pass through.
+fn l1_devices(name: &str) -> Vec<L1Device> {
+    [
+        e2e::vfio::l1_devices(name),
+        e2e::dmabuf::l1_devices(name),
+        e2e::vram::l1_devices(name),
+    ]
+    .concat()
+}
+
+/// On this machine's own KVM: tests of the bed's devices are left out, and a device of this machine's is tried if
+/// one is named.
+fn trials_here(assets: Assets) -> Vec<Trial> {
+    let mut tests = tests();
+    if std::env::var_os(VARIABLE).is_some() {
+        tests.extend(e2e::vfio::hardware::TESTS);
+    } else {
+        eprintln!(
+            "fanlight: tests that pass devices through are left out: {}=force has them run in the bed, \
+             {VARIABLE}=ADDRESS tries a device of this machine's",
+            host::BED
+        );
+    }
+    tests
+        .into_iter()
+        .map(|(name, test)| {
+            let assets = assets.clone();
+            Trial::test(name, move || {
+                test(&assets).map_err(|error| error.to_string().into())
+            })
+            .with_ignored_flag(!l1_devices(name).is_empty())
+        })
+        .collect()
 }
 
 fn trials(run: impl Fn(&'static str, Test) -> Result<()> + Clone + Send + 'static) -> Vec<Trial> {
@@ -143,8 +180,13 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
             // SAFETY: a network namespace changes nothing that the program's memory depends on.
             unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }
                 .context("cannot make a network namespace for the tests; run them as root")?;
-            let assets = assets(&cache, &fanlight, &guest_cpio)?;
-            trials(move |_, test| test(&assets))
+            trials_here(assets(&cache, &fanlight, &guest_cpio)?)
+        }
+        Kvm::Bed(reason) if std::env::var_os(VARIABLE).is_some() => {
+            return Err(Failure(format!(
+                "{VARIABLE} names a device of this machine's, which only guests of its own can have, and tests run \
+                 in the bed: {reason}"
+            )));
         }
         Kvm::Bed(reason) => {
             eprintln!("fanlight: tests run in the bed: {reason}");
@@ -242,12 +284,7 @@ impl Beds {
 
     fn run(&self, name: &str) -> Result<()> {
         let programs = [&*self.this, &*self.fanlight];
-        let devices = [
-            e2e::vfio::l1_devices(name),
-            e2e::dmabuf::l1_devices(name),
-            e2e::vram::l1_devices(name),
-        ]
-        .concat();
+        let devices = l1_devices(name);
         let mut tries = 0;
         loop {
             let mut output = Vec::new();

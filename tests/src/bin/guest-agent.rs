@@ -61,8 +61,10 @@ fn act(arguments: &[String]) -> Result<String> {
             Ok(format!("the device's status is {status:#x}"))
         }
         [verb, count] if verb == "interrupts" => {
-            let heard = edu::interrupts(number(count)? as u32)?;
-            Ok(format!("edu interrupted {heard} times"))
+            let time = edu::interrupts(number(count)? as u32)?.as_micros();
+            Ok(format!(
+                "edu interrupted {count} times in {time} microseconds"
+            ))
         }
         [verb, ids, bar, offset] if verb == "screen" => {
             screen::show_bar(ids, number(bar)? as u32, number(offset)?)

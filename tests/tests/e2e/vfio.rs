@@ -1,5 +1,8 @@
 //! Devices of the host's in the guest's hands: drivers, data, interrupts, and what is left behind.
 
+pub mod hardware;
+mod many;
+
 use std::{
     fs::{self, File},
     os::fd::{AsFd, AsRawFd},
@@ -41,6 +44,10 @@ pub const TESTS: &[(&str, Test)] = &[
         peers(assets, "off")
     }),
     ("vfio::devices_come_and_go", come_and_go),
+    (
+        "vfio::three_devices_and_16_gib",
+        many::three_devices_and_16_gib,
+    ),
     ("vfio::mistakes_are_named", mistakes),
     ("vfio::the_doctor_and_the_list", doctor),
 ];
@@ -50,7 +57,14 @@ pub fn l1_devices(name: &str) -> &'static [L1Device] {
     match name {
         _ if name.starts_with("vfio::a_disk") => &[L1Device::Ahci],
         _ if name.starts_with("vfio::peers") => &[L1Device::Edu, L1Device::Ivshmem(64)],
-        "vfio::devices_come_and_go" => &[L1Device::Igb, L1Device::Edu],
+        "vfio::devices_come_and_go" | "vfio::igb_through_a_container" => {
+            &[L1Device::Igb, L1Device::Edu]
+        }
+        "vfio::three_devices_and_16_gib" => &[
+            L1Device::Edu,
+            L1Device::Ivshmem(16 << 10),
+            L1Device::BochsDisplay,
+        ],
         _ if name.starts_with("vfio::") => &[L1Device::Igb],
         _ => &[],
     }
@@ -132,14 +146,20 @@ fn igb_data(assets: &Assets, iommufd: &str) -> Result<()> {
     let (physical, vf) = virtual_function(assets, IGB)?;
     interface_up(&physical, "10.9.0.1/24")?;
     let script = format!(
-        "{UP}; echo capabilities: $(od -An -tx1 -j256 -N4 /sys/class/net/eth0/device/config)
+        "echo ready; until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done
+         {UP}; echo capabilities: $(od -An -tx1 -j256 -N4 /sys/class/net/eth0/device/config)
          guest-agent call tcp:10.9.0.1:5000 {BYTES}
          guest-agent serve tcp:0.0.0.0:5001
          {INTERRUPTS}"
     );
-    let mut guest = igb_guest(assets, &script, &format!("{vf},iommufd={iommufd}"))?
-        .option("--log", "info")
-        .start()?;
+    let guest = assets.guest(&script).modules(&["igbvf"])?;
+    let guest = guest.option("--log", "info");
+    let mut guest = if iommufd == "on" {
+        let device = format!("{vf},iommufd=on");
+        guest.option("--vfio", device).start()?
+    } else {
+        in_container(assets, guest, &vf)?
+    };
     serve(&mut guest, 1)?;
     guest.heard(echo::call(&Address::Tcp("10.9.0.2:5001".into()), BYTES))?;
     guest.expect_exit(0)?;
@@ -168,6 +188,43 @@ fn igb_data(assets: &Assets, iommufd: &str) -> Result<()> {
         &said,
     )?;
     ensure(said.contains("PCI-MSIX"), &said)
+}
+
+/// Starts a guest with a device whose group and container come open, and adds another one by its open group. What is no
+/// group, or another device's, is refused.
+fn in_container(assets: &Assets, guest: GuestBuilder, vf: &str) -> Result<Guest> {
+    let edu = whole_function(assets, edu::IDS)?;
+    let nodes = [group_node(&edu)?, open("/dev/vfio/vfio")?];
+    let [group, container] = [inherited(&nodes[0])?, inherited(&nodes[1])?];
+    let socket = guest.path("api");
+    let mut guest = guest
+        .option("--vfio", format!("{edu},group={group},iommu={container}"))
+        .option("--api-socket", &socket)
+        .start()?;
+    drop(nodes);
+    guest.wait_for("ready")?;
+    let mut client = Client::connect(&socket).context("cannot connect")?;
+    let mut add = |address: &str, group: &File| {
+        let device = format!("{address},id=net,group=fd:0");
+        let add = AddDevice {
+            vfio: Some(device.parse().context("bad device")?),
+            ..Default::default()
+        };
+        let added = client.call_with::<DeviceAdd>(&add, &[group.as_fd()]);
+        added.map(drop).context("device.add")
+    };
+    let group = group_node(vf)?;
+    let physical = Function::only(IGB)?.address();
+    for (address, group, why) in [
+        (vf, &open("/dev/null")?, "the group that was given is none"),
+        (&physical, &group, "not to vfio-pci"),
+    ] {
+        let refused = add(address, group).err();
+        let error = refused.ok_or_else(|| Failure("anything is taken".into()))?;
+        ensure(error.to_string().contains(why), error)?;
+    }
+    add(vf, &group)?;
+    Ok(guest)
 }
 
 /// Sends back what the guest sends, for the `round`th time. A guest that never calls is heard, not waited
@@ -262,38 +319,53 @@ fn disk(assets: &Assets, cmdline: &str, kind: &str) -> Result<()> {
 fn peers(assets: &Assets, iommufd: &str) -> Result<()> {
     let edu = whole_function(assets, edu::IDS)?;
     let memory = whole_function(assets, edu::MEMORY_IDS)?;
-    let guest = |script: &str| {
-        let guest = assets.guest(script);
+    let run = |script: &str, cmdline: &str| {
+        let guest = assets.guest(script).cmdline(cmdline);
         guest
             .option("--vfio", format!("{edu},iommufd={iommufd}"))
             .option("--vfio", format!("{memory},iommufd={iommufd}"))
             .option("--log", "info")
+            .run()
     };
-    let said = guest(
+    let said = run(
         "guest-agent peer; guest-agent mark 7 > /tmp/mark; cat /tmp/mark
          echo bar: $(sed -n 3p /sys/bus/pci/devices/0000:00:02.0/resource)
          grep -q 'was 7' /tmp/mark || { reboot -f; sleep 100; }",
-    )
-    .run()?;
+        "",
+    )?;
     ensure(said.matches("edu copied 8192 bytes").count() == 2, &said)?;
     ensure(!said.contains("cannot reach"), &said)?;
-    let moved = guest(
+    let moved = run(
         "guest-agent peer
          echo bar: $(sed -n 3p /sys/bus/pci/devices/0000:00:02.0/resource)",
-    )
-    .cmdline("pci=resource_alignment=30@00:02.0")
-    .run()?;
+        "pci=resource_alignment=30@00:02.0",
+    )?;
     ensure(moved.contains("edu copied 8192 bytes"), &moved)?;
     ensure(value(&said, "bar:")? != value(&moved, "bar:")?, &moved)
 }
 
+fn host_function(address: &str) -> Result<HostFunction> {
+    let function = HostFunction::find(address.parse().context("an address of sysfs")?);
+    function.ok_or_else(|| Failure(format!("no PCI device is at {address}")))
+}
+
+fn open(path: impl AsRef<Path>) -> Result<File> {
+    let path = path.as_ref();
+    let file = File::options().read(true).write(true).open(path);
+    file.context(format!("cannot open {}", path.display()))
+}
+
 /// A function's node, open.
 fn node(address: &str) -> Result<File> {
-    let function = HostFunction::find(address.parse().context("an address of sysfs")?);
-    let node = function.and_then(|function| function.character_device());
-    let node = node.ok_or_else(|| Failure(format!("{address} has no node")))?;
-    let file = File::options().read(true).write(true).open(&node);
-    file.context(format!("cannot open {}", node.display()))
+    let node = host_function(address)?.character_device();
+    open(node.ok_or_else(|| Failure(format!("{address} has no node")))?)
+}
+
+/// The node of a function's group, open.
+fn group_node(address: &str) -> Result<File> {
+    let group = host_function(address)?.group();
+    let group = group.ok_or_else(|| Failure(format!("{address} has no group")))?;
+    open(format!("/dev/vfio/{group}"))
 }
 
 /// A descriptor that a program started from here has too.
@@ -315,8 +387,7 @@ fn come_and_go(assets: &Assets) -> Result<()> {
     let guest = guest
         .option("--api-socket", &socket)
         .option("--log", "info");
-    let iommu = File::options().read(true).write(true).open("/dev/iommu");
-    let opened = [node(&edu)?, iommu.context("cannot open /dev/iommu")?];
+    let opened = [node(&edu)?, open("/dev/iommu")?];
     let [device, iommu] = [inherited(&opened[0])?, inherited(&opened[1])?];
     let spec = format!("{device},iommu={iommu},id=edu");
     let mut guest = guest.option("--vfio", spec).start()?;
