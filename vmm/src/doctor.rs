@@ -172,15 +172,16 @@ fn dma_interface() -> Check {
     let cdev = Path::new("/dev/vfio/devices").exists();
     match (opens("/dev/iommu"), opens("/dev/vfio/vfio")) {
         (Ok(()), _) if cdev => Check::new(NAME, Verdict::Yes, "iommufd with VFIO's device nodes"),
+        // It is what is used as long as it is there.
+        (Err(error), _) if cdev && error.kind() == io::ErrorKind::PermissionDenied => {
+            Check::new(NAME, Verdict::No, "no permission on /dev/iommu")
+                .mend(permission("/dev/iommu"))
+        }
         (_, Ok(())) => Check::new(
             NAME,
             Verdict::Yes,
             "VFIO's container; this kernel has no iommufd for devices, or none is bound",
         ),
-        (Err(error), _) if error.kind() == io::ErrorKind::PermissionDenied => {
-            Check::new(NAME, Verdict::No, "no permission on /dev/iommu")
-                .mend(permission("/dev/iommu"))
-        }
         (_, Err(error)) if error.kind() == io::ErrorKind::PermissionDenied => {
             Check::new(NAME, Verdict::No, "no permission on /dev/vfio/vfio")
                 .mend(permission("/dev/vfio/vfio"))

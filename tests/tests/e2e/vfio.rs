@@ -1,5 +1,6 @@
 //! Devices of the host's in the guest's hands: drivers, data, interrupts, and what is left behind.
 
+mod doctor;
 pub mod hardware;
 mod many;
 
@@ -49,7 +50,7 @@ pub const TESTS: &[(&str, Test)] = &[
         many::three_devices_and_16_gib,
     ),
     ("vfio::mistakes_are_named", mistakes),
-    ("vfio::the_doctor_and_the_list", doctor),
+    ("vfio::the_doctor_and_the_list", doctor::doctor_and_list),
 ];
 
 /// What a test's L1 has to pass through.
@@ -483,56 +484,5 @@ fn mistakes(assets: &Assets) -> Result<()> {
     ensure(
         taken.status.code() == Some(2) && error.contains("in use: process fanlight"),
         &error,
-    )
-}
-
-/// What the doctor says of a function before it is bound and after, and what the list says of it.
-fn doctor(assets: &Assets) -> Result<()> {
-    let ask = |arguments: &[&str]| -> Result<(Option<i32>, String)> {
-        let output = Command::new(&assets.fanlight)
-            .arg("doctor")
-            .args(arguments)
-            .output()
-            .context("cannot run fanlight")?;
-        let text = String::from_utf8_lossy(&output.stdout).into_owned();
-        Ok((output.status.code(), text))
-    };
-    let physical = Function::only(IGB)?.address();
-    let (status, said) = ask(&[&physical])?;
-    ensure(status == Some(1), format!("{status:?} {said}"))?;
-    ensure(
-        said.contains("NO      driver: igb, which is the host's"),
-        &said,
-    )?;
-    ensure(
-        said.contains(&format!("fanlight vfio bind {physical}")),
-        &said,
-    )?;
-    let (_, vf) = virtual_function(assets, IGB)?;
-    let (status, said) = ask(&[&vf])?;
-    ensure(status == Some(0), format!("{status:?} {said}"))?;
-    for line in [
-        "yes     KVM:",
-        "yes     IOMMU:",
-        &format!("yes     virtual functions: this is one of {physical}"),
-        "yes     driver: vfio-pci",
-        "yes     isolation: IOMMU group",
-        "yes     reset: flr",
-        "yes     access: opened through iommufd",
-        "yes     dma-bufs of device memory:",
-    ] {
-        ensure(said.contains(line), format!("no {line:?} in {said}"))?;
-    }
-    let (_, json) = ask(&[&vf, "--json"])?;
-    let report: serde_json::Value = serde_json::from_str(&json).context("not JSON")?;
-    ensure(report["ready"] == true, &json)?;
-    let list = run(&assets.fanlight, &["vfio", "list"])?;
-    let line = list
-        .lines()
-        .find(|line| line.starts_with(&vf))
-        .unwrap_or_default();
-    ensure(
-        line.contains("8086:10ca") && line.contains("ready for --vfio"),
-        &list,
     )
 }
