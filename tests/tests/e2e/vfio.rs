@@ -2,6 +2,7 @@
 
 mod doctor;
 pub mod hardware;
+mod leaks;
 mod many;
 
 use std::{
@@ -49,6 +50,10 @@ pub const TESTS: &[(&str, Test)] = &[
         "vfio::three_devices_and_16_gib",
         many::three_devices_and_16_gib,
     ),
+    (
+        "vfio::fifty_starts_leave_nothing",
+        leaks::fifty_starts_leave_nothing,
+    ),
     ("vfio::mistakes_are_named", mistakes),
     ("vfio::the_doctor_and_the_list", doctor::doctor_and_list),
 ];
@@ -61,6 +66,7 @@ pub fn l1_devices(name: &str) -> &'static [L1Device] {
         "vfio::devices_come_and_go" | "vfio::igb_through_a_container" => {
             &[L1Device::Igb, L1Device::Edu]
         }
+        "vfio::fifty_starts_leave_nothing" => &[L1Device::Edu, L1Device::Ivshmem(64)],
         "vfio::three_devices_and_16_gib" => &[
             L1Device::Edu,
             L1Device::Ivshmem(16 << 10),

@@ -1,0 +1,200 @@
+//! What is left of machines with passed-through devices when they have ended: nothing.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    os::fd::{AsFd, BorrowedFd},
+    path::Path,
+    process::Command,
+    thread,
+    time::{Duration, Instant},
+};
+
+use fanlight_api::client::Client;
+use fanlight_tests::{
+    Context, Failure, Result, edu,
+    guest::{Assets, Guest, ensure},
+};
+use serde_json::{Value, json};
+
+use super::{PATIENCE, group_node, open, whole_function};
+
+/// Starts and stops.
+const ROUNDS: usize = 50;
+/// Pages of each machine's memory.
+const RAM_PAGES: u64 = (128 << 20) >> 12;
+/// Far longer than the last thread of a machine takes to end.
+const SETTLED: Duration = Duration::from_secs(30);
+/// After these the program has all that it keeps for good.
+const WARM: usize = 4;
+
+/// One process has fifty machines with the same two devices, one machine after the other, by both interfaces, there at
+/// the start or added while the guest runs. Of none of them a descriptor, a pinned page or a mapping is left.
+pub fn fifty_starts_leave_nothing(assets: &Assets) -> Result<()> {
+    let edu = whole_function(assets, edu::IDS)?;
+    let memory = whole_function(assets, edu::MEMORY_IDS)?;
+    let dir = tempfile::tempdir().context("a directory")?;
+    let socket = dir.path().join("api");
+    let initrd = dir.path().join("initrd");
+    fs::write(&initrd, assets.initrd("sleep 1000")?).context("cannot write the guest's root")?;
+    let mut command = Command::new(&assets.fanlight);
+    command.arg("serve").arg("--api-socket").arg(&socket);
+    let server = Guest::spawn(command, dir)?;
+    let mut client = connect(&socket)?;
+    let mut call = |method: &str, params: Value, fds: &[BorrowedFd<'_>]| {
+        let result = client.call_json(method, &params, fds);
+        result.map(drop).context(method)
+    };
+    let idle = Held::of(server.pid())?;
+    let mut warm: Option<Held> = None;
+    for round in 1..=ROUNDS {
+        let by_path = |iommufd: &str| {
+            [&edu, &memory].map(|address| json!({"device": address, "iommufd": iommufd}))
+        };
+        let at_start = match round % 4 {
+            0 => by_path("on").to_vec(),
+            1 => by_path("off").to_vec(),
+            _ => Vec::new(),
+        };
+        let machine = json!({
+            "kernel": assets.bed.vmlinux, "initrd": initrd, "memory": {"size": "128M"},
+            "serial": "null", "cmdline": "console=ttyS0", "vfio": at_start,
+        });
+        call("vm.create", machine, &[])?;
+        call("vm.boot", json!({}), &[])?;
+        match round % 4 {
+            2 => {
+                for device in by_path("on") {
+                    call("device.add", json!({"vfio": device}), &[])?;
+                }
+            }
+            // As a launcher hands them over.
+            3 => {
+                let [first, second] = [group_node(&edu)?, group_node(&memory)?];
+                let container = open("/dev/vfio/vfio")?;
+                let mut device = json!({"device": edu, "group": {"fd": 0}, "iommu": {"fd": 1}});
+                let other = [first.as_fd(), first.as_fd()];
+                let refused = call("device.add", json!({"vfio": device}), &other).err();
+                let why = refused.map_or_else(String::new, |error| error.to_string());
+                ensure(why.contains("not VFIO's container"), &why)?;
+                let fds = [first.as_fd(), container.as_fd()];
+                call("device.add", json!({"vfio": device}), &fds)?;
+                device = json!({"device": memory, "group": {"fd": 0}});
+                call("device.add", json!({"vfio": device}), &[second.as_fd()])?;
+            }
+            _ => {}
+        }
+        let running = Held::of(server.pid())?;
+        // The kernel's counters lag behind by some pages.
+        let [before, now] = [&idle, &running].map(|held| held.pinned);
+        ensure(
+            now > before + RAM_PAGES / 2,
+            format!("round {round}: {now} pinned after {before}"),
+        )?;
+        let open = running.files.keys().filter(|name| name.contains("vfio"));
+        ensure(open.count() > 0, format!("round {round}: {running:?}"))?;
+        call("vm.stop", json!({}), &[])?;
+        match &warm {
+            Some(warm) => warm.comes_back(server.pid(), round)?,
+            None => {
+                idle.pins_come_back(server.pid(), round)?;
+                warm = (round == WARM)
+                    .then(|| Held::of(server.pid()))
+                    .transpose()?;
+            }
+        }
+    }
+    Ok(())
+}
+
+fn connect(socket: &Path) -> Result<Client> {
+    let start = Instant::now();
+    let client = loop {
+        match Client::connect(socket) {
+            Ok(client) => break client,
+            Err(error) if start.elapsed() > PATIENCE => return Err(Failure(error.to_string())),
+            Err(_) => thread::sleep(Duration::from_millis(20)),
+        }
+    };
+    let patience = client.socket().set_read_timeout(Some(PATIENCE));
+    patience.context("cannot set a timeout")?;
+    Ok(client)
+}
+
+/// What a process holds.
+#[derive(Debug, PartialEq, Eq)]
+struct Held {
+    /// Its descriptors by what they are of.
+    files: BTreeMap<String, usize>,
+    /// Its mappings of files.
+    mappings: BTreeMap<String, usize>,
+    /// Pages that devices may reach, of the whole system.
+    pinned: u64,
+    /// What counts for the process's limits, in KiB.
+    locked: u64,
+}
+
+impl Held {
+    fn of(pid: u32) -> Result<Self> {
+        let read = |path: &str| fs::read_to_string(path).context(format!("cannot read {path}"));
+        let mut files = BTreeMap::new();
+        let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).context("cannot list fds")?;
+        // One that is closed meanwhile is none.
+        for link in descriptors.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok()) {
+            let name = link.to_string_lossy();
+            // Sockets and pipes have numbers.
+            let name = name.trim_end_matches(|c: char| c.is_ascii_digit() || c == ']');
+            *files.entry(name.to_owned()).or_default() += 1;
+        }
+        let mut mappings = BTreeMap::new();
+        for line in read(&format!("/proc/{pid}/maps"))?.lines() {
+            let name = line.split_whitespace().nth(5).unwrap_or_default();
+            if !name.is_empty() && !name.starts_with('[') {
+                *mappings.entry(name.to_owned()).or_default() += 1;
+            }
+        }
+        let number = |text: &str, name: &str| -> u64 {
+            let line = text.lines().find_map(|line| line.strip_prefix(name));
+            let word = line.and_then(|line| line.split_whitespace().next());
+            word.and_then(|word| word.parse().ok()).unwrap_or(0)
+        };
+        let (status, vmstat) = (read(&format!("/proc/{pid}/status"))?, read("/proc/vmstat")?);
+        let acquired = number(&vmstat, "nr_foll_pin_acquired");
+        Ok(Self {
+            files,
+            mappings,
+            pinned: acquired.saturating_sub(number(&vmstat, "nr_foll_pin_released")),
+            locked: number(&status, "VmPin:") + number(&status, "VmLck:"),
+        })
+    }
+
+    /// Waits until the process holds just this again: threads end, and the kernel closes, a little later.
+    fn comes_back(&self, pid: u32, round: usize) -> Result<()> {
+        let is_open = |held: &Self| (held.files.clone(), held.mappings.clone());
+        self.wait(pid, round, |now| {
+            is_open(now) == is_open(self) && self.pins_are_back(now)
+        })
+    }
+
+    /// Waits until no more is pinned or locked than there was.
+    fn pins_come_back(&self, pid: u32, round: usize) -> Result<()> {
+        self.wait(pid, round, |now| self.pins_are_back(now))
+    }
+
+    fn pins_are_back(&self, now: &Self) -> bool {
+        now.pinned <= self.pinned && now.locked <= self.locked
+    }
+
+    fn wait(&self, pid: u32, round: usize, is_enough: impl Fn(&Self) -> bool) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let now = Self::of(pid)?;
+            if is_enough(&now) {
+                return Ok(());
+            }
+            let late = start.elapsed() > SETTLED;
+            ensure(!late, format!("after {round} rounds {now:?}, not {self:?}"))?;
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+}
