@@ -12,7 +12,7 @@ use std::{
 use fanlight_tests::{
     Context, Failure, Result,
     bed::{Archive, Busybox, Cache, guest_archive},
-    bench::{self, CMDLINE, Paths, ROUNDS, median},
+    bench::{self, CMDLINE, Paths, median},
     guest::Guest,
 };
 use rustix::process::Signal;
@@ -55,9 +55,9 @@ struct Sample {
     p99: f64,
 }
 
-fn measure(paths: &Paths) -> Result<()> {
+fn measure(paths: &Paths, rounds: usize) -> Result<()> {
     let mut samples = vec![Vec::new(); VMMS.len()];
-    for round in 0..ROUNDS {
+    for round in 0..rounds {
         for (index, (vmm, name)) in VMMS.iter().enumerate() {
             let sample = measure_one(*vmm, paths)
                 .map_err(|error| Failure::new(format!("{name}, round {round}"), error))?;

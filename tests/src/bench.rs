@@ -8,13 +8,14 @@ use std::{
 };
 
 use crate::{
-    Context, Result,
+    Context, Failure, Result,
     bed::{Bed, Busybox, Cache, Emulator, L1Kernel, Share, StockKernel, bed_kernel, build_program},
     host::{self, Kvm},
 };
 
-/// Rounds; medians are of so many.
-pub const ROUNDS: usize = 5;
+/// Rounds unless [`ROUNDS`] says otherwise; medians are of so many.
+const DEFAULT_ROUNDS: usize = 5;
+const ROUNDS: &str = "FANLIGHT_BENCH_ROUNDS";
 /// Every guest's command line.
 pub const CMDLINE: &str = "console=ttyS0 panic=-1 quiet";
 
@@ -57,10 +58,11 @@ const FANLIGHT: &str = "fanlight";
 const KERNEL: &str = "vmlinuz";
 const INITRD: &str = "guest.cpio";
 
-/// Runs `measure` on this machine, or in the bed. `initrd` makes the guest's root.
+/// Runs `measure`, which is told how many rounds to make, on this machine, or in the bed. `initrd` makes the
+/// guest's root. The environment variable `FANLIGHT_BENCH_ROUNDS` is for trying a benchmark itself.
 pub fn run(
     initrd: impl FnOnce(&Cache) -> Result<Vec<u8>>,
-    measure: impl FnOnce(&Paths) -> Result<()>,
+    measure: impl FnOnce(&Paths, usize) -> Result<()>,
 ) -> ExitCode {
     prepare(initrd, measure).unwrap_or_else(|error| {
         eprintln!("fanlight: the benchmark cannot run: {error}");
@@ -70,11 +72,12 @@ pub fn run(
 
 fn prepare(
     initrd: impl FnOnce(&Cache) -> Result<Vec<u8>>,
-    measure: impl FnOnce(&Paths) -> Result<()>,
+    measure: impl FnOnce(&Paths, usize) -> Result<()>,
 ) -> Result<ExitCode> {
+    let rounds = rounds()?;
     if std::env::var_os(host::IN_BED).is_some() {
         let paths = Paths::in_memory(&Cache::at("/cache"), Path::new("/share"))?;
-        return measure(&paths).map(|()| ExitCode::SUCCESS);
+        return measure(&paths, rounds).map(|()| ExitCode::SUCCESS);
     }
     let cache = Cache::open()?;
     let dir = tempfile::tempdir().context("cannot make a directory")?;
@@ -86,7 +89,7 @@ fn prepare(
     let emulator = Emulator::get(&cache)?;
     if host::kvm() == Kvm::Host {
         let paths = Paths::in_memory(&cache, dir.path())?;
-        return measure(&paths).map(|()| ExitCode::SUCCESS);
+        return measure(&paths, rounds).map(|()| ExitCode::SUCCESS);
     }
     let kernel = bed_kernel(&cache)?;
     let this = std::env::current_exe().context("cannot find this program")?;
@@ -100,13 +103,25 @@ fn prepare(
     };
     let shares = [share("share", dir.path()), share("cache", cache.root())];
     let code = bed.run(
-        "exec /share/bench",
+        &format!("{ROUNDS}={rounds} exec /share/bench"),
         &[&this, &fanlight],
         &shares,
         &mut std::io::stdout(),
         |_| Ok(()),
     )?;
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+}
+
+fn rounds() -> Result<usize> {
+    let Ok(text) = std::env::var(ROUNDS) else {
+        return Ok(DEFAULT_ROUNDS);
+    };
+    let rounds = text.parse().ok().filter(|rounds| *rounds > 0);
+    rounds.ok_or_else(|| {
+        Failure(format!(
+            "{ROUNDS} is {text:?}: set it to a number from 1 up"
+        ))
+    })
 }
 
 /// The median of one figure of all samples.

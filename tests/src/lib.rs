@@ -4,6 +4,7 @@
 pub mod bed;
 pub mod bench;
 pub mod display;
+pub mod drm;
 pub mod echo;
 pub mod edu;
 pub mod evdev;

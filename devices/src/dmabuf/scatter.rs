@@ -104,19 +104,19 @@ impl ScatterList {
         taken: impl Fn(BackingKind) -> bool,
     ) -> Result<Self, ScatterError> {
         let mut list = Self::default();
+        let (view, mut segments) = (map.view(), Vec::new());
         for (index, entry) in entries.into_iter().enumerate() {
             let len = entry.len.min(size - list.len);
             if len == 0 {
                 continue;
             }
-            let segments =
-                map.resolve(entry.address, len)
-                    .map_err(|source| ScatterError::NotMemory {
-                        index,
-                        entry,
-                        source,
-                    })?;
-            for segment in segments {
+            view.resolve_into(entry.address, len, &mut segments)
+                .map_err(|source| ScatterError::NotMemory {
+                    index,
+                    entry,
+                    source,
+                })?;
+            for segment in segments.drain(..) {
                 let kind = segment.backing.kind;
                 if !taken(kind) {
                     return Err(ScatterError::WrongKind { index, entry, kind });
@@ -176,12 +176,12 @@ impl ScatterList {
     }
 
     /// The ranges as pieces of files.
-    pub fn pieces(&self) -> Vec<Piece> {
-        let segments = self.segments.iter();
+    pub fn into_pieces(self) -> Vec<Piece> {
+        let segments = self.segments.into_iter();
         segments
             .map(|segment| Piece {
                 kind: segment.backing.kind,
-                file: segment.backing.file.clone(),
+                file: segment.backing.file,
                 offset: segment.backing.offset,
                 len: segment.len,
             })
@@ -228,7 +228,7 @@ mod tests {
     fn resolve(list: &[(u64, u64)], size: u64) -> Result<Vec<(u64, u64)>, ScatterError> {
         let list = ScatterList::resolve(&map(), entries(list), size)?;
         assert_eq!(list.len(), size);
-        let pieces = list.pieces();
+        let pieces = list.into_pieces();
         Ok(pieces.iter().map(|p| (p.offset, p.len)).collect())
     }
 

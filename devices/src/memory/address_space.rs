@@ -11,7 +11,7 @@ use std::{
     collections::BTreeMap,
     fmt,
     fs::File,
-    sync::{Arc, RwLock, Weak},
+    sync::{Arc, RwLock, RwLockReadGuard, Weak},
 };
 
 use thiserror::Error;
@@ -161,6 +161,58 @@ pub trait MapWatcher: fmt::Debug + Send + Sync {
     fn memory_changed(&self, map: &AddressSpace, gpa: u64, len: u64);
 }
 
+/// A map that stays as it is; see [`AddressSpace::view`].
+#[derive(Debug)]
+pub struct MapView<'a>(RwLockReadGuard<'a, BTreeMap<u64, Entry>>);
+
+impl MapView<'_> {
+    fn entry(&self, gpa: u64) -> Option<(u64, &Entry)> {
+        let (&start, entry) = self.0.range(..=gpa).next_back()?;
+        (gpa - start < entry.len).then_some((start, entry))
+    }
+
+    /// What [`AddressSpace::resolve`] finds, in `segments` in place of what was there.
+    pub fn resolve_into(
+        &self,
+        gpa: u64,
+        len: u64,
+        segments: &mut Vec<Segment>,
+    ) -> Result<(), AddressSpaceError> {
+        segments.clear();
+        let end = range_end(gpa, len)?;
+        let mut at = gpa;
+        while at < end {
+            let (start, entry) = self
+                .entry(at)
+                .ok_or(AddressSpaceError::Unmapped { gpa: at })?;
+            let Region::Backed(backing) = &entry.region else {
+                return Err(AddressSpaceError::NotMemory { gpa: at });
+            };
+            let piece = (start + (entry.len - 1) - at + 1).min(end - at);
+            let offset = backing.offset + (at - start);
+            match segments.last_mut() {
+                Some(last)
+                    if last.backing.kind == backing.kind
+                        && Arc::ptr_eq(&last.backing.file, &backing.file)
+                        && last.backing.offset + last.len == offset =>
+                {
+                    last.len += piece;
+                }
+                _ => segments.push(Segment {
+                    gpa: at,
+                    len: piece,
+                    backing: Backing {
+                        offset,
+                        ..backing.clone()
+                    },
+                }),
+            }
+            at += piece;
+        }
+        Ok(())
+    }
+}
+
 /// The map from guest-physical ranges to what lies there.
 #[derive(Debug, Default)]
 pub struct AddressSpace {
@@ -246,42 +298,21 @@ impl AddressSpace {
 
     /// The region that holds `gpa`: its start, length and content.
     pub fn lookup(&self, gpa: u64) -> Option<(u64, u64, Region)> {
-        let entries = self.entries.read().unwrap_or_else(|e| e.into_inner());
-        let (&start, entry) = entries.range(..=gpa).next_back()?;
-        (gpa - start < entry.len).then(|| (start, entry.len, entry.region.clone()))
+        let view = self.view();
+        let (start, entry) = view.entry(gpa)?;
+        Some((start, entry.len, entry.region.clone()))
+    }
+
+    /// The map as it is now, for many questions: nobody changes it while the view is there.
+    pub fn view(&self) -> MapView<'_> {
+        MapView(self.entries.read().unwrap_or_else(|e| e.into_inner()))
     }
 
     /// Which files and offsets back `[gpa, gpa + len)`, in order; pieces that continue each other
     /// in one file are one segment. Fails at the first address that is not memory.
     pub fn resolve(&self, gpa: u64, len: u64) -> Result<Vec<Segment>, AddressSpaceError> {
-        let end = range_end(gpa, len)?;
-        let mut segments: Vec<Segment> = Vec::new();
-        let mut at = gpa;
-        while at < end {
-            let (start, region_len, region) = self
-                .lookup(at)
-                .ok_or(AddressSpaceError::Unmapped { gpa: at })?;
-            let Region::Backed(mut backing) = region else {
-                return Err(AddressSpaceError::NotMemory { gpa: at });
-            };
-            let piece = (start + (region_len - 1) - at + 1).min(end - at);
-            backing.offset += at - start;
-            match segments.last_mut() {
-                Some(last)
-                    if last.backing.kind == backing.kind
-                        && Arc::ptr_eq(&last.backing.file, &backing.file)
-                        && last.backing.offset + last.len == backing.offset =>
-                {
-                    last.len += piece;
-                }
-                _ => segments.push(Segment {
-                    gpa: at,
-                    len: piece,
-                    backing,
-                }),
-            }
-            at += piece;
-        }
+        let mut segments = Vec::new();
+        self.view().resolve_into(gpa, len, &mut segments)?;
         Ok(segments)
     }
 

@@ -7,12 +7,13 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{
+use super::{pages::Scattered, virtgpu::CommandTrace};
+use crate::{
+    Context, Failure, Result,
     drm::{Card, Shown},
-    pages::Scattered,
-    virtgpu::CommandTrace,
+    guest::Guest,
+    pci::Mmio,
 };
-use crate::{Context, Failure, Result, guest::Guest, pci::Mmio};
 
 /// A flush that was held back for so long was not answered by who shows it.
 const LATE: Duration = Duration::from_millis(30);

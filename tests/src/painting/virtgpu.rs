@@ -3,58 +3,17 @@
 
 use std::{fs, path::Path};
 
-use super::drm::{Card, Shown, ioctl};
-use crate::{Context, Failure, Result};
+use crate::{
+    Context, Failure, Result,
+    drm::{Card, Shown, VirtgpuResourceCreate, VirtgpuResourceInfo, VirtgpuTransferToHost},
+};
 
-const RESOURCE_CREATE: u64 = 0xc038_6444;
-const RESOURCE_INFO: u64 = 0xc010_6445;
-const TRANSFER_TO_HOST: u64 = 0xc02c_6447;
 /// `PIPE_TEXTURE_2D`, and the wire's number of XRGB8888.
 const TEXTURE_2D: u32 = 2;
 const B8G8R8X8: u32 = 2;
 /// The type of RESOURCE_CREATE_BLOB, as a trace writes it.
 const CREATE_BLOB: &str = "type=0x10c ";
 const TRACING: &str = "/sys/kernel/tracing";
-
-#[derive(Default)]
-#[repr(C)]
-struct ResourceCreate {
-    target: u32,
-    format: u32,
-    bind: u32,
-    width: u32,
-    height: u32,
-    depth: u32,
-    array_size: u32,
-    last_level: u32,
-    nr_samples: u32,
-    flags: u32,
-    bo_handle: u32,
-    res_handle: u32,
-    size: u32,
-    stride: u32,
-}
-
-#[derive(Default)]
-#[repr(C)]
-struct ResourceInfo {
-    bo_handle: u32,
-    res_handle: u32,
-    size: u32,
-    blob_mem: u32,
-}
-
-#[derive(Default)]
-#[repr(C)]
-struct TransferToHost {
-    bo_handle: u32,
-    /// x, y, z, width, height, depth.
-    area: [u32; 6],
-    level: u32,
-    offset: u32,
-    stride: u32,
-    layer_stride: u32,
-}
 
 /// A 2D resource, which the host has a copy of.
 #[derive(Debug)]
@@ -67,18 +26,18 @@ pub struct Resource2d {
 impl Card {
     /// The number that the host knows a picture by.
     pub fn resource_id(&self, shown: &Shown) -> Result<u32> {
-        let mut info = ResourceInfo {
+        let mut info = VirtgpuResourceInfo {
             bo_handle: shown.handle,
             ..Default::default()
         };
         // SAFETY: the structure is the whole of the argument.
-        unsafe { ioctl(&self.file, RESOURCE_INFO, &mut info) }.context("RESOURCE_INFO")?;
+        unsafe { self.device().call(&mut info) }?;
         Ok(info.res_handle)
     }
 
     /// A 2D resource of XRGB8888 pixels.
     pub fn create_2d(&self, width: u32, height: u32) -> Result<Resource2d> {
-        let mut create = ResourceCreate {
+        let mut create = VirtgpuResourceCreate {
             target: TEXTURE_2D,
             format: B8G8R8X8,
             width,
@@ -87,7 +46,7 @@ impl Card {
             ..Default::default()
         };
         // SAFETY: the structure is the whole of the argument.
-        unsafe { ioctl(&self.file, RESOURCE_CREATE, &mut create) }.context("RESOURCE_CREATE")?;
+        unsafe { self.device().call(&mut create) }?;
         Ok(Resource2d {
             handle: create.bo_handle,
             width,
@@ -97,18 +56,18 @@ impl Card {
 
     /// Has the host copy all of a 2D resource. Does not wait for it.
     pub fn transfer(&self, resource: &Resource2d) -> Result<()> {
-        let mut transfer = TransferToHost {
+        let mut transfer = VirtgpuTransferToHost {
             bo_handle: resource.handle,
             area: [0, 0, 0, resource.width, resource.height, 1],
             ..Default::default()
         };
         // SAFETY: the structure is the whole of the argument.
-        unsafe { ioctl(&self.file, TRANSFER_TO_HOST, &mut transfer) }.context("TRANSFER_TO_HOST")
+        unsafe { self.device().call(&mut transfer) }
     }
 
     /// Lets a 2D resource go.
     pub fn forget_2d(&self, resource: Resource2d) -> Result<()> {
-        self.close(resource.handle)
+        self.device().close(resource.handle)
     }
 }
 
@@ -176,14 +135,6 @@ fn create_blob(trace: &str) -> Result<f64> {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn structures_are_as_large_as_the_requests_say() {
-        let size = |request: u64| (request >> 16 & 0x3fff) as usize;
-        assert_eq!(size_of::<ResourceCreate>(), size(RESOURCE_CREATE));
-        assert_eq!(size_of::<ResourceInfo>(), size(RESOURCE_INFO));
-        assert_eq!(size_of::<TransferToHost>(), size(TRANSFER_TO_HOST));
-    }
 
     #[test]
     fn a_command_is_found_with_its_answer() {

@@ -1,18 +1,17 @@
 //! What a guest's GPU driver and programs do with a passed-through device's memory: a picture is drawn there,
 //! exported as a dma-buf, imported into the stock virtio-gpu driver and shown.
 
-mod drm;
 mod exporter;
 mod noiommu;
 
 use std::{io::BufRead, os::fd::OwnedFd};
 
-pub use drm::{Card, Shown};
 pub use exporter::Buffer;
 pub use noiommu::NoIommu;
 
 use crate::{
     Context, Failure, Result,
+    drm::{Card, Shown},
     pci::{Function, Mmio},
 };
 

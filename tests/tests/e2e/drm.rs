@@ -27,7 +27,8 @@ pub const TESTS: &[(&str, Test)] = &[
 /// Runs the lines that are typed, of which the terminal shows an echo: marks in them are broken by quotes.
 const SHELL: &str = "echo 0 > /sys/class/graphics/fbcon/cursor_blink
     echo ready; while read -r line; do eval \"$line\"; done";
-const MODETEST: &str = "usr/bin/modetest";
+/// A DRM client.
+pub const MODETEST: &str = "usr/bin/modetest";
 
 /// A guest with a GPU and an API.
 fn guest(assets: &Assets, gpu: &str, tools: &[&str]) -> Result<(Guest, Screen)> {
@@ -152,13 +153,13 @@ fn patterns(assets: &Assets) -> Result<()> {
 }
 
 /// Flips between both pictures as fast as the driver lets it, until its input ends.
-const FLIP: &str = "sleep 1000 | modetest -M virtio_gpu -s Virtual-1:";
+pub const FLIP: &str = "sleep 1000 | modetest -M virtio_gpu -s Virtual-1:";
 
 /// Sets `pci` to the GPU's address.
 const FIND: &str = "pci=$(basename $(readlink -f /sys/class/drm/card0/device))";
 
 /// Waits until a picture of each kind has been seen, and no mixture.
-fn flipping(screen: &mut Screen, size: (u32, u32)) -> Result<()> {
+pub fn flipping(screen: &mut Screen, size: (u32, u32)) -> Result<()> {
     let bars = bars(size.0, size.1);
     let (mut seen, mut looks) = ([false; 2], 0);
     while seen != [true; 2] {

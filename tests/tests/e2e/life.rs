@@ -4,10 +4,12 @@ use std::time::Duration;
 
 use fanlight_tests::{
     Context, Result,
-    guest::{Assets, PRESSED, ensure, make_image, value},
+    display::Screen,
+    guest::{Assets, PRESSED, bed_clock, ensure, make_image, value},
 };
 use rustix::process::Signal;
 
+use super::drm::{FLIP, MODETEST, flipping};
 use crate::Test;
 
 pub const TESTS: &[(&str, Test)] = &[
@@ -87,30 +89,52 @@ fn second_sigterm(assets: &Assets) -> Result<()> {
     guest.expect_exit(34)
 }
 
-/// A second kernel finds devices as the first one's drivers left them.
+/// A second kernel finds devices as the first one's drivers left them, the GPU in the middle of a frame.
 fn kexec(assets: &Assets) -> Result<()> {
-    let second = assets.guest(
+    let drawing = |script: &str| {
+        assets
+            .guest(script)
+            .modules(&["virtio_gpu"])?
+            .graphics_tool(MODETEST)
+    };
+    let second = drawing(&format!(
         "echo second: $(cat /proc/cmdline)
          dd if=/dev/vda bs=1M count=8 2>/dev/null | md5sum | sed 's/^/read: /'
-         echo rng: $(dd if=/dev/hwrng bs=16 count=1 2>/dev/null | wc -c)",
-    );
-    let first = assets
-        .guest(
-            "dd if=/dev/urandom of=/dev/vda bs=1M count=8 conv=fsync 2>/dev/null
-             dd if=/dev/vda bs=1M count=8 2>/dev/null | md5sum | sed 's/^/written: /'
-             guest-agent kexec /vmlinuz /second.cpio 'console=ttyS0 panic=-1 loglevel=4 again'",
-        )
-        .file(
-            "vmlinuz",
-            &std::fs::read(&assets.stock.image).context("cannot read the kernel")?,
-        )
-        .file("second.cpio", &second.initrd()?);
-    let image = first.path("disk");
+         echo rng: $(dd if=/dev/hwrng bs=16 count=1 2>/dev/null | wc -c)
+         {FLIP}400x304 -v 2>/tmp/flips &
+         read -r end"
+    ))?;
+    let first = drawing(&format!(
+        "dd if=/dev/urandom of=/dev/vda bs=1M count=8 conv=fsync 2>/dev/null
+         dd if=/dev/vda bs=1M count=8 2>/dev/null | md5sum | sed 's/^/written: /'
+         {FLIP}320x240 -v 2>/tmp/flips &
+         echo ready; read -r go
+         guest-agent kexec /vmlinuz /second.cpio 'console=ttyS0 panic=-1 loglevel=4{} again'",
+        bed_clock()
+    ))?
+    .file(
+        "vmlinuz",
+        &std::fs::read(&assets.stock.image).context("cannot read the kernel")?,
+    )
+    .file("second.cpio", &second.initrd()?);
+    let (image, socket) = (first.path("disk"), first.path("api"));
     make_image(assets, &image, "raw", "16M")?;
-    let said = first
+    let mut guest = first
         .option("--disk", format!("path={}", image.display()))
+        .option("--gpu", "outputs=320x240")
+        .option("--api-socket", &socket)
         .option("--memory", "768M")
-        .run()?;
+        .start()?;
+    guest.wait_for("ready")?;
+    let mut screen = Screen::connect(&socket)?;
+    flipping(&mut screen, (320, 240))?;
+    screen.set_output(0, Some("400x304"))?;
+    guest.send("go\n")?;
+    guest.wait_for("second:")?;
+    flipping(&mut screen, (400, 304))?;
+    guest.send("end\n")?;
+    guest.expect_exit(0)?;
+    let said = guest.transcript();
     ensure(value(&said, "second:")?.ends_with("again"), &said)?;
     ensure(value(&said, "read:")? == value(&said, "written:")?, &said)?;
     ensure(value(&said, "rng:")? == "16", &said)

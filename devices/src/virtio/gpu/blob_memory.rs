@@ -78,19 +78,20 @@ impl Place {
 
 impl BlobMemory {
     /// Of what was looked up.
-    pub fn new(memory: &ScatterList, charge: Arc<Charge>) -> Self {
-        let surface = Surface::new(memory.pieces(), charge.clone());
+    pub fn new(memory: ScatterList, charge: Arc<Charge>) -> Self {
         let segments = memory.segments();
         let in_device = segments
             .iter()
             .any(|segment| segment.backing.kind != BackingKind::Ram);
-        if !in_device {
-            return Self::Ram(surface);
-        }
-        Self::Device {
-            places: segments.iter().map(Place::from).collect(),
-            surface: Some(surface),
-            charge,
+        let places = in_device.then(|| segments.iter().map(Place::from).collect());
+        let surface = Surface::new(memory.into_pieces(), charge.clone());
+        match places {
+            None => Self::Ram(surface),
+            Some(places) => Self::Device {
+                places,
+                surface: Some(surface),
+                charge,
+            },
         }
     }
 
@@ -165,7 +166,7 @@ mod tests {
             .iter()
             .map(|&(address, len)| MemoryEntry { address, len });
         let size = list.iter().map(|(_, len)| len).sum();
-        BlobMemory::new(&ScatterList::resolve(map, entries, size).unwrap(), charge())
+        BlobMemory::new(ScatterList::resolve(map, entries, size).unwrap(), charge())
     }
 
     #[test]

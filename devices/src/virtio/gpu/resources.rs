@@ -262,7 +262,7 @@ impl Resources {
         let export = size.div_ceil(PAGE_SIZE).saturating_mul(PAGE_COST);
         let charge = self.charge(list_cost(entries).saturating_add(export))?;
         let memory = ScatterList::resolve(map, entries.iter().copied(), size)?;
-        Ok(BlobMemory::new(&memory, Arc::new(charge)))
+        Ok(BlobMemory::new(memory, Arc::new(charge)))
     }
 
     /// RESOURCE_ATTACH_BACKING.

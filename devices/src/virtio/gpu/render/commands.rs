@@ -265,7 +265,7 @@ impl Renderer {
             .ranges()
             .map(|(address, len)| MemoryEntry { address, len });
         let mut call = Call::new(VIRTIO_GPU_CMD_SUBMIT_3D, context, &command);
-        call.ranges = ranges(&ScatterList::resolve_ram(places.map, entries, size)?);
+        call.ranges = ranges(ScatterList::resolve_ram(places.map, entries, size)?);
         later(call, Then::Answer)
     }
 
@@ -447,12 +447,12 @@ fn attach(input: &mut Input, places: &Places) -> Result<Outcome, CommandError> {
     let size = entries.iter().map(|entry| entry.len).sum();
     let memory = ScatterList::resolve_ram(places.map, entries, size)?;
     let mut call = Call::new(VIRTIO_GPU_CMD_RESOURCE_ATTACH_BACKING, 0, &command);
-    call.ranges = ranges(&memory);
+    call.ranges = ranges(memory);
     later(call, Then::Backed { id, backed: true })
 }
 
-fn ranges(memory: &ScatterList) -> Vec<RamRange> {
-    let pieces = memory.pieces().into_iter();
+fn ranges(memory: ScatterList) -> Vec<RamRange> {
+    let pieces = memory.into_pieces().into_iter();
     pieces
         .map(|piece| RamRange {
             offset: piece.offset,

@@ -1,0 +1,102 @@
+//! Linux's interface to GPUs, as far as tests use it, on the stock virtio-gpu driver: one device, the calls that
+//! are made of it, and its first output.
+
+mod calls;
+mod card;
+
+use std::{
+    fs::File,
+    os::fd::{AsFd, AsRawFd},
+};
+
+pub use card::{Card, Shown};
+
+pub(crate) use calls::{
+    Call, ModeInfo, VirtgpuContextInit, VirtgpuExecbuffer, VirtgpuMap, VirtgpuResourceCreate,
+    VirtgpuResourceCreateBlob, VirtgpuResourceInfo, VirtgpuTransferToHost, VirtgpuWait,
+};
+use calls::{GemClose, PrimeFdToHandle, Version};
+
+use crate::{Failure, Result};
+
+/// Cards that are looked at.
+const CARDS: u32 = 8;
+
+/// The virtio GPU, open.
+#[derive(Debug)]
+pub struct Device(File);
+
+impl Device {
+    /// Finds it by its driver's name: other drivers' cards may come before it.
+    pub fn open() -> Result<Self> {
+        for number in 0..CARDS {
+            let path = format!("/dev/dri/card{number}");
+            let Ok(file) = File::options().read(true).write(true).open(&path) else {
+                continue;
+            };
+            let device = Self(file);
+            if device.driver()? == "virtio_gpu" {
+                return Ok(device);
+            }
+        }
+        Err(Failure("there is no card of virtio_gpu's".into()))
+    }
+
+    fn driver(&self) -> Result<String> {
+        let mut name = [0u8; 32];
+        let mut version = Version {
+            name_len: name.len() as u64,
+            name: address(&mut name),
+            ..Default::default()
+        };
+        // SAFETY: the name has room for as much as its length says; the other texts have none.
+        unsafe { self.call(&mut version) }?;
+        let len = (version.name_len as usize).min(name.len());
+        Ok(String::from_utf8_lossy(&name[..len]).into_owned())
+    }
+
+    /// Makes a call.
+    ///
+    /// # Safety
+    /// What the argument points to is there, as long as the argument says.
+    pub(crate) unsafe fn call<T: Call>(&self, argument: &mut T) -> Result<()> {
+        loop {
+            // SAFETY: the argument is what this request takes, and the caller's promise.
+            let result =
+                unsafe { libc::ioctl(self.0.as_raw_fd(), T::REQUEST as _, argument as *mut T) };
+            let error = std::io::Error::last_os_error();
+            match (result, error.raw_os_error()) {
+                (0.., _) => return Ok(()),
+                (_, Some(libc::EINTR | libc::EAGAIN)) => {}
+                _ => return Err(Failure::new(T::NAME, error)),
+            }
+        }
+    }
+
+    /// The file, to map memory of.
+    pub(crate) fn file(&self) -> &File {
+        &self.0
+    }
+
+    /// Takes a dma-buf in: its handle.
+    pub(crate) fn import(&self, dmabuf: &impl AsFd) -> Result<u32> {
+        let mut prime = PrimeFdToHandle {
+            fd: dmabuf.as_fd().as_raw_fd(),
+            ..Default::default()
+        };
+        // SAFETY: the structure is the whole of the argument.
+        unsafe { self.call(&mut prime) }?;
+        Ok(prime.handle)
+    }
+
+    /// Lets a buffer go.
+    pub(crate) fn close(&self, handle: u32) -> Result<()> {
+        // SAFETY: the structure is the whole of the argument.
+        unsafe { self.call(&mut GemClose { handle, pad: 0 }) }
+    }
+}
+
+/// Where the kernel is to write or to read.
+pub(crate) fn address<T>(array: &mut [T]) -> u64 {
+    array.as_mut_ptr().expose_provenance() as u64
+}
