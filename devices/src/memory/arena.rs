@@ -60,6 +60,11 @@ pub enum ArenaError {
         /// The file's.
         size: u64,
     },
+    /// The process would have more mappings than it may.
+    #[error(
+        "{0} pieces of it are as many as this process may map beside its own memory: raise vm.max_map_count on the host"
+    )]
+    TooMany(usize),
     /// Nothing starts there.
     #[error("nothing is mapped at {0:#x}")]
     NotMapped(u64),
@@ -84,7 +89,25 @@ pub struct Arena {
     len: u64,
     /// Lengths, by offset; never overlapping.
     mapped: BTreeMap<u64, u64>,
+    /// Runs of the reservation between them: to the host's kernel each is a mapping too.
+    gaps: usize,
+    /// The most mappings.
+    most: usize,
     lost: bool,
+}
+
+/// Mappings of a process that are not for an arena: whoever cannot map any more cannot allocate memory either, and
+/// ends.
+const KEPT_MAPPINGS: usize = 8192;
+/// Linux's own limit.
+const DEFAULT_MAX_MAP_COUNT: usize = 65530;
+
+/// How many mappings an arena may be made of.
+fn most_mappings() -> usize {
+    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok();
+    let limit = limit.and_then(|limit| limit.trim().parse().ok());
+    let limit: usize = limit.unwrap_or(DEFAULT_MAX_MAP_COUNT);
+    limit.saturating_sub(KEPT_MAPPINGS)
 }
 
 // SAFETY: the mapping belongs to the value, which never reads or writes through the pointer.
@@ -113,6 +136,8 @@ impl Arena {
             start,
             len,
             mapped: BTreeMap::new(),
+            gaps: 1,
+            most: most_mappings(),
             lost: false,
         })
     }
@@ -140,7 +165,11 @@ impl Arena {
         file: &File,
         writable: bool,
     ) -> Result<(), ArenaError> {
-        self.check(offset, len)?;
+        let end = self.check(offset, len)?;
+        let gaps = self.gaps - 1 + self.gaps_beside(offset, end);
+        if self.mapped.len() + 1 + gaps > self.most {
+            return Err(ArenaError::TooMany(self.mapped.len()));
+        }
         // For dma-bufs too, whose size `fstat` does not tell. Who made the file may have its position.
         let size = file
             .try_clone()
@@ -197,6 +226,7 @@ impl Arena {
             return Err(refused(error));
         }
         self.mapped.insert(offset, len);
+        self.gaps = gaps;
         Ok(())
     }
 
@@ -208,6 +238,7 @@ impl Arena {
             .ok_or(ArenaError::NotMapped(offset))?;
         self.reserve(offset, len)?;
         self.mapped.remove(&offset);
+        self.gaps = self.gaps + 1 - self.gaps_beside(offset, offset + len);
         Ok(())
     }
 
@@ -216,11 +247,13 @@ impl Arena {
         if !self.mapped.is_empty() {
             self.reserve(0, self.len)?;
             self.mapped.clear();
+            self.gaps = 1;
         }
         Ok(())
     }
 
-    fn check(&self, offset: u64, len: u64) -> Result<(), ArenaError> {
+    /// Whether a mapping can be made; where it ends.
+    fn check(&self, offset: u64, len: u64) -> Result<u64, ArenaError> {
         if self.lost {
             return Err(ArenaError::Lost);
         }
@@ -238,8 +271,16 @@ impl Arena {
             Some((&other, &other_len)) if other + other_len > offset => {
                 Err(ArenaError::Overlap { offset, len, other })
             }
-            _ => Ok(()),
+            _ => Ok(end),
         }
+    }
+
+    /// On how many sides of a range the reservation goes on. Nothing is mapped in it.
+    fn gaps_beside(&self, offset: u64, end: u64) -> usize {
+        let before = self.mapped.range(..offset).next_back();
+        let gap_before = before.map_or(offset > 0, |(&start, &len)| start + len < offset);
+        let gap_after = end < self.len && !self.mapped.contains_key(&end);
+        usize::from(gap_before) + usize::from(gap_after)
     }
 
     fn at(&self, offset: u64) -> *mut c_void {
@@ -352,6 +393,53 @@ mod tests {
         ));
     }
 
+    /// Mappings of this process within the arena, as the kernel counts them.
+    fn mappings(arena: &Arena) -> usize {
+        let start = arena.host_address();
+        let range = start..start + arena.len();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        let starts = maps.lines().filter_map(|line| line.split('-').next());
+        let starts = starts.map(|start| u64::from_str_radix(start, 16).unwrap());
+        starts.filter(|start| range.contains(start)).count()
+    }
+
+    #[test]
+    fn fifty_thousand_at_once_and_a_hundred_thousand_one_after_the_other() {
+        const COUNT: u64 = 50_000;
+        let mut arena = Arena::new(256 << 20).unwrap();
+        let one = file(1, 1);
+        for page in 0..COUNT {
+            arena.map(page * PAGE_SIZE, PAGE_SIZE, &one, true).unwrap();
+        }
+        for turn in 0..100_000_u64 {
+            let page = turn % (arena.len() / PAGE_SIZE - COUNT) + COUNT;
+            arena.map(page * PAGE_SIZE, PAGE_SIZE, &one, true).unwrap();
+            assert!(arena.unmap(page * PAGE_SIZE).is_ok(), "{turn}");
+        }
+        assert_eq!(arena.mapped.len(), COUNT as usize);
+        assert_eq!(arena.gaps, 1);
+        assert_eq!(seen(&arena, COUNT - 1), Some(1));
+        assert_eq!(seen(&arena, COUNT), None);
+    }
+
+    #[test]
+    fn the_last_mappings_of_the_process_are_left_alone() {
+        let mut arena = Arena::new(PAGES * PAGE_SIZE).unwrap();
+        arena.most = 6;
+        let one = file(1, 1);
+        let mut map = |page: u64| arena.map(page * PAGE_SIZE, PAGE_SIZE, &one, true);
+        // Two and three runs of the reservation.
+        assert!(map(2).is_ok());
+        assert!(map(4).is_ok());
+        assert!(matches!(map(6), Err(ArenaError::TooMany(2))));
+        assert!(map(3).is_ok());
+        assert!(map(5).is_ok());
+        assert!(matches!(map(6), Err(ArenaError::TooMany(4))));
+        arena.unmap(2 * PAGE_SIZE).unwrap();
+        arena.map(0, PAGE_SIZE, &one, true).unwrap();
+        assert_eq!(arena.mapped.len() + arena.gaps, mappings(&arena));
+    }
+
     #[test]
     fn a_file_that_cannot_be_mapped_leaves_the_reservation() {
         let mut arena = Arena::new(PAGES * PAGE_SIZE).unwrap();
@@ -419,6 +507,10 @@ mod tests {
                 for page in 0..PAGES {
                     prop_assert_eq!(seen(&arena, page), model[page as usize]);
                 }
+                let runs = model
+                    .chunk_by(|one, other| one.is_none() && other.is_none())
+                    .filter(|run| run[0].is_none());
+                prop_assert_eq!(arena.gaps, runs.count());
             }
         }
     }
