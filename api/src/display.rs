@@ -92,7 +92,7 @@ pub enum PixelsIn {
     GuestRam,
     /// Memory of a passed-through device.
     Device,
-    /// Memory of Fanlight's, into which the guest's was copied.
+    /// Memory of Fanlight's, into which the guest's was copied, or of its renderer's, in which it draws.
     Host,
 }
 

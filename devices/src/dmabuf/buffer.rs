@@ -90,11 +90,10 @@ impl Buffer {
 
     /// What reads the buffer several times.
     pub fn reader(&self) -> Reader<'_> {
-        let in_device = self
-            .pieces
-            .first()
-            .is_some_and(|piece| matches!(piece.kind, BackingKind::Bar { .. }));
-        let view = in_device.then(|| View::new(&self.pieces));
+        let by_mapping = self.pieces.first().is_some_and(|piece| {
+            matches!(piece.kind, BackingKind::Bar { .. } | BackingKind::Renderer)
+        });
+        let view = by_mapping.then(|| View::new(&self.pieces));
         let view = view.and_then(|view| {
             view.inspect_err(
                 |error| tracing::debug!(%error, "device memory is read through its descriptor"),

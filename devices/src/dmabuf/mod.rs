@@ -119,6 +119,9 @@ pub enum ExportError {
     /// udmabuf.
     #[error(transparent)]
     Udmabuf(#[from] UdmabufError),
+    /// The renderer's dma-buf cannot be passed on.
+    #[error("cannot duplicate the renderer's dma-buf")]
+    Duplicate(#[source] Arc<std::io::Error>),
     /// A passed-through device.
     #[error("cannot export memory of a passed-through device")]
     Bar(#[source] Arc<DmaBufError>),
@@ -136,6 +139,7 @@ impl ExportError {
             Self::Udmabuf(UdmabufError::TooManyPieces { .. }) => 5,
             Self::Udmabuf(UdmabufError::TooLarge { .. }) => 6,
             Self::Udmabuf(UdmabufError::Refused { .. }) => 7,
+            Self::Duplicate(_) => 8,
         }
     }
 }
@@ -191,6 +195,12 @@ impl Exporter {
             && let BackingKind::Bar { region, .. } = first.kind
         {
             return export_bar(first, region, pieces);
+        }
+        if let [only] = pieces
+            && only.kind == BackingKind::Renderer
+        {
+            return (only.file.try_clone().map(OwnedFd::from))
+                .map_err(|source| ExportError::Duplicate(Arc::new(source)));
         }
         let mut items = Vec::with_capacity(pieces.len());
         for (index, piece) in pieces.iter().enumerate() {

@@ -46,6 +46,8 @@ pub enum BackingKind {
         /// Shared memory id.
         id: u8,
     },
+    /// The renderer's: `file` is a dma-buf of its own. No guest-physical range is of this kind.
+    Renderer,
 }
 
 impl fmt::Display for BackingKind {
@@ -58,6 +60,7 @@ impl fmt::Display for BackingKind {
             BackingKind::SharedMemory { device, id } => {
                 write!(f, "shared memory {id} of virtio device {device}")
             }
+            BackingKind::Renderer => f.write_str("memory of the renderer's"),
         }
     }
 }

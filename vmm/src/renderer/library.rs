@@ -107,6 +107,10 @@ macro_rules! functions {
     ($($field:ident = $symbol:literal: fn($($argument:ty),*) $(-> $result:ty)?;)*) => {
         struct Functions { $($field: unsafe extern "C" fn($($argument),*) $(-> $result)?,)* }
 
+        /// What must be there.
+        #[cfg(test)]
+        const NAMES: &[&str] = &[$($symbol),*];
+
         impl Functions {
             fn find(library: &libloading::Library) -> Result<Self, libloading::Error> {
                 // SAFETY: the header declares functions of these names and types.
@@ -470,4 +474,18 @@ unsafe extern "C" fn log(level: c_int, message: *const c_char, _: *mut c_void) {
     }
     // Does not come round to 0 again in any life of a guest's.
     SAID.fetch_min(MOST + 1, Ordering::Relaxed);
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// What virglrenderer has had since after 1.1.
+    const NEWER: &[&str] = &["virgl_renderer_resource_map_fixed"];
+
+    #[test]
+    fn nothing_newer_than_1_1_is_needed() {
+        assert!(NAMES.contains(&"virgl_renderer_resource_export_blob"));
+        assert!(NEWER.iter().all(|name| !NAMES.contains(name)));
+    }
 }

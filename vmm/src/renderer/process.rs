@@ -20,8 +20,9 @@ use fanlight_devices::{
         render::{
             ReadBack,
             wire::{
-                CALL_EXPORT, CALL_FENCE, CALL_READ_BACK, CALL_START, Call, CapsetInfo, FenceAt,
-                RamRange, SAY_DONE, SAY_FAILED, SAY_FENCE, SAY_READY, Say, Start,
+                CALL_EXPORT, CALL_FENCE, CALL_READ_BACK, CALL_START, Call, CapsetInfo, FAILED,
+                FAILED_NO_FILES, FenceAt, RamRange, SAY_DONE, SAY_FAILED, SAY_FENCE, SAY_READY,
+                Say, Start,
             },
         },
     },
@@ -151,7 +152,11 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
         }
     };
     while let Some(call) = Call::receive(socket, RecvFlags::empty())? {
-        renderer.serve(call).send(socket)?;
+        let unanswered = call.head.unanswered != 0;
+        let say = renderer.serve(call);
+        if !unanswered {
+            say.send(socket)?;
+        }
     }
     Ok(())
 }
@@ -209,6 +214,13 @@ fn find_server() -> Result<(), String> {
          or name it in {SERVER_ENV}",
         path.display()
     ))
+}
+
+/// Whether the process has as many descriptors as it may.
+fn no_files() -> bool {
+    let none = [rustix::io::Errno::MFILE, rustix::io::Errno::NFILE];
+    let copy = rustix::io::fcntl_dupfd_cloexec(rustix::stdio::stdin(), 3);
+    copy.is_err_and(|error| none.contains(&error))
 }
 
 /// A file's memory, shared.
@@ -296,7 +308,8 @@ impl Renderer {
                 }
             }
             Ok(()) => {}
-            Err(Refused) => say.head.failed = 1,
+            Err(Refused) if no_files() => say.head.failed = FAILED_NO_FILES,
+            Err(Refused) => say.head.failed = FAILED,
         }
         say
     }
@@ -331,7 +344,14 @@ impl Renderer {
             VIRTIO_GPU_CMD_SUBMIT_3D => return self.submit(&call),
             VIRTIO_GPU_CMD_RESOURCE_CREATE_3D => return library.create_3d(&body(&call)?),
             VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB => {
-                return library.create_blob(context, &body(&call)?);
+                let command: ResourceCreateBlob = body(&call)?;
+                library.create_blob(context, &command)?;
+                // One that cannot be shown may be of use otherwise.
+                let shown = command.blob_flags.get() & VIRTIO_GPU_BLOB_FLAG_USE_MAPPABLE != 0;
+                if shown && let Ok((file, cache)) = library.export(command.resource_id.get()) {
+                    say.file = Some(file);
+                    say.head.value = cache;
+                }
             }
             VIRTIO_GPU_CMD_TRANSFER_TO_HOST_3D => {
                 return library.transfer(context, &body(&call)?, true);

@@ -13,6 +13,7 @@ use super::{
     format::Format,
     output::{OUTPUTS, positions},
     protocol::*,
+    render::HostKind,
     resources::{Kind, MAX_ENTRIES},
     scanout::{Area, Layout, Scanout},
     transfer::transfer,
@@ -74,6 +75,24 @@ pub enum CommandError {
     /// The renderer would not.
     #[error("the renderer refused it")]
     Renderer,
+    /// The renderer has as many descriptors as it may.
+    #[error(
+        "the renderer has no descriptor left for a blob: raise the limit on open files (ulimit -Hn) that Fanlight \
+         is started with"
+    )]
+    RendererFiles,
+}
+
+impl CommandError {
+    /// Whether a limit of the host's is why, which its owner can raise.
+    pub fn is_of_host(&self) -> bool {
+        matches!(
+            self,
+            Self::Host(_)
+                | Self::RendererFiles
+                | Self::Map(ArenaError::Host { .. } | ArenaError::TooMany(_))
+        )
+    }
 }
 
 impl CommandError {
@@ -89,13 +108,15 @@ impl CommandError {
             | Self::NoRenderer
             | Self::Renderer => VIRTIO_GPU_RESP_ERR_UNSPEC,
             Self::Context(_) => VIRTIO_GPU_RESP_ERR_INVALID_CONTEXT_ID,
-            Self::Map(ArenaError::Host { .. } | ArenaError::Lost) => {
+            Self::Map(ArenaError::Host { .. } | ArenaError::TooMany(_) | ArenaError::Lost) => {
                 VIRTIO_GPU_RESP_ERR_OUT_OF_MEMORY
             }
             Self::Map(_) => VIRTIO_GPU_RESP_ERR_INVALID_PARAMETER,
             Self::Scanout(_) => VIRTIO_GPU_RESP_ERR_INVALID_SCANOUT_ID,
             Self::Resource(_) => VIRTIO_GPU_RESP_ERR_INVALID_RESOURCE_ID,
-            Self::OutOfMemory(_) | Self::Host(_) => VIRTIO_GPU_RESP_ERR_OUT_OF_MEMORY,
+            Self::OutOfMemory(_) | Self::Host(_) | Self::RendererFiles => {
+                VIRTIO_GPU_RESP_ERR_OUT_OF_MEMORY
+            }
         }
     }
 }
@@ -411,15 +432,23 @@ impl State {
         Ok(Answer::OK)
     }
 
-    fn set_scanout_blob(&mut self, command: &SetScanoutBlob) -> Result<Answer, CommandError> {
+    pub(super) fn set_scanout_blob(
+        &mut self,
+        command: &SetScanoutBlob,
+    ) -> Result<Answer, CommandError> {
         let index = scanout_index(command.scanout_id.get())?;
         let id = command.resource_id.get();
         if id == 0 {
             self.set_scanout(index, None);
             return Ok(Answer::OK);
         }
-        let Kind::Blob(blob) = &self.resources.get(id)?.kind else {
-            return Err(CommandError::Resource(id));
+        let size = match &self.resources.get(id)?.kind {
+            Kind::Blob(blob) => blob.size,
+            Kind::Host(host) if host.pixels.is_some() => match host.kind {
+                HostKind::Blob(size) => size,
+                HostKind::Texture { .. } => return Err(CommandError::Resource(id)),
+            },
+            Kind::Host(_) | Kind::Image(_) => return Err(CommandError::Resource(id)),
         };
         let layout = Layout {
             format: format(command.format.get())?,
@@ -428,7 +457,7 @@ impl State {
             stride: command.strides[0].get(),
             offset: command.offsets[0].get(),
         };
-        layout.check(blob.size)?;
+        layout.check(size)?;
         let area = area(&command.r)?;
         if !area.is_within(layout.width, layout.height) {
             return Err(CommandError::Parameter("rectangle"));

@@ -313,6 +313,14 @@ impl Handler {
                 return self.finish(pending, Ok(answer));
             }
             Ok(Outcome::Later(call, then)) => (*call, then),
+            // A fence needs an answer.
+            Ok(Outcome::Told(call, answer)) if pending.fence.number != 0 => {
+                (*call, Then::Give(answer))
+            }
+            Ok(Outcome::Told(call, answer)) => match renderer.tell(call) {
+                Ok(()) => return self.finish(pending, Ok(answer)),
+                Err(call) => (*call, Then::Give(answer)),
+            },
             Err(error) => {
                 pending.fence = FenceAt::default();
                 return self.finish(pending, Err(error));
@@ -482,7 +490,7 @@ fn respond(
 ) -> (u32, Option<Hold>) {
     let answer = answer.unwrap_or_else(|error| {
         match &error {
-            CommandError::Host(_) if !std::mem::replace(told, true) => {
+            error if error.is_of_host() && !std::mem::replace(told, true) => {
                 tracing::warn!(error = %crate::error_line(&error), "no memory for the guest's GPU");
             }
             // Rare, and told by nobody else: Linux's driver does not read the answer.

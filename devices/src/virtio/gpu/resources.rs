@@ -103,7 +103,7 @@ impl Resource {
         match &self.kind {
             Kind::Image(image) => Some(&image.surface),
             Kind::Blob(blob) => blob.memory.surface(),
-            Kind::Host(host) => host.shown.as_ref().map(|shown| &shown.surface),
+            Kind::Host(host) => host.surface(),
         }
     }
 }
@@ -149,6 +149,11 @@ impl Resources {
     /// The resource of this id.
     pub fn get_mut(&mut self, id: u32) -> Result<&mut Resource, CommandError> {
         self.all.get_mut(&id).ok_or(CommandError::Resource(id))
+    }
+
+    /// All of them.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (u32, &mut Resource)> {
+        self.all.iter_mut().map(|(&id, resource)| (id, resource))
     }
 
     /// Forgets a resource.

@@ -149,7 +149,7 @@ pub enum Location {
     GuestRam,
     /// In memory of a passed-through device's, where it may draw too.
     Device,
-    /// In memory of Fanlight's, as of the guest's last transfer.
+    /// In memory of Fanlight's, as of the guest's last transfer, or of its renderer's, where it draws.
     Host,
 }
 

@@ -1,5 +1,7 @@
 //! Commands that are, or may be, the renderer's: checked here, carried out there.
 
+use std::fs::File;
+
 use super::{
     super::{
         commands::{Answer, CommandError, Input, area},
@@ -8,7 +10,7 @@ use super::{
         resources::Kind,
         scanout::{Area, Scanout},
     },
-    HostKind, Outcome, Places, Renderer, Then,
+    BlobFile, HostKind, Outcome, Places, Renderer, Then,
     wire::{CALL_EXPORT, CALL_READ_BACK, Call, RamRange, Say},
 };
 use crate::{
@@ -83,11 +85,12 @@ impl Renderer {
                 later(Call::new(type_, context, &command), Then::Answer)
             }
             VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB => self.create_blob(context, input, places),
-            VIRTIO_GPU_CMD_RESOURCE_MAP_BLOB => map_blob(&input.take()?, places),
+            VIRTIO_GPU_CMD_RESOURCE_MAP_BLOB => self.map_blob(&input.take()?, places),
             VIRTIO_GPU_CMD_RESOURCE_UNMAP_BLOB => self.unmap_blob(input.take()?, places),
             VIRTIO_GPU_CMD_RESOURCE_UNREF => self.unref(input.take()?, places),
             VIRTIO_GPU_CMD_RESOURCE_ATTACH_BACKING => attach(input, places),
             VIRTIO_GPU_CMD_RESOURCE_DETACH_BACKING => self.detach(input.take()?, places),
+            VIRTIO_GPU_CMD_SET_SCANOUT_BLOB => set_scanout_blob(&input.take()?, places),
             VIRTIO_GPU_CMD_RESOURCE_FLUSH => self.flush(input.take()?, places),
             _ => {
                 let mut state = places.display.0.lock();
@@ -113,27 +116,60 @@ impl Renderer {
                 hold: None,
             }),
             Then::Created { id, kind } => {
-                state.resources.create_host(id, kind)?;
-                Ok(Answer::OK)
+                let cache = say.head.value;
+                let memory = say.file.map(|file| BlobFile { file, cache });
+                self.made_last = memory.is_some().then_some(id);
+                let entered = state.resources.create_host(id, kind, memory);
+                if entered.is_err() {
+                    // Lest the renderer keep what nobody can name.
+                    let what = ResourceId {
+                        resource_id: id.into(),
+                        padding: 0.into(),
+                    };
+                    let call = Call::new(VIRTIO_GPU_CMD_RESOURCE_UNREF, 0, &what);
+                    let _ = self.tell(Box::new(call));
+                }
+                entered.map(|()| Answer::OK)
             }
             Then::Backed { id, backed } => {
                 state.resources.host_mut(id)?.backed = backed;
                 Ok(Answer::OK)
             }
-            Then::Map { id, offset, len } => {
+            Then::Map { id, offset } => {
                 let file = say.file.ok_or(CommandError::Renderer)?;
-                let host = state.resources.host_mut(id)?;
-                let memory = &self.rendering.memory;
-                memory.map(offset, len, &file).map_err(CommandError::Map)?;
-                host.mapped = Some(offset);
-                let info = RespMapInfo {
-                    map_info: say.head.value.into(),
-                    padding: 0.into(),
-                };
-                Ok(Answer::with(VIRTIO_GPU_RESP_OK_MAP_INFO, &info))
+                let cache = say.head.value;
+                self.show(&mut state, id, offset, BlobFile { file, cache })
             }
             Then::Flush(command) => state.flush(&command),
+            Then::Scanout(command) => {
+                let file = say.file.ok_or(CommandError::Renderer)?;
+                show_blob(&mut state, &command, file)
+            }
         }
+    }
+
+    /// Shows a blob's memory to the guest.
+    fn show(
+        &self,
+        state: &mut State,
+        id: u32,
+        offset: u64,
+        memory: BlobFile,
+    ) -> Result<Answer, CommandError> {
+        let host = state.resources.host_mut(id)?;
+        let HostKind::Blob(len) = host.kind else {
+            return Err(CommandError::Resource(id));
+        };
+        let region = &self.rendering.memory;
+        region
+            .map(offset, len, &memory.file)
+            .map_err(CommandError::Map)?;
+        host.mapped = Some(offset);
+        let info = RespMapInfo {
+            map_info: memory.cache.into(),
+            padding: 0.into(),
+        };
+        Ok(Answer::with(VIRTIO_GPU_RESP_OK_MAP_INFO, &info))
     }
 
     fn is_gone(&self) -> bool {
@@ -295,11 +331,43 @@ impl Renderer {
             return Err(CommandError::Parameter("number of entries"));
         }
         state.resources.check_new(id)?;
+        // Linux's driver shows a blob at once. One that it does not show keeps no descriptor open.
+        if let Some(last) = self.made_last.take()
+            && let Ok(host) = state.resources.host_mut(last)
+        {
+            host.memory = None;
+        }
         let kind = HostKind::Blob(size);
         later(
             Call::new(VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB, context, &command),
             Then::Created { id, kind },
         )
+    }
+
+    fn map_blob(
+        &self,
+        command: &ResourceMapBlob,
+        places: &Places,
+    ) -> Result<Outcome, CommandError> {
+        let mut state = places.display.0.lock();
+        let id = command.resource_id.get();
+        let host = state.resources.host_mut(id)?;
+        let HostKind::Blob(_) = host.kind else {
+            return Err(CommandError::Resource(id));
+        };
+        if host.mapped.is_some() {
+            return Err(CommandError::Backing("is shown already"));
+        }
+        // Place and length are checked where they are mapped.
+        let offset = command.offset.get();
+        if let Some(memory) = host.memory.take() {
+            return Ok(self.show(&mut state, id, offset, memory)?.into());
+        }
+        let what = ResourceId {
+            resource_id: id.into(),
+            padding: 0.into(),
+        };
+        later(Call::new(CALL_EXPORT, 0, &what), Then::Map { id, offset })
     }
 
     fn unmap_blob(
@@ -333,7 +401,7 @@ impl Renderer {
         let answer = state.unref(command)?;
         if is_host && !self.is_gone() {
             let call = Call::new(VIRTIO_GPU_CMD_RESOURCE_UNREF, 0, &command);
-            return later(call, Then::Answer);
+            return Ok(Outcome::Told(Box::new(call), answer));
         }
         Ok(answer.into())
     }
@@ -411,26 +479,44 @@ fn create_3d(command: ResourceCreate3d, places: &Places) -> Result<Outcome, Comm
     )
 }
 
-fn map_blob(command: &ResourceMapBlob, places: &Places) -> Result<Outcome, CommandError> {
+/// The memory of a blob of the renderer's is asked for when an output is to show it for the first time.
+fn set_scanout_blob(command: &SetScanoutBlob, places: &Places) -> Result<Outcome, CommandError> {
     let mut state = places.display.0.lock();
     let id = command.resource_id.get();
-    let host = state.resources.host_mut(id)?;
-    let HostKind::Blob(len) = host.kind else {
-        return Err(CommandError::Resource(id));
-    };
-    if host.mapped.is_some() {
-        return Err(CommandError::Backing("is shown already"));
+    if state.features & VIRTIO_GPU_F_RESOURCE_BLOB == 0 {
+        return Err(CommandError::Unknown(VIRTIO_GPU_CMD_SET_SCANOUT_BLOB));
     }
-    let what = ResourceId {
-        resource_id: id.into(),
-        padding: 0.into(),
-    };
-    // Place and length are checked where they are mapped.
-    let offset = command.offset.get();
-    later(
-        Call::new(CALL_EXPORT, 0, &what),
-        Then::Map { id, offset, len },
-    )
+    match state.resources.host_mut(id) {
+        Ok(host) if host.pixels.is_none() && matches!(host.kind, HostKind::Blob(_)) => {
+            let file = host.memory.as_ref().map(|memory| memory.file.try_clone());
+            if let Some(file) = file.transpose().map_err(CommandError::Host)? {
+                return Ok(show_blob(&mut state, command, file)?.into());
+            }
+            let what = ResourceId {
+                resource_id: id.into(),
+                padding: 0.into(),
+            };
+            let call = Call::new(CALL_EXPORT, 0, &what);
+            later(call, Then::Scanout(*command))
+        }
+        _ => Ok(state.set_scanout_blob(command)?.into()),
+    }
+}
+
+fn show_blob(
+    state: &mut State,
+    command: &SetScanoutBlob,
+    file: File,
+) -> Result<Answer, CommandError> {
+    let State {
+        resources,
+        scanouts,
+        ..
+    } = state;
+    let is_on_output =
+        |id| (scanouts.iter().flatten()).any(|scanout: &Scanout| scanout.resource == id);
+    resources.show_blob(command.resource_id.get(), file, is_on_output)?;
+    state.set_scanout_blob(command)
 }
 
 fn attach(input: &mut Input, places: &Places) -> Result<Outcome, CommandError> {

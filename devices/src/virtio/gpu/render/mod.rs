@@ -26,7 +26,7 @@ use rustix::net::RecvFlags;
 
 pub use commands::ReadBack;
 pub use host_memory::HostMemory;
-pub use resource::{HostKind, HostResource};
+pub use resource::{BlobFile, HostKind, HostResource};
 
 use super::{
     commands::{Answer, CommandError},
@@ -34,7 +34,12 @@ use super::{
     protocol::*,
 };
 use crate::{memory::AddressSpace, virtio::queue::Buffers};
-use wire::{CALL_FENCE, Call, CapsetInfo, FenceAt, SAY_DONE, SAY_FENCE, SAY_READY, Say};
+use wire::{
+    CALL_FENCE, Call, CapsetInfo, FAILED_NO_FILES, FenceAt, SAY_DONE, SAY_FENCE, SAY_READY, Say,
+};
+
+/// Calls on their way that are not answered: far fewer than a socket takes.
+const MAX_TOLD: usize = 32;
 
 /// A renderer that was started. It need not be ready.
 pub struct Connection {
@@ -73,11 +78,13 @@ pub(super) enum Then {
     /// The resource exists.
     Created { id: u32, kind: HostKind },
     /// The blob's memory came.
-    Map { id: u32, offset: u64, len: u64 },
+    Map { id: u32, offset: u64 },
     /// The resource has guest memory, or has it no longer.
     Backed { id: u32, backed: bool },
     /// The pixels came.
     Flush(ResourceFlush),
+    /// The memory came of a blob that an output is to show.
+    Scanout(SetScanoutBlob),
 }
 
 /// What became of a command.
@@ -87,6 +94,8 @@ pub(super) enum Outcome {
     Now(Answer),
     /// It is the renderer's.
     Later(Box<Call>, Then),
+    /// It is done, and the renderer is told.
+    Told(Box<Call>, Answer),
 }
 
 impl From<Answer> for Outcome {
@@ -147,6 +156,10 @@ pub(super) struct Renderer {
     fences: Vec<Fenced>,
     /// Of the last fence.
     number: u32,
+    /// The blob that was made last, while it has its memory.
+    made_last: Option<u32>,
+    /// Calls that went without an answer since the last one that has one.
+    told: usize,
 }
 
 impl Renderer {
@@ -160,6 +173,8 @@ impl Renderer {
             asked: None,
             fences: Vec::new(),
             number: 0,
+            made_last: None,
+            told: 0,
         })
     }
 
@@ -207,6 +222,21 @@ impl Renderer {
         Call::new(CALL_FENCE, 0, &[0_u8; 0])
     }
 
+    /// Sends a command on that needs no answer; gives it back if it must have one, lest the socket be full.
+    pub fn tell(&mut self, call: Box<Call>) -> Result<(), Box<Call>> {
+        if self.told >= MAX_TOLD {
+            return Err(call);
+        }
+        self.told += 1;
+        let mut call = call;
+        call.head.unanswered = 1;
+        if let Err(error) = call.send(&self.socket) {
+            // Heard of when the socket is.
+            tracing::debug!(%error, "cannot tell the renderer");
+        }
+        Ok(())
+    }
+
     /// Sends a command on. The request comes back by [`Renderer::hear`], or at once.
     pub fn ask(
         &mut self,
@@ -215,6 +245,7 @@ impl Renderer {
         pending: Pending,
     ) -> Result<(), Box<(Pending, CommandError)>> {
         call.head.fence = pending.fence;
+        self.told = 0;
         if self.process.is_none() {
             return Err(Box::new((pending, CommandError::NoRenderer)));
         }
@@ -285,10 +316,10 @@ impl Renderer {
         if passed || say.head.fence.number == 0 {
             pending.fence = FenceAt::default();
         }
-        let result = if say.head.failed != 0 {
-            Err(CommandError::Renderer)
-        } else {
-            self.finish(then, say, display)
+        let result = match say.head.failed {
+            0 => self.finish(then, say, display),
+            FAILED_NO_FILES => Err(CommandError::RendererFiles),
+            _ => Err(CommandError::Renderer),
         };
         Some(Heard::Done(pending, result))
     }

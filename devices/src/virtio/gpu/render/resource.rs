@@ -1,6 +1,10 @@
 //! Resources whose content is the renderer's.
 
-use std::{fs::File, sync::Arc};
+use std::{
+    fs::File,
+    io::{Seek, SeekFrom},
+    sync::Arc,
+};
 
 use crate::{
     dmabuf::Piece,
@@ -10,7 +14,7 @@ use crate::{
         commands::CommandError,
         format::Format,
         output::Mode,
-        resources::{RESOURCE_COST, ROW_ALIGNMENT, Resources, Surface, host_memory},
+        resources::{Kind, RESOURCE_COST, ROW_ALIGNMENT, Resources, Surface, host_memory},
         scanout::Layout,
     },
 };
@@ -37,13 +41,26 @@ pub enum HostKind {
 pub struct HostResource {
     /// What it is.
     pub kind: HostKind,
+    /// Its memory and how that is cached, from when it was made until it is shown.
+    pub memory: Option<BlobFile>,
     /// Where the guest sees it, in the host-visible region.
     pub mapped: Option<u64>,
     /// Whether it has guest memory.
     pub backed: bool,
-    /// Its pixels, as of the last flush, if it was ever on an output.
+    /// A texture's pixels, as of the last flush, if it was ever on an output.
     pub shown: Option<Shown>,
+    /// A blob's own memory, if it was on an output lately.
+    pub pixels: Option<Arc<Surface>>,
     _charge: Charge,
+}
+
+/// A blob's memory.
+#[derive(Debug)]
+pub struct BlobFile {
+    /// The memory.
+    pub file: File,
+    /// How the guest is to cache it (`VIRTIO_GPU_MAP_CACHE_*`).
+    pub cache: u32,
 }
 
 /// A copy of a texture's pixels.
@@ -57,25 +74,89 @@ pub struct Shown {
     pub file: Arc<File>,
 }
 
+impl HostResource {
+    /// The memory with its pixels, if an output shows it.
+    pub fn surface(&self) -> Option<&Arc<Surface>> {
+        let texture = self.shown.as_ref().map(|shown| &shown.surface);
+        texture.or(self.pixels.as_ref())
+    }
+}
+
+/// Blobs of which outputs can show the memory, each of which is a descriptor of this process's. Programs that draw
+/// take turns with two or three.
+const MAX_PIXELS: usize = 64;
+/// What `fstatfs` says of dma-bufs.
+const DMA_BUF_MAGIC: u64 = 0x444d_4142;
+
 impl Resources {
+    /// Has outputs show a blob's memory, which is a dma-buf or a memory file. Blobs that are on no output make room.
+    pub fn show_blob(
+        &mut self,
+        id: u32,
+        file: File,
+        is_on_output: impl Fn(u32) -> bool,
+    ) -> Result<(), CommandError> {
+        let HostKind::Blob(len) = self.host_mut(id)?.kind else {
+            return Err(CommandError::Resource(id));
+        };
+        let magic = rustix::fs::fstatfs(&file).map(|found| found.f_type as u64);
+        let is_dmabuf = magic.is_ok_and(|magic| magic == DMA_BUF_MAGIC);
+        let end = (&file).seek(SeekFrom::End(0)).map_err(CommandError::Host)?;
+        if end < len {
+            return Err(CommandError::Renderer);
+        }
+        let mut with_pixels = 0;
+        for (other, resource) in self.iter_mut() {
+            if let Kind::Host(host) = &mut resource.kind
+                && host.pixels.is_some()
+            {
+                with_pixels += 1;
+                if with_pixels >= MAX_PIXELS && !is_on_output(other) {
+                    host.pixels = None;
+                }
+            }
+        }
+        let piece = Piece {
+            kind: if is_dmabuf {
+                BackingKind::Renderer
+            } else {
+                BackingKind::Ram
+            },
+            file: Arc::new(file),
+            offset: 0,
+            len,
+        };
+        let charge = self.charge(RESOURCE_COST)?;
+        let surface = Surface::new(vec![piece], Arc::new(charge));
+        self.host_mut(id)?.pixels = Some(surface);
+        Ok(())
+    }
+
     /// Enters a resource that the renderer has made.
-    pub fn create_host(&mut self, id: u32, kind: HostKind) -> Result<(), CommandError> {
+    pub fn create_host(
+        &mut self,
+        id: u32,
+        kind: HostKind,
+        memory: Option<BlobFile>,
+    ) -> Result<(), CommandError> {
         self.check_new(id)?;
         let resource = HostResource {
             kind,
+            memory,
             mapped: None,
             backed: false,
             shown: None,
+            pixels: None,
             _charge: self.charge(RESOURCE_COST)?,
         };
-        self.insert(id, super::super::resources::Kind::Host(resource));
+        self.insert(id, Kind::Host(resource));
         Ok(())
     }
 
     /// The resource of this id, if it is the renderer's.
     pub fn host_mut(&mut self, id: u32) -> Result<&mut HostResource, CommandError> {
         match &mut self.get_mut(id)?.kind {
-            super::super::resources::Kind::Host(resource) => Ok(resource),
+            Kind::Host(resource) => Ok(resource),
             _ => Err(CommandError::Resource(id)),
         }
     }

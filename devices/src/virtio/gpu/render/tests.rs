@@ -90,9 +90,10 @@ impl StartRenderer for Fake {
                 let say = answer(&call);
                 let (silent, fence) = (script.silent == Some(call.head.what), call.head.fence);
                 let keeps = script.keeps_fences;
+                let unanswered = call.head.unanswered != 0;
                 script.calls.push(call);
                 drop(script);
-                if silent {
+                if silent || unanswered {
                     continue;
                 }
                 if fence.number != 0 && !keeps {
@@ -117,11 +118,15 @@ fn answer(call: &Call) -> Say {
     match call.head.what {
         CALL_EXPORT => {
             let id = ResourceId::read_from_bytes(&call.body).unwrap();
-            let mut file = tempfile::tempfile().unwrap();
-            file.write_all(&[id.resource_id.get() as u8; 2 * PAGE as usize])
-                .unwrap();
-            say.file = Some(file);
-            say.head.value = 1;
+            give_memory(&mut say, id.resource_id.get());
+        }
+        // Of others it is asked for.
+        VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB => {
+            let command = ResourceCreateBlob::read_from_bytes(&call.body).unwrap();
+            let id = command.resource_id.get();
+            if !id.is_multiple_of(2) {
+                give_memory(&mut say, id);
+            }
         }
         CALL_READ_BACK => {
             let command = ReadBack::read_from_bytes(&call.body).unwrap();
@@ -140,6 +145,13 @@ fn answer(call: &Call) -> Say {
         _ => {}
     }
     say
+}
+
+fn give_memory(say: &mut Say, id: u32) {
+    let mut file = tempfile::tempfile().unwrap();
+    file.write_all(&[id as u8; 2 * PAGE as usize]).unwrap();
+    say.file = Some(file);
+    say.head.value = 1;
 }
 
 struct Machine {
@@ -204,6 +216,15 @@ fn resource(id: u32) -> ResourceId {
     ResourceId {
         resource_id: id.into(),
         padding: 0.into(),
+    }
+}
+
+fn rect(x: u32, y: u32, width: u32, height: u32) -> Rect {
+    Rect {
+        x: x.into(),
+        y: y.into(),
+        width: width.into(),
+        height: height.into(),
     }
 }
 
@@ -409,7 +430,43 @@ fn what_the_renderer_refuses_does_not_exist() {
     assert_eq!(m.create_3d(3, 2), OK);
     assert_eq!(m.create_3d(3, 2), VIRTIO_GPU_RESP_ERR_INVALID_RESOURCE_ID);
     assert_eq!(m.command(unref, &resource(3)), OK);
-    assert_eq!(m.fake.calls_of(unref), 1);
+    m.wait_calls(unref, 1);
+}
+
+#[test]
+fn what_needs_no_answer_does_not_fill_the_socket() {
+    let mut m = machine();
+    let unref = VIRTIO_GPU_CMD_RESOURCE_UNREF;
+    let count = 2 * MAX_TOLD as u32 + 2;
+    for id in 1..=count {
+        assert_eq!(m.create_3d(id, 2), OK);
+    }
+    for id in 1..=count {
+        assert_eq!(m.command(unref, &resource(id)), OK);
+    }
+    m.wait_calls(unref, count as usize);
+    let script = m.fake.0.lock().unwrap();
+    let answered = script
+        .calls
+        .iter()
+        .filter(|call| call.head.what == unref && call.head.unanswered == 0);
+    assert_eq!(answered.count(), 2);
+}
+
+#[test]
+fn a_blob_s_memory_is_asked_for_once() {
+    let mut m = machine();
+    m.create_context();
+    let create = VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB;
+    for id in [1, 3] {
+        assert_eq!(m.command(create, &blob(id, 1)), OK);
+    }
+    assert_eq!(m.map(3, PAGE), VIRTIO_GPU_RESP_OK_MAP_INFO);
+    assert_eq!(m.fake.calls_of(CALL_EXPORT), 0);
+    // Only the last one that was made is kept open.
+    assert_eq!(m.map(1, 0), VIRTIO_GPU_RESP_OK_MAP_INFO);
+    assert_eq!(m.fake.calls_of(CALL_EXPORT), 1);
+    assert_eq!([m.seen(0), m.seen(1)], [Some(1), Some(3)]);
 }
 
 #[test]
@@ -539,12 +596,6 @@ fn a_renderer_that_hangs_holds_up_no_reset() {
 fn a_texture_on_an_output_is_read_back() {
     let mut m = machine();
     assert_eq!(m.create_3d(3, 2), OK);
-    let rect = |x: u32, y: u32, width: u32, height: u32| Rect {
-        x: x.into(),
-        y: y.into(),
-        width: width.into(),
-        height: height.into(),
-    };
     let show = |r| SetScanout {
         r,
         scanout_id: 0.into(),
@@ -576,6 +627,42 @@ fn a_texture_on_an_output_is_read_back() {
     assert_eq!(m.command(VIRTIO_GPU_CMD_RESOURCE_UNREF, &resource(3)), OK);
     assert!(m.display.read_scanout(0).is_err());
     assert_eq!(m.display.statistics().resource_memory, 0);
+}
+
+#[test]
+fn outputs_show_the_renderer_s_blobs() {
+    let mut m = machine();
+    m.create_context();
+    let create = VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB;
+    let set = |id: u32, height: u32| SetScanoutBlob {
+        r: rect(0, 0, 64, height),
+        resource_id: id.into(),
+        width: 64.into(),
+        height: height.into(),
+        format: 2.into(),
+        strides: [256.into(), 0.into(), 0.into(), 0.into()],
+        ..Default::default()
+    };
+    let show = VIRTIO_GPU_CMD_SET_SCANOUT_BLOB;
+    for id in [2, 3] {
+        assert_eq!(m.command(create, &blob(id, 2)), OK);
+        assert_eq!(
+            m.command(show, &set(id, 33)),
+            VIRTIO_GPU_RESP_ERR_INVALID_PARAMETER
+        );
+        assert_eq!(m.command(show, &set(id, 32)), OK);
+        let pixels = m.display.read_scanout(0).unwrap();
+        assert_eq!(pixels.rgba(63, 31).map(|p| p[0]), Some(id as u8));
+    }
+    assert_eq!(m.fake.calls_of(CALL_EXPORT), 1);
+    // The file is shorter.
+    assert_eq!(m.command(create, &blob(4, 3)), OK);
+    assert_eq!(m.command(show, &set(4, 32)), VIRTIO_GPU_RESP_ERR_UNSPEC);
+    assert_eq!(m.create_3d(5, 2), OK);
+    let answer = m.command(show, &set(5, 32));
+    assert_eq!(answer, VIRTIO_GPU_RESP_ERR_INVALID_RESOURCE_ID);
+    assert_eq!(m.command(VIRTIO_GPU_CMD_RESOURCE_UNREF, &resource(3)), OK);
+    assert!(m.display.read_scanout(0).is_err());
 }
 
 #[derive(Clone, Debug)]

@@ -43,6 +43,11 @@ pub const SAY_DONE: u32 = 3;
 /// A fence was passed.
 pub const SAY_FENCE: u32 = 4;
 
+/// The call failed.
+pub const FAILED: u32 = 1;
+/// The call failed, and no descriptor is left, which may be why.
+pub const FAILED_NO_FILES: u32 = 2;
+
 /// A range of guest RAM.
 #[derive(
     Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout, PartialEq, Eq,
@@ -101,7 +106,8 @@ pub struct CallHead {
     pub ranges: u32,
     /// Whether they are in the file that comes along.
     pub in_file: u32,
-    pad: u32,
+    /// Whether it is not answered. It has no fence then.
+    pub unanswered: u32,
 }
 
 /// The first call: what the renderer is to do, with guest RAM's memfd.
@@ -198,7 +204,7 @@ impl Call {
 pub struct SayHead {
     /// One of the above.
     pub what: u32,
-    /// Whether the call failed.
+    /// Whether the call failed, and why.
     pub failed: u32,
     /// Which fence was passed.
     pub fence: FenceAt,
