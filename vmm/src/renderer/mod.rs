@@ -3,6 +3,7 @@
 
 mod library;
 pub mod process;
+pub mod sandbox;
 
 use std::{
     fmt,
@@ -108,6 +109,8 @@ impl StartRenderer for Starter {
         // A group of its own: the render server is in it, and the terminal's signals are not for them.
         let child = Command::new("/proc/self/exe")
             .arg(COMMAND)
+            // It may not write where other programs would read it.
+            .env("MESA_SHADER_CACHE_DISABLE", "true")
             .stdin(Stdio::from(theirs))
             .stdout(Stdio::null())
             .process_group(0)

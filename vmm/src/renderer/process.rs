@@ -1,7 +1,7 @@
 //! What runs in the renderer's process: takes calls, has virglrenderer do them, answers.
 //!
 //! It ends with the socket that it was given: whatever a command stream made of it, it has nothing but that,
-//! guest RAM and what the host's drivers opened.
+//! guest RAM, what the host's drivers opened and what [`sandbox`] leaves.
 
 use std::{
     collections::BTreeMap,
@@ -38,7 +38,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use super::{
     library::{Fences, Library, Refused},
-    standard_input,
+    sandbox, standard_input,
 };
 
 /// Where virglrenderer finds its render server, and what says that it is elsewhere.
@@ -102,7 +102,10 @@ fn exit() -> ! {
 
 /// Takes from the process what it does not need, and gives it the descriptors that it does.
 fn confine() {
-    let _ = rustix::thread::set_no_new_privs(true);
+    if let Err(error) = sandbox::enter() {
+        let error = error_line(&error);
+        tracing::warn!("the renderer is less confined than it should be: {error}");
+    }
     let none = Rlimit {
         current: Some(0),
         maximum: Some(0),
