@@ -3,11 +3,13 @@
 
 use std::{
     fs,
-    path::PathBuf,
+    io::ErrorKind,
+    path::{Path, PathBuf},
     thread,
     time::{Duration, Instant},
 };
 
+use fanlight::renderer::sandbox;
 use fanlight_api::{client::Client, display::Screenshot, methods::GpuScreenshot};
 use fanlight_tests::{
     Context, Failure, Result,
@@ -97,9 +99,34 @@ fn blobs(assets: &Assets) -> Result<()> {
 }
 
 fn slots(assets: &Assets) -> Result<()> {
+    let dir = tempfile::tempdir().context("cannot make a directory")?;
+    let path = dir.path().to_path_buf();
+    thread::spawn(move || confined(&path))
+        .join()
+        .unwrap_or_else(|_| Err(Failure("it panicked".into())))?;
     let gpu = "outputs=640x480,renderer=venus,hostmem=64M,hostmem-slots=on";
     let guest = guest(assets, gpu, "/bin/guest-agent blobs 200 20")?;
     run(guest, &["agent: 200 blobs and 20 pairs"]).map(drop)
+}
+
+/// What the renderer's process may do with files, tried on a thread of this one's: this kernel has Landlock.
+fn confined(dir: &Path) -> Result<()> {
+    let own = dir.join("secret");
+    fs::write(&own, "secret").context("cannot write a file")?;
+    sandbox::enter().context("cannot confine a thread")?;
+    let refused = |what: &str, result: std::io::Result<()>| {
+        let refused = result.is_err_and(|error| error.kind() == ErrorKind::PermissionDenied);
+        ensure(refused, format!("{what} is not refused"))
+    };
+    refused("reading a user's file", fs::read(&own).map(drop))?;
+    refused("writing it", fs::write(&own, ""))?;
+    refused("making one", fs::write(dir.join("new"), ""))?;
+    refused(
+        "listing devices of no GPU",
+        fs::read("/dev/console").map(drop),
+    )?;
+    fs::read("/proc/self/maps").context("cannot read /proc")?;
+    fs::write("/dev/null", "x").context("cannot write to /dev/null")
 }
 
 /// The renderer of a guest's process.
