@@ -234,7 +234,7 @@ const EMULATOR_FAULTS: [&str; 4] = [
     pulse::STANDSTILL,
     HANG,
     "Resource temporarily unavailable (os error 11)",
-    "KVM gave up on the guest (internal error 3)",
+    "KVM gave up on the guest (internal error 3;",
 ];
 
 /// Keeps what was said in a run that was void, for who wants to know why; where.

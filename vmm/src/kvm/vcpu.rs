@@ -68,8 +68,13 @@ pub enum VcpuError {
     #[error("the processor refused to enter the guest (hardware reason {0:#x})")]
     Entry(u64),
     /// KVM gave up for a reason of its own.
-    #[error("KVM gave up on the guest (internal error {0})")]
-    Internal(u32),
+    #[error("KVM gave up on the guest (internal error {suberror}; data {data:x?})")]
+    Internal {
+        /// `KVM_INTERNAL_ERROR_*`.
+        suberror: u32,
+        /// What KVM says of it (`Documentation/virt/kvm/api.rst`, KVM_EXIT_INTERNAL_ERROR).
+        data: Vec<u64>,
+    },
     /// An exit that no machine of ours causes.
     #[error("KVM reported an exit that this machine does not cause: {0}")]
     Unexpected(String),
@@ -312,7 +317,14 @@ impl KvmVcpu {
         let internal = unsafe { self.fd.get_kvm_run().__bindgen_anon_1.internal };
         match internal.suberror {
             KVM_INTERNAL_ERROR_EMULATION => VcpuError::Emulation { rip },
-            other => VcpuError::Internal(other),
+            suberror => VcpuError::Internal {
+                suberror,
+                data: internal
+                    .data
+                    .into_iter()
+                    .take(internal.ndata as usize)
+                    .collect(),
+            },
         }
     }
 }
