@@ -425,7 +425,7 @@ mod tests {
         let region = parse_region(header, &answer);
         assert_eq!(region.mappable, [(0, 0x1000), (0x2000, 0x2000)]);
         assert_eq!((region.start, region.size), (4 << 40, 0x4000));
-        let cut = parse_region(header, &answer[..70]);
+        let cut = parse_region(header, &answer[..80]);
         assert_eq!(cut.mappable, [(0, 0x1000)]);
         let plain = RegionHeader {
             flags: VFIO_REGION_INFO_FLAG_MMAP,
