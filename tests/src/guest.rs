@@ -297,10 +297,29 @@ impl Guest {
         self.heard.lock().clone()
     }
 
-    /// Adds what both said to a conversation's failure, once the guest has had time to say why it left.
-    pub fn heard<T>(&self, conversation: Result<T>) -> Result<T> {
-        conversation.map_err(|error| {
-            thread::sleep(Duration::from_secs(5));
+    /// Holds a conversation with the guest, as long as there is a guest. What goes wrong is told with what the guest
+    /// said, once it has had time to say why it left.
+    pub fn converse<T: Send + 'static>(
+        &mut self,
+        conversation: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        const LEAVE: Duration = Duration::from_secs(5);
+        let talk = thread::spawn(conversation);
+        let mut ended = None;
+        while !talk.is_finished() {
+            if ended.is_none() && self.child.try_wait().ok().flatten().is_some() {
+                ended = Some(Instant::now());
+            }
+            if ended.is_some_and(|ended| ended.elapsed() > LEAVE) {
+                return Err(self.failure("it ended in the middle of a conversation"));
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        let said = talk
+            .join()
+            .unwrap_or_else(|_| Err(Failure("a conversation panicked".into())));
+        said.map_err(|error| {
+            thread::sleep(LEAVE);
             if error.0.contains(HANG) || self.transcript().contains(HANG) {
                 self.hang(error)
             } else {

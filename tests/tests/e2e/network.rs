@@ -1,9 +1,9 @@
 //! Bytes cross a tap and vsock in both directions, each of them checked.
 
-use std::{process::Command, thread};
+use std::process::Command;
 
 use fanlight_tests::{
-    Context, Failure, Result,
+    Context, Result,
     echo::{self, Address},
     guest::{Assets, ensure},
 };
@@ -48,10 +48,10 @@ fn tcp(assets: &Assets, tap: &str, net: u8, vhost: &str) -> Result<()> {
     guest.wait_for("ready")?;
     ip(&format!("addr add 10.0.{net}.1/24 dev {tap}"))?;
     ip(&format!("link set {tap} up"))?;
-    let served = guest.heard(echo::serve(&Address::Tcp(format!("10.0.{net}.1:5000"))))?;
+    let served =
+        guest.converse(move || echo::serve(&Address::Tcp(format!("10.0.{net}.1:5000"))))?;
     ensure(served == BYTES, format!("{served} bytes came"))?;
-    let called = echo::call(&Address::Tcp(format!("10.0.{net}.2:5001")), BYTES);
-    guest.heard(called)?;
+    guest.converse(move || echo::call(&Address::Tcp(format!("10.0.{net}.2:5001")), BYTES))?;
     guest.expect_exit(0)?;
     let said = guest.transcript();
     ensure(said.contains(&format!("mac: 52:54:00:00:00:{net}")), &said)?;
@@ -60,7 +60,6 @@ fn tcp(assets: &Assets, tap: &str, net: u8, vhost: &str) -> Result<()> {
 
 fn vsock(assets: &Assets) -> Result<()> {
     const CID: u32 = 42;
-    let server = thread::spawn(|| echo::serve(&Address::Vsock(u32::MAX, 6000)));
     let mut guest = assets
         .guest(&format!(
             "guest-agent call vsock:2:6000 {BYTES}; guest-agent serve vsock:{}:6001",
@@ -68,12 +67,9 @@ fn vsock(assets: &Assets) -> Result<()> {
         ))
         .option("--vsock", format!("cid={CID}"))
         .start()?;
-    let served = server
-        .join()
-        .map_err(|_| Failure("the server panicked".into()))?;
-    let served = guest.heard(served)?;
+    let served = guest.converse(|| echo::serve(&Address::Vsock(u32::MAX, 6000)))?;
     ensure(served == BYTES, format!("{served} bytes came"))?;
-    guest.heard(echo::call(&Address::Vsock(CID, 6001), BYTES))?;
+    guest.converse(|| echo::call(&Address::Vsock(CID, 6001), BYTES))?;
     guest.expect_exit(0)?;
     let said = guest.transcript();
     went_both_ways(&said)

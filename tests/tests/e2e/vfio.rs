@@ -171,7 +171,7 @@ fn igb_data(assets: &Assets, iommufd: &str) -> Result<()> {
         in_container(assets, guest, &vf)?
     };
     serve(&mut guest, 1)?;
-    guest.heard(echo::call(&Address::Tcp("10.9.0.2:5001".into()), BYTES))?;
+    guest.converse(|| echo::call(&Address::Tcp("10.9.0.2:5001".into()), BYTES))?;
     guest.expect_exit(0)?;
     let said = guest.transcript();
     let interface = if iommufd == "on" {
@@ -237,14 +237,10 @@ fn in_container(assets: &Assets, guest: GuestBuilder, vf: &str) -> Result<Guest>
     Ok(guest)
 }
 
-/// Sends back what the guest sends, for the `round`th time. A guest that never calls is heard, not waited
-/// for.
+/// Sends back what the guest sends, for the `round`th time.
 fn serve(guest: &mut Guest, round: usize) -> Result<()> {
-    let server = thread::spawn(|| echo::serve(&Address::Tcp("10.9.0.1:5000".into())));
+    let served = guest.converse(|| echo::serve(&Address::Tcp("10.9.0.1:5000".into())))?;
     guest.wait_for_times(&format!("called with {BYTES} bytes"), round)?;
-    let served = server
-        .join()
-        .map_err(|_| Failure("the server panicked".into()))??;
     ensure(
         served == BYTES,
         format!("{served} bytes came in round {round}"),
@@ -283,7 +279,7 @@ fn igb_resets(assets: &Assets) -> Result<()> {
         .start()?;
     for round in 1..=4 {
         guest.wait_for_times("driver:", round)?;
-        let served = guest.heard(echo::serve(&Address::Tcp("10.9.0.1:5000".into())))?;
+        let served = guest.converse(|| echo::serve(&Address::Tcp("10.9.0.1:5000".into())))?;
         ensure(
             served == BYTES,
             format!("{served} bytes came in round {round}"),

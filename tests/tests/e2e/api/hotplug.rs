@@ -129,7 +129,7 @@ fn hotplug_net(assets: &Assets) -> Result<()> {
     guest.wait_for("mac: 52:54:00:00:00:42")?;
     ip("addr add 10.0.67.1/24 dev taph")?;
     ip("link set taph up")?;
-    let served = guest.heard(echo::serve(&Address::Tcp("10.0.67.1:5000".into())))?;
+    let served = guest.converse(|| echo::serve(&Address::Tcp("10.0.67.1:5000".into())))?;
     ensure(served == BYTES, format!("{served} bytes came"))?;
     // Every byte that came back to the guest was the right one.
     guest.wait_for(&format!("agent: called with {BYTES} bytes"))?;
