@@ -4,6 +4,7 @@ use std::{
     ffi::CString,
     fs::File,
     io,
+    ops::RangeInclusive,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, PoisonError, Weak},
 };
@@ -14,7 +15,6 @@ use super::{
     container_ioctls as calls,
     error::VfioError,
     host::others_in_group,
-    ioctls,
     iommu::node_error,
     sysfs::{HostFunction, PciAddress},
 };
@@ -68,9 +68,9 @@ impl Container {
         })
     }
 
-    /// Its descriptor.
-    pub fn file(&self) -> &File {
-        &self.file
+    /// The addresses that it can map, with the groups that it has now.
+    pub(super) fn iova_ranges(&self) -> io::Result<Vec<RangeInclusive<u64>>> {
+        calls::iova_ranges(&self.file)
     }
 
     /// Opens a device with its group, whose node may be open already.
@@ -138,7 +138,7 @@ impl Container {
             .map_err(|source| failure(address, "put its group into VFIO's container", source))?;
         let group = Group { number, file };
         // One that answers has been told by an earlier group, or by who handed it over.
-        if ioctls::container_iova_ranges(&self.file).is_err() {
+        if calls::iova_ranges(&self.file).is_err() {
             calls::set_iommu(&self.file).map_err(|source| match source.raw_os_error() {
                 Some(libc::EPERM) => VfioError::UnsafeInterrupts,
                 _ => failure(address, "have VFIO's container translate for it", source),

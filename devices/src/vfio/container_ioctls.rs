@@ -5,19 +5,25 @@ use std::{
     ffi::CStr,
     fs::File,
     io,
+    ops::RangeInclusive,
     os::fd::{AsRawFd, FromRawFd},
 };
 
 use vfio_bindings::bindings::vfio::{
-    VFIO_API_VERSION, VFIO_BASE, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE, VFIO_TYPE,
-    VFIO_TYPE1v2_IOMMU, vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
+    VFIO_API_VERSION, VFIO_BASE, VFIO_DMA_MAP_FLAG_READ, VFIO_DMA_MAP_FLAG_WRITE,
+    VFIO_IOMMU_INFO_CAPS, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, VFIO_TYPE, VFIO_TYPE1v2_IOMMU,
+    vfio_group_status, vfio_iommu_type1_dma_map, vfio_iommu_type1_dma_unmap,
 };
 use vmm_sys_util::{
-    ioctl::{ioctl, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref, ioctl_with_val},
+    ioctl::{
+        ioctl, ioctl_with_mut_ptr, ioctl_with_mut_ref, ioctl_with_ptr, ioctl_with_ref,
+        ioctl_with_val,
+    },
     ioctl_io_nr,
 };
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::ioctls::check;
+use super::ioctls::{IovaRange, MAX_IOVA_RANGES, capability, check, u32_at};
 
 ioctl_io_nr!(VFIO_GET_API_VERSION, VFIO_TYPE as u32, VFIO_BASE);
 ioctl_io_nr!(VFIO_CHECK_EXTENSION, VFIO_TYPE as u32, VFIO_BASE + 1);
@@ -26,6 +32,7 @@ ioctl_io_nr!(VFIO_GROUP_GET_STATUS, VFIO_TYPE as u32, VFIO_BASE + 3);
 ioctl_io_nr!(VFIO_GROUP_SET_CONTAINER, VFIO_TYPE as u32, VFIO_BASE + 4);
 ioctl_io_nr!(VFIO_GROUP_UNSET_CONTAINER, VFIO_TYPE as u32, VFIO_BASE + 5);
 ioctl_io_nr!(VFIO_GROUP_GET_DEVICE_FD, VFIO_TYPE as u32, VFIO_BASE + 6);
+ioctl_io_nr!(VFIO_IOMMU_GET_INFO, VFIO_TYPE as u32, VFIO_BASE + 12);
 ioctl_io_nr!(VFIO_IOMMU_MAP_DMA, VFIO_TYPE as u32, VFIO_BASE + 13);
 ioctl_io_nr!(VFIO_IOMMU_UNMAP_DMA, VFIO_TYPE as u32, VFIO_BASE + 14);
 
@@ -44,6 +51,59 @@ pub fn set_iommu(container: &File) -> io::Result<()> {
     // SAFETY: VFIO_SET_IOMMU takes a number.
     check(unsafe { ioctl_with_val(container, VFIO_SET_IOMMU(), VFIO_TYPE1v2_IOMMU.into()) })
         .map(drop)
+}
+
+/// `struct vfio_iommu_type1_info`.
+#[derive(Clone, Copy, Default, IntoBytes, FromBytes, KnownLayout, Immutable)]
+#[repr(C)]
+struct Type1Info {
+    argsz: u32,
+    flags: u32,
+    iova_pgsizes: u64,
+    cap_offset: u32,
+    pad: u32,
+}
+
+/// The addresses that a container can map, with the groups that it has now. Empty if the kernel does not
+/// tell.
+pub fn iova_ranges(container: &File) -> io::Result<Vec<RangeInclusive<u64>>> {
+    const LEN: usize = size_of::<Type1Info>() + MAX_IOVA_RANGES * size_of::<IovaRange>();
+    let info = Type1Info {
+        argsz: LEN as u32,
+        ..Default::default()
+    };
+    let mut answer = info.as_bytes().to_vec();
+    answer.resize(LEN, 0);
+    // SAFETY: the kernel writes at most `argsz` bytes, which is the length of `answer`.
+    check(unsafe { ioctl_with_mut_ptr(container, VFIO_IOMMU_GET_INFO(), answer.as_mut_ptr()) })?;
+    Ok(parse_type1_info(&answer))
+}
+
+/// The ranges of the capability of that kind in a chain of `struct vfio_info_cap_header`.
+fn parse_type1_info(answer: &[u8]) -> Vec<RangeInclusive<u64>> {
+    /// `struct vfio_iommu_type1_info_cap_iova_range`: where the ranges start.
+    const RANGES: usize = 16;
+    let Ok((info, _)) = Type1Info::read_from_prefix(answer) else {
+        return Vec::new();
+    };
+    if info.flags & VFIO_IOMMU_INFO_CAPS == 0 {
+        return Vec::new();
+    }
+    let Some(found) = capability(
+        answer,
+        info.cap_offset,
+        VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE,
+    ) else {
+        return Vec::new();
+    };
+    let count = u32_at(found, 8).unwrap_or(0) as usize;
+    let ranges = found.get(RANGES..).unwrap_or_default();
+    ranges
+        .chunks_exact(size_of::<IovaRange>())
+        .take(count)
+        .filter_map(|bytes| IovaRange::read_from_bytes(bytes).ok())
+        .map(Into::into)
+        .collect()
 }
 
 /// Maps `size` bytes at `host` for devices at `iova`.
@@ -106,4 +166,36 @@ pub fn device_of(group: &File, name: &CStr) -> io::Result<File> {
         check(unsafe { ioctl_with_ptr(group, VFIO_GROUP_GET_DEVICE_FD(), name.as_ptr()) })?;
     // SAFETY: the ioctl returned a new descriptor, which nobody else owns.
     Ok(unsafe { File::from_raw_fd(device) })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn structures_are_as_large_as_the_kernels() {
+        assert_eq!(size_of::<Type1Info>(), 24);
+    }
+
+    #[test]
+    fn ranges_are_found_behind_other_capabilities() {
+        let info = Type1Info {
+            flags: VFIO_IOMMU_INFO_CAPS,
+            cap_offset: 24,
+            ..Default::default()
+        };
+        let mut answer = info.as_bytes().to_vec();
+        for word in [3u32 | 1 << 16, 32, 1 | 1 << 16, 0, 2, 0] {
+            answer.extend(word.to_ne_bytes());
+        }
+        for word in [0, 0xfedf_ffff, 0xfef0_0000, u64::MAX >> 16] {
+            answer.extend(word.to_ne_bytes());
+        }
+        assert_eq!(
+            parse_type1_info(&answer),
+            [0..=0xfedf_ffff, 0xfef0_0000..=u64::MAX >> 16]
+        );
+        assert_eq!(parse_type1_info(&answer[..50]), []);
+        assert_eq!(parse_type1_info(&[]), []);
+    }
 }

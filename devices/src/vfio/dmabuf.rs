@@ -114,7 +114,7 @@ impl DmaBufError {
 /// Where region `region` starts in the descriptor of its device: a `Backing`'s offset less this is the
 /// offset in the region.
 pub fn region_start(device: &impl AsRawFd, region: u32) -> io::Result<u64> {
-    ioctls::region_place(device, region).map(|(start, _)| start)
+    ioctls::region(device, region).map(|region| region.start)
 }
 
 /// Whether this kernel can export memory of this device.
@@ -145,7 +145,7 @@ pub fn export(
         ranges: ranges.len(),
         source,
     };
-    let (_, size) = ioctls::region_place(device, region).map_err(host)?;
+    let size = ioctls::region(device, region).map_err(host)?.size;
     for range in ranges {
         check_range(region, size, *range)?;
     }

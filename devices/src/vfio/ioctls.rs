@@ -9,10 +9,10 @@ use std::{
 
 use vfio_bindings::bindings::vfio::{
     VFIO_BASE, VFIO_DEVICE_FEATURE_DMA_BUF, VFIO_DEVICE_FEATURE_GET, VFIO_DEVICE_FEATURE_PROBE,
-    VFIO_IOMMU_INFO_CAPS, VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE, VFIO_IRQ_SET_ACTION_TRIGGER,
-    VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD, VFIO_IRQ_SET_DATA_NONE,
-    VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_CAPS, VFIO_REGION_INFO_FLAG_MMAP,
-    VFIO_REGION_INFO_FLAG_WRITE, VFIO_TYPE, vfio_irq_info, vfio_region_info,
+    VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_IRQ_SET_ACTION_UNMASK, VFIO_IRQ_SET_DATA_EVENTFD,
+    VFIO_IRQ_SET_DATA_NONE, VFIO_REGION_INFO_CAP_SPARSE_MMAP, VFIO_REGION_INFO_FLAG_CAPS,
+    VFIO_REGION_INFO_FLAG_MMAP, VFIO_REGION_INFO_FLAG_WRITE, VFIO_TYPE, vfio_irq_info,
+    vfio_region_info,
 };
 use vmm_sys_util::{
     eventfd::EventFd,
@@ -26,11 +26,10 @@ ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, VFIO_TYPE as u32, VFIO_BASE + 9);
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
 ioctl_io_nr!(VFIO_DEVICE_FEATURE, VFIO_TYPE as u32, VFIO_BASE + 17);
-ioctl_io_nr!(VFIO_IOMMU_GET_INFO, VFIO_TYPE as u32, VFIO_BASE + 12);
 ioctl_io_nr!(IOMMU_IOAS_IOVA_RANGES, VFIO_TYPE as u32, 0x84);
 
 /// The most IOVA ranges that are asked for: a host has one more than it has reserved windows, a handful.
-const MAX_IOVA_RANGES: usize = 256;
+pub(super) const MAX_IOVA_RANGES: usize = 256;
 
 pub(super) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
     if result < 0 {
@@ -197,18 +196,6 @@ pub fn irq_info(device: &impl AsRawFd, index: u32) -> io::Result<(u32, u32)> {
     Ok((info.flags, info.count))
 }
 
-/// Offset of region `index` in the device's descriptor, and its size.
-pub fn region_place(device: &impl AsRawFd, index: u32) -> io::Result<(u64, u64)> {
-    let mut info = vfio_region_info {
-        argsz: size_of::<vfio_region_info>() as u32,
-        index,
-        ..Default::default()
-    };
-    // SAFETY: the kernel writes one `vfio_region_info`, as `argsz` says.
-    check(unsafe { ioctl_with_mut_ref(device, VFIO_DEVICE_GET_REGION_INFO(), &mut info) })?;
-    Ok((info.offset, info.size))
-}
-
 /// `struct vfio_device_feature` without its data.
 #[derive(IntoBytes, Immutable)]
 #[repr(C)]
@@ -284,7 +271,7 @@ struct IovaRanges {
 /// `struct iommu_iova_range` and `struct vfio_iova_range`: the last address is in the range.
 #[derive(Clone, Copy, Default, FromBytes, KnownLayout, Immutable)]
 #[repr(C)]
-struct IovaRange {
+pub(super) struct IovaRange {
     start: u64,
     last: u64,
 }
@@ -314,67 +301,14 @@ pub fn ioas_iova_ranges(iommufd: &impl AsRawFd, ioas: u32) -> io::Result<Vec<Ran
     Ok(ranges.into_iter().map(Into::into).collect())
 }
 
-/// `struct vfio_iommu_type1_info`.
-#[derive(Clone, Copy, Default, IntoBytes, FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-struct Type1Info {
-    argsz: u32,
-    flags: u32,
-    iova_pgsizes: u64,
-    cap_offset: u32,
-    pad: u32,
-}
-
-/// The addresses that a container can map, with the groups that it has now. Empty if the kernel does not
-/// tell.
-pub fn container_iova_ranges(container: &impl AsRawFd) -> io::Result<Vec<RangeInclusive<u64>>> {
-    const LEN: usize = size_of::<Type1Info>() + MAX_IOVA_RANGES * size_of::<IovaRange>();
-    let info = Type1Info {
-        argsz: LEN as u32,
-        ..Default::default()
-    };
-    let mut answer = info.as_bytes().to_vec();
-    answer.resize(LEN, 0);
-    // SAFETY: the kernel writes at most `argsz` bytes, which is the length of `answer`.
-    check(unsafe { ioctl_with_mut_ptr(container, VFIO_IOMMU_GET_INFO(), answer.as_mut_ptr()) })?;
-    Ok(parse_type1_info(&answer))
-}
-
-/// The ranges of the capability of that kind in a chain of `struct vfio_info_cap_header`.
-fn parse_type1_info(answer: &[u8]) -> Vec<RangeInclusive<u64>> {
-    /// `struct vfio_iommu_type1_info_cap_iova_range`: where the ranges start.
-    const RANGES: usize = 16;
-    let Ok((info, _)) = Type1Info::read_from_prefix(answer) else {
-        return Vec::new();
-    };
-    if info.flags & VFIO_IOMMU_INFO_CAPS == 0 {
-        return Vec::new();
-    }
-    let Some(found) = capability(
-        answer,
-        info.cap_offset,
-        VFIO_IOMMU_TYPE1_INFO_CAP_IOVA_RANGE,
-    ) else {
-        return Vec::new();
-    };
-    let count = u32_at(found, 8).unwrap_or(0) as usize;
-    let ranges = found.get(RANGES..).unwrap_or_default();
-    ranges
-        .chunks_exact(size_of::<IovaRange>())
-        .take(count)
-        .filter_map(|bytes| IovaRange::read_from_bytes(bytes).ok())
-        .map(Into::into)
-        .collect()
-}
-
-fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
+pub(super) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     let bytes = bytes.get(at..at.checked_add(4)?)?.try_into().ok()?;
     Some(u32::from_ne_bytes(bytes))
 }
 
 /// The capability of this kind, from its header to the end of the answer, in the chain of
 /// `struct vfio_info_cap_header` that starts at `first`.
-fn capability(answer: &[u8], first: u32, id: u32) -> Option<&[u8]> {
+pub(super) fn capability(answer: &[u8], first: u32, id: u32) -> Option<&[u8]> {
     let mut at = first as usize;
     // The chain is the kernel's; a bound all the same.
     for _ in 0..16 {
@@ -402,7 +336,6 @@ mod tests {
         assert_eq!(size_of::<FeatureDmaBuf>(), 16);
         assert_eq!(size_of::<IovaRanges>(), 32);
         assert_eq!(size_of::<IovaRange>(), 16);
-        assert_eq!(size_of::<Type1Info>(), 24);
     }
 
     #[test]
@@ -434,27 +367,5 @@ mod tests {
         assert_eq!(parse_region(plain, &answer).mappable, [(0, 0x4000)]);
         let unmappable = RegionHeader { flags: 0, ..header };
         assert_eq!(parse_region(unmappable, &answer).mappable, []);
-    }
-
-    #[test]
-    fn ranges_are_found_behind_other_capabilities() {
-        let info = Type1Info {
-            flags: VFIO_IOMMU_INFO_CAPS,
-            cap_offset: 24,
-            ..Default::default()
-        };
-        let mut answer = info.as_bytes().to_vec();
-        for word in [3u32 | 1 << 16, 32, 1 | 1 << 16, 0, 2, 0] {
-            answer.extend(word.to_ne_bytes());
-        }
-        for word in [0, 0xfedf_ffff, 0xfef0_0000, u64::MAX >> 16] {
-            answer.extend(word.to_ne_bytes());
-        }
-        assert_eq!(
-            parse_type1_info(&answer),
-            [0..=0xfedf_ffff, 0xfef0_0000..=u64::MAX >> 16]
-        );
-        assert_eq!(parse_type1_info(&answer[..50]), []);
-        assert_eq!(parse_type1_info(&[]), []);
     }
 }

@@ -83,7 +83,7 @@ impl Iommu {
             Iommu::Iommufd(iommufd) => {
                 ioctls::ioas_iova_ranges(&**iommufd.iommufd(), iommufd.ioas().id())
             }
-            Iommu::Container(container) => ioctls::container_iova_ranges(container.file()),
+            Iommu::Container(container) => container.iova_ranges(),
         };
         ranges.map_err(|source| VfioError::Host {
             action: "ask the IOMMU which addresses it maps",

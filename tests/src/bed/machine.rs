@@ -32,7 +32,8 @@ const L1_MODULES: &[&str] = &[
 ];
 /// L1's clock ticks: the emulator now and then loses a one-shot timer while a nested guest runs, after
 /// which a tickless L1, or a guest in it, sleeps until something else happens. Its time stamp counters are all
-/// this machine's one: a busy machine must not have L1's watchdog doubt them, and KVM with it. One page of 1 GiB can only be had at the start.
+/// this machine's one: a busy machine must not have L1's watchdog doubt them, and KVM with it. A page of 1 GiB
+/// can only be had at the start.
 const L1_CMDLINE: &str = "console=ttyS0 panic=-1 loglevel=1 intel_iommu=on nohz=off highres=off tsc=reliable \
      default_hugepagesz=2M hugepagesz=1G hugepages=1";
 /// L1 gives a sign of life every ten seconds (`resources/bed/init`), which is [`ALIVE`]: one that is silent
@@ -145,7 +146,7 @@ impl Bed {
             emulator,
             busybox,
             kernel,
-            memory: 9216,
+            memory: 8192,
         }
     }
 

@@ -73,7 +73,7 @@ fn header(type_: u32, fence: Option<u64>) -> CtrlHdr {
     }
 }
 
-fn rect(x: u32, y: u32, width: u32, height: u32) -> Rect {
+pub(in crate::virtio::gpu) fn rect(x: u32, y: u32, width: u32, height: u32) -> Rect {
     Rect {
         x: x.into(),
         y: y.into(),
