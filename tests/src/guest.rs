@@ -28,9 +28,6 @@ pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
 /// What is said of it.
 pub const HANG: &str = "it hangs";
 
-/// What is said of a guest whose clock runs wrongly though nobody has touched it.
-pub const WRONG_CLOCK: &str = "the guest's clock does not run as its host's does";
-
 /// A guest's script that says "ready" when a press of the power button cannot be lost any more, and
 /// "pressed" when there was one. The input device keeps events for those who have it open, and for nobody
 /// else; so it is open before "ready".

@@ -40,7 +40,7 @@ use fanlight_tests::{
         L1Kernel, Modules, Share, StockKernel, bed_kernel, build_program, guest_archive,
         guest_module, pulse,
     },
-    guest::{Assets, HANG, WRONG_CLOCK},
+    guest::{Assets, HANG},
     host::{self, Kvm},
 };
 use libtest_mimic::{Arguments, Trial};
@@ -226,17 +226,13 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
 /// How often a test is tried whose L1 failed: the emulator crashes now and then under nested guests, and
 /// that says nothing of the test. A test that fails by itself is never tried again.
 const TRIES: usize = 4;
-/// What voids a run: a processor of L1 stood still; a guest was silent for minutes, as it is when the emulator
-/// lost its timer, or a socket of the test's was (`EAGAIN`), behind which a guest is; a guest's clock was wrong before
-/// anything had been done to it; or, in Fanlight's words,
-/// L1's KVM met a fault while an interrupt was being delivered (`KVM_INTERNAL_ERROR_DELIVERY_EV`), which no
-/// processor but the emulated one reports of a stock guest. A guest that hangs each time hangs.
-const EMULATOR_FAULTS: [&str; 5] = [
+/// What voids a run: a processor of L1 stood still; or a guest was silent for minutes, as it is when the
+/// emulator lost its timer, or a socket of the test's was (`EAGAIN`), behind which a guest is. A guest that
+/// hangs each time hangs.
+const EMULATOR_FAULTS: [&str; 3] = [
     pulse::STANDSTILL,
     HANG,
-    WRONG_CLOCK,
     "Resource temporarily unavailable (os error 11)",
-    "KVM gave up on the guest (internal error 3;",
 ];
 
 /// Keeps what was said in a run that was void, for who wants to know why; where.

@@ -1,16 +1,14 @@
 //! A machine from nothing to its end, and a clock that stands still meanwhile.
 
 use std::{
-    fs,
-    process::Command,
-    thread,
+    fs, thread,
     time::{Duration, Instant},
 };
 
 use fanlight_api::types::EventName;
 use fanlight_tests::{
     Context, Failure, Result,
-    guest::{Assets, PRESSED, WRONG_CLOCK, ensure, value},
+    guest::{Assets, PRESSED, ensure, value},
 };
 use rustix::process::Signal;
 use serde_json::json;
@@ -138,50 +136,16 @@ fn whole_life(assets: &Assets) -> Result<()> {
 /// Tells the guest's clock when asked.
 const TELL: &str =
     "cat /sys/devices/system/clocksource/clocksource0/current_clocksource; echo ready
-    while read line; do echo at $line: $(cut -d' ' -f1 /proc/uptime); done";
-
-/// What the host's kernel found out about its time stamp counters.
-fn counters() -> String {
-    let log = Command::new("dmesg").output();
-    let log = log.map(|log| String::from_utf8_lossy(&log.stdout).into_owned());
-    let log = log.unwrap_or_default();
-    let of_clocks = |line: &&str| {
-        ["tsc", "TSC", "clocksource"]
-            .iter()
-            .any(|word| line.contains(word))
-    };
-    log.lines().filter(of_clocks).collect::<Vec<_>>().join("\n")
-}
+    while read line; do echo at $line: $(cut -d' ' -f1 /proc/uptime); echo told; done";
 
 fn pause(assets: &Assets, cmdline: &str) -> Result<()> {
     const PAUSE: Duration = Duration::from_secs(6);
     let guest = assets.guest(TELL).option("--cpus", "2").cmdline(cmdline);
     let (mut guest, mut api) = start(guest)?;
     guest.wait_for("ready")?;
-    guest.send("before\n")?;
-    guest.wait_for("at before: ")?;
-    let asked = Instant::now();
-    thread::sleep(Duration::from_secs(1));
     let begun = Instant::now();
     guest.send("before\n")?;
-    guest.wait_for_times("at before: ", 2)?;
-    let waited = asked.elapsed().as_secs_f64();
-    let tells: Vec<f64> = guest
-        .transcript()
-        .lines()
-        .filter_map(|line| line.strip_prefix("at before: ")?.trim().parse().ok())
-        .collect();
-    let [first, second] = tells[..] else {
-        return Err(Failure(guest.transcript()));
-    };
-    // Nothing has touched it yet.
-    ensure(
-        (second - first - waited).abs() < 0.8,
-        format!(
-            "{WRONG_CLOCK}: {first} to {second} in {waited} s; L1 says of its counters:\n{}",
-            counters()
-        ),
-    )?;
+    guest.wait_for("told")?;
     for round in 1..=2 {
         api.call("vm.pause", json!({}))?;
         guest.send("paused\n")?;
@@ -189,11 +153,10 @@ fn pause(assets: &Assets, cmdline: &str) -> Result<()> {
         let seen = guest.transcript().matches("at paused: ").count();
         ensure(seen == round - 1, "it runs while it is paused")?;
         api.call("vm.resume", json!({}))?;
-        guest.wait_for_times("at paused: ", round)?;
+        guest.wait_for_times("told", 2 * round)?;
         guest.send("after\n")?;
-        guest.wait_for_times("at after: ", round)?;
+        guest.wait_for_times("told", 2 * round + 1)?;
     }
-    thread::sleep(Duration::from_millis(300));
     let host = begun.elapsed().as_secs_f64();
     let said = guest.transcript();
     let at = |mark: &str| -> Result<f64> {
@@ -208,9 +171,8 @@ fn pause(assets: &Assets, cmdline: &str) -> Result<()> {
     ensure(
         guest_time >= 0.0 && guest_time < host - PAUSE.as_secs_f64() + 0.5,
         format!(
-            "the guest's clock went on by {guest_time} s, the host's ({}) by {host} s:\n{said}\n{}",
+            "the guest's clock went on by {guest_time} s, the host's ({}) by {host} s:\n{said}",
             source.trim(),
-            counters()
         ),
     )?;
     ensure(
