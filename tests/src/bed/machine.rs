@@ -58,7 +58,7 @@ pub enum L1Kernel {
 pub enum L1Device {
     /// Intel's 82576 (8086:10c9) with virtual functions (8086:10ca), on a network of QEMU's.
     Igb,
-    /// A virtio network device (1af4:1041) with a virtual function of the same kind.
+    /// A virtio network device (1af4:1041) with a virtual function of the same kind, on one network.
     VirtioNet,
     /// Shared memory (1af4:1110): BAR 2 is this many MiB of memory.
     Ivshmem(u32),
@@ -82,16 +82,18 @@ impl L1Device {
                 add("-netdev", format!("user,id=net{number},restrict=on"));
                 add("-device", on_port(&format!("igb,netdev=net{number}")));
             }
-            // QEMU wants the virtual function before the physical one that it names.
+            // QEMU wants the virtual function before the physical one that it names. Without `iommu_platform`
+            // a virtio device's DMA passes by the IOMMU, and lands in L1's memory instead of the guest's.
             L1Device::VirtioNet => {
-                add("-netdev", format!("user,id=net{number}v,restrict=on"));
-                add("-netdev", format!("user,id=net{number}p,restrict=on"));
-                let (vf, pf) = (
-                    format!("virtio-net-pci,sriov-pf=pf{number},addr=0.1,netdev=net{number}v"),
-                    format!("virtio-net-pci,id=pf{number},addr=0.0,netdev=net{number}p"),
-                );
-                add("-device", on_port(&vf));
-                add("-device", on_port(&pf));
+                for (end, device) in [
+                    ("v", format!("sriov-pf=pf{number},addr=0.1")),
+                    ("p", format!("id=pf{number},addr=0.0")),
+                ] {
+                    let net = format!("net{number}{end}");
+                    add("-netdev", format!("hubport,id={net},hubid={number}"));
+                    let device = format!("virtio-net-pci,{device},netdev={net},iommu_platform=on");
+                    add("-device", on_port(&device));
+                }
             }
             L1Device::Ivshmem(mib) => {
                 let memory = format!("memory-backend-memfd,id=shm{number},size={mib}M,share=on");

@@ -37,6 +37,7 @@ pub const TESTS: &[(&str, Test)] = &[
         igb_data(assets, "off")
     }),
     ("vfio::igb_over_driver_and_guest_resets", igb_resets),
+    ("vfio::a_virtio_function", virtio_data),
     ("vfio::a_disk_by_msi", |assets| disk(assets, "", "PCI-MSI")),
     ("vfio::a_disk_by_intx", |assets| {
         disk(assets, "pci=nomsi", "IO-APIC")
@@ -62,6 +63,7 @@ pub const TESTS: &[(&str, Test)] = &[
 pub fn l1_devices(name: &str) -> &'static [L1Device] {
     match name {
         _ if name.starts_with("vfio::a_disk") => &[L1Device::Ahci],
+        "vfio::a_virtio_function" => &[L1Device::VirtioNet],
         _ if name.starts_with("vfio::peers") => &[L1Device::Edu, L1Device::Ivshmem(64)],
         "vfio::devices_come_and_go" | "vfio::igb_through_a_container" => {
             &[L1Device::Igb, L1Device::Edu]
@@ -78,6 +80,7 @@ pub fn l1_devices(name: &str) -> &'static [L1Device] {
 }
 
 const IGB: &str = "8086:10c9";
+const VIRTIO_NET: &str = "1af4:1041";
 const AHCI: &str = "8086:2922";
 const BYTES: u64 = 2 << 20;
 /// A machine that tells nothing for so long hangs. Not a measure of speed.
@@ -198,6 +201,46 @@ fn igb_data(assets: &Assets, iommufd: &str) -> Result<()> {
         &said,
     )?;
     ensure(said.contains("PCI-MSIX"), &said)
+}
+
+/// A virtio network device's virtual function, which reports a pin for INTx that it does not have, through both
+/// interfaces, and after its driver went and came back.
+fn virtio_data(assets: &Assets) -> Result<()> {
+    let (physical, vf) = virtual_function(assets, VIRTIO_NET)?;
+    interface_up(&physical, "10.9.0.1/24")?;
+    let script = format!(
+        "{UP}; guest-agent call tcp:10.9.0.1:5000 {BYTES}
+         device=$(basename $(readlink -f /sys/class/net/eth0/device))
+         echo $device > /sys/bus/virtio/drivers/virtio_net/unbind
+         echo $device > /sys/bus/virtio/drivers/virtio_net/bind
+         {UP}; guest-agent call tcp:10.9.0.1:5000 {BYTES}
+         guest-agent serve tcp:0.0.0.0:5001
+         grep 'put.0' /proc/interrupts | sed 's/^/interrupt: /'"
+    );
+    for (iommufd, name) in [("on", "iommufd"), ("off", "container")] {
+        let mut guest = assets
+            .guest(&script)
+            .modules(&["virtio_net"])?
+            .option("--vfio", format!("{vf},iommufd={iommufd}"))
+            .option("--log", "info")
+            .start()?;
+        for round in 1..=2 {
+            serve(&mut guest, round)?;
+        }
+        guest.converse(|| echo::call(&Address::Tcp("10.9.0.2:5001".into()), BYTES))?;
+        guest.expect_exit(0)?;
+        let said = guest.transcript();
+        ensure(said.contains(&format!("iommu=\"{name}\"")), &said)?;
+        ensure(value(&said, "driver:")? == "virtio_net", &said)?;
+        let served = format!("agent: served {BYTES} bytes");
+        ensure(said.contains(&served), &said)?;
+        // One vector to receive and one to send.
+        let counts = interrupt_counts(&said);
+        ensure(counts.len() == 2, &said)?;
+        ensure(counts.iter().all(|&count| count > 10), &said)?;
+        ensure(said.contains("PCI-MSIX"), &said)?;
+    }
+    Ok(())
 }
 
 /// Starts a guest with a device whose group and container come open, and adds another one by its open group. What is no
