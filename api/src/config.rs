@@ -46,9 +46,9 @@ pub struct VmConfig {
     pub console: Option<ConsoleConfig>,
     /// The virtio entropy device.
     pub rng: RngConfig,
-    /// The virtio GPU with a keyboard, a pointer and a touch screen; none if absent.
-    #[serde(skip_serializing_if = "Option::is_none")]
-    pub gpu: Option<GpuConfig>,
+    /// Virtio GPUs, in the guest's order, with a keyboard, a pointer and a touch screen for them all.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub gpu: Vec<GpuConfig>,
     /// What happens when the guest asks for a restart.
     pub on_reset: OnReset,
     /// What happens when the guest's kernel panics.
@@ -78,7 +78,7 @@ impl Default for VmConfig {
             serial: CharBackend::default(),
             console: None,
             rng: RngConfig::default(),
-            gpu: None,
+            gpu: Vec::new(),
             on_reset: OnReset::default(),
             on_panic: OnPanic::default(),
             hotplug_ports: None,
@@ -374,7 +374,7 @@ mod tests {
             serial: "socket=/s".parse().unwrap(),
             console: Some("file=/f".parse().unwrap()),
             rng: "off".parse().unwrap(),
-            gpu: Some("outputs=800x600+640x480,edid-name=a".parse().unwrap()),
+            gpu: vec!["outputs=800x600+640x480,edid-name=a".parse().unwrap()],
             ..VmConfig::default()
         };
         let json = serde_json::to_string(&config).unwrap();

@@ -6,10 +6,20 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+/// Names a GPU.
+#[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
+#[serde(deny_unknown_fields, default)]
+pub struct GpuIndex {
+    /// Its number, from 0 on.
+    pub gpu: u32,
+}
+
 /// Names an output.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct OutputIndex {
+    /// The GPU's number, from 0 on.
+    pub gpu: u32,
     /// Its number, from 0 on.
     pub output: u32,
 }
@@ -18,6 +28,9 @@ pub struct OutputIndex {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ResourceId {
+    /// The GPU's number, from 0 on.
+    #[serde(default)]
+    pub gpu: u32,
     /// Its number, as the guest's driver chose it.
     pub resource: u32,
 }
@@ -26,6 +39,9 @@ pub struct ResourceId {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct SetOutput {
+    /// The GPU's number, from 0 on.
+    #[serde(default)]
+    pub gpu: u32,
     /// Its number, from 0 on.
     pub output: u32,
     /// Its size in pixels: `1920x1080`; nothing pulls it.
@@ -62,6 +78,8 @@ pub struct Outputs {
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Screenshot {
+    /// The GPU's number, from 0 on.
+    pub gpu: u32,
     /// The output's number.
     pub output: u32,
     /// Where to write a PNG file; the reply carries a descriptor of one if absent.
@@ -149,6 +167,8 @@ pub struct ExportedMemory {
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct WatchDisplay {
+    /// The GPU's number, from 0 on.
+    pub gpu: u32,
     /// Whether the guest's next frame waits, for a short time at most, until this one is released.
     pub pace: bool,
     /// Whether keys, pointer and sizes come from here. One stream at a time may.

@@ -125,8 +125,8 @@ methods! {
     "disk.resize" DiskResize(ResizeDisk) -> DiskSize;
     /// A stream socket to a console whose backend is `null` or `socket`, as a descriptor.
     "console.attach" ConsoleAttach(AttachConsole) -> Attached;
-    /// All outputs of the display.
-    "gpu.outputs" GpuOutputs(NoParams) -> Outputs;
+    /// All outputs of a GPU.
+    "gpu.outputs" GpuOutputs(GpuIndex) -> Outputs;
     /// Plugs an output in, resizes it or pulls it. The guest is told.
     "gpu.set_output" GpuSetOutput(SetOutput) -> Outputs;
     /// A PNG file of what an output shows, at a path or as a descriptor.

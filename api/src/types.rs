@@ -170,10 +170,10 @@ pub struct MemoryStats {
     pub resident: u64,
 }
 
-/// What the display has done since Fanlight made the machine.
+/// What a GPU has done since Fanlight made the machine.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[schemars(deny_unknown_fields)]
-pub struct DisplayStats {
+pub struct GpuStats {
     /// Flushes that the guest asked for.
     pub flushes: u64,
     /// Pixels that were copied from the guest's memory for them, in bytes. Those of blobs are not.
@@ -192,9 +192,9 @@ pub struct VmStats {
     pub devices: Vec<DeviceStats>,
     /// Memory.
     pub memory: MemoryStats,
-    /// The display, if there is one.
-    #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub display: Option<DisplayStats>,
+    /// Each GPU, by its number.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub gpus: Vec<GpuStats>,
 }
 
 /// A BAR.

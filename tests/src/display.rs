@@ -33,26 +33,37 @@ use crate::{
 /// Red, green and blue.
 pub type Colour = [u8; 3];
 
-/// A machine's display.
-pub struct Screen(Client);
+/// The display of a machine's GPU.
+pub struct Screen {
+    client: Client,
+    gpu: u32,
+}
 
 impl Screen {
-    /// Connects to the machine's API.
+    /// Connects to the machine's API, for its first GPU.
     pub fn connect(socket: &Path) -> Result<Self> {
-        Client::connect(socket)
-            .map(Self)
-            .context("cannot connect to the API")
+        Self::of_gpu(socket, 0)
+    }
+
+    /// Connects to the machine's API, for this GPU.
+    pub fn of_gpu(socket: &Path, gpu: u32) -> Result<Self> {
+        let client = Client::connect(socket).context("cannot connect to the API")?;
+        Ok(Self { client, gpu })
     }
 
     /// The machine's API.
     pub fn client(&mut self) -> &mut Client {
-        &mut self.0
+        &mut self.client
     }
 
     /// What an output shows; nothing while it is dark.
     pub fn picture(&mut self, output: u32) -> Result<Option<Picture>> {
-        let wanted = Screenshot { output, file: None };
-        match self.0.call_with::<GpuScreenshot>(&wanted, &[]) {
+        let wanted = Screenshot {
+            gpu: self.gpu,
+            output,
+            file: None,
+        };
+        match self.client.call_with::<GpuScreenshot>(&wanted, &[]) {
             Ok((_, fds)) => Picture::read(File::from(one(fds)?)).map(Some),
             Err(ClientError::Refused(_)) => Ok(None),
             Err(error) => Err(error).context("gpu.screenshot"),
@@ -103,38 +114,42 @@ impl Screen {
 
     /// Resizes an output, or pulls it.
     pub fn set_output(&mut self, output: u32, mode: Option<&str>) -> Result<()> {
-        let mode = mode.map(str::to_owned);
-        self.0
-            .call::<GpuSetOutput>(&SetOutput { output, mode })
+        let set = SetOutput {
+            gpu: self.gpu,
+            output,
+            mode: mode.map(str::to_owned),
+        };
+        self.client
+            .call::<GpuSetOutput>(&set)
             .map(drop)
             .context("gpu.set_output")
     }
 
     /// The dma-buf of what an output shows.
     pub fn export(&mut self, output: u32) -> Result<Shown> {
+        let gpu = self.gpu;
         let (picture, fds) = self
-            .0
-            .call_with::<GpuExportScanout>(&OutputIndex { output }, &[])
+            .client
+            .call_with::<GpuExportScanout>(&OutputIndex { gpu, output }, &[])
             .context("gpu.export_scanout")?;
         Shown::map(picture, fds)
     }
 
     /// A stream of what changes. Damage is released at once.
     pub fn watch(&mut self, pace: bool) -> Result<News> {
-        self.subscribe(WatchDisplay { pace, drive: false })
+        self.subscribe(pace, false)
     }
 
     /// The same, for one whose keys and pointer are the guest's.
     pub fn drive(&mut self) -> Result<News> {
-        self.subscribe(WatchDisplay {
-            pace: false,
-            drive: true,
-        })
+        self.subscribe(false, true)
     }
 
-    fn subscribe(&mut self, watch: WatchDisplay) -> Result<News> {
+    fn subscribe(&mut self, pace: bool, drive: bool) -> Result<News> {
+        let gpu = self.gpu;
+        let watch = WatchDisplay { gpu, pace, drive };
         let (_, fds) = self
-            .0
+            .client
             .call_with::<DisplaySubscribe>(&watch, &[])
             .context("display.subscribe")?;
         let stream = MessageStream::new(UnixStream::from(one(fds)?)).context("a stream")?;

@@ -146,13 +146,13 @@ impl GuestBuilder {
         self
     }
 
-    /// Adds an option of `fanlight run`; one that is there already is replaced, but for disks,
+    /// Adds an option of `fanlight run`; one that is there already is replaced, but for disks, GPUs,
     /// interfaces and passed-through devices.
     pub fn option(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         let value = value.as_ref().to_string_lossy().into_owned();
         let old = self.arguments.iter().position(|argument| argument == name);
         match old {
-            Some(at) if !matches!(name, "--disk" | "--net" | "--vfio") => {
+            Some(at) if !matches!(name, "--disk" | "--net" | "--vfio" | "--gpu") => {
                 self.arguments[at + 1] = value
             }
             _ => self.arguments.extend([name.to_owned(), value]),

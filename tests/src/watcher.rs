@@ -29,7 +29,7 @@ impl Watcher {
     pub fn start(client: &mut Client, paces: bool) -> Result<Self> {
         let watch = WatchDisplay {
             pace: paces,
-            drive: false,
+            ..WatchDisplay::default()
         };
         let (_, fds) = client
             .call_with::<DisplaySubscribe>(&watch, &[])

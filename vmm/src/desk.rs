@@ -50,7 +50,7 @@ pub struct Command {
 struct Known {
     info: VmInfo,
     config: Option<VmConfig>,
-    display: Option<Display>,
+    displays: Vec<Display>,
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
@@ -88,37 +88,64 @@ impl Handler for Counter {
                     .map_err(|error| ApiError::new(ErrorKind::InvalidParams, error).at("level"));
                 reply.send::<methods::LogSetLevel>(result.map(|()| Done {}));
             }
-            Call::GpuOutputs(_) => self.display("gpu.outputs", reply, |display, reply| {
-                reply.send::<methods::GpuOutputs>(Ok(display.outputs()));
-            }),
-            Call::GpuSetOutput(params) => {
-                self.display("gpu.set_output", reply, move |display, reply| {
-                    reply.send::<methods::GpuSetOutput>(display.set_output(&params));
+            Call::GpuOutputs(params) => {
+                self.display("gpu.outputs", params.gpu, reply, |display, reply| {
+                    reply.send::<methods::GpuOutputs>(Ok(display.outputs()));
                 });
+            }
+            Call::GpuSetOutput(params) => {
+                self.display(
+                    "gpu.set_output",
+                    params.gpu,
+                    reply,
+                    move |display, reply| {
+                        reply.send::<methods::GpuSetOutput>(display.set_output(&params));
+                    },
+                );
             }
             Call::GpuScreenshot(params) => {
-                self.display("gpu.screenshot", reply, move |display, reply| {
-                    let taken = display.screenshot(&params);
-                    answer_with::<methods::GpuScreenshot>(reply, taken);
-                });
+                self.display(
+                    "gpu.screenshot",
+                    params.gpu,
+                    reply,
+                    move |display, reply| {
+                        let taken = display.screenshot(&params);
+                        answer_with::<methods::GpuScreenshot>(reply, taken);
+                    },
+                );
             }
             Call::GpuExportScanout(params) => {
-                self.display("gpu.export_scanout", reply, move |display, reply| {
-                    let exported = display.export_scanout(params.output);
-                    answer_with::<methods::GpuExportScanout>(reply, exported.map(some_fd));
-                });
+                self.display(
+                    "gpu.export_scanout",
+                    params.gpu,
+                    reply,
+                    move |display, reply| {
+                        let exported = display.export_scanout(params.output);
+                        answer_with::<methods::GpuExportScanout>(reply, exported.map(some_fd));
+                    },
+                );
             }
             Call::GpuExportResource(params) => {
-                self.display("gpu.export_resource", reply, move |display, reply| {
-                    let exported = display.export_resource(params.resource);
-                    answer_with::<methods::GpuExportResource>(reply, exported.map(some_fd));
-                });
+                self.display(
+                    "gpu.export_resource",
+                    params.gpu,
+                    reply,
+                    move |display, reply| {
+                        let exported = display.export_resource(params.resource);
+                        answer_with::<methods::GpuExportResource>(reply, exported.map(some_fd));
+                    },
+                );
             }
             Call::DisplaySubscribe(params) => {
-                self.display("display.subscribe", reply, move |display, reply| {
-                    let stream = display.subscribe(&params);
-                    answer_with::<methods::DisplaySubscribe>(reply, stream.map(some_fd));
-                });
+                self.display(
+                    "display.subscribe",
+                    params.gpu,
+                    reply,
+                    move |display, reply| {
+                        let stream = display.subscribe(&params);
+                        answer_with::<methods::DisplaySubscribe>(reply, stream.map(some_fd));
+                    },
+                );
             }
             call => {
                 let command = Command {
@@ -138,20 +165,28 @@ impl Handler for Counter {
 }
 
 impl Counter {
-    /// Has a display's call answered on a thread of its own: pictures take time.
+    /// Has the call of a GPU's display answered on a thread of its own: pictures take time.
     fn display(
         &self,
         method: &str,
+        gpu: u32,
         reply: Reply,
         work: impl FnOnce(&Display, Reply) + Send + 'static,
     ) {
-        let (state, display) = {
+        let (state, count, display) = {
             let known = locked(&self.known);
-            (known.info.state, known.display.clone())
+            let display = known.displays.get(gpu as usize);
+            (known.info.state, known.displays.len(), display.cloned())
         };
         let Some(display) = display else {
-            let text = "the machine has no GPU; give it one with --gpu";
-            return reply.refuse(ApiError::new(ErrorKind::NotFound, text));
+            let error = if count == 0 {
+                let text = "the machine has no GPU; give it one with --gpu";
+                ApiError::new(ErrorKind::NotFound, text)
+            } else {
+                let text = format!("there is no GPU {gpu}: the last one is {}", count - 1);
+                ApiError::new(ErrorKind::NotFound, text).at("gpu")
+            };
+            return reply.refuse(error);
         };
         if !matches!(state, VmState::Running | VmState::Paused) {
             return reply.refuse(refusal(state, method, "it must be running or paused"));
@@ -253,7 +288,11 @@ impl Desk {
         let config = &resources.config;
         let mut known = locked(&self.known);
         known.config = Some(config.clone());
-        known.display = resources.graphics.as_ref().map(Graphics::display);
+        known.displays = resources
+            .graphics
+            .as_ref()
+            .map(Graphics::displays)
+            .unwrap_or_default();
         known.info = VmInfo {
             state: VmState::Created,
             ending: None,

@@ -58,14 +58,21 @@ pub enum GraphicsError {
     Host(#[from] io::Error),
 }
 
-/// Display and input devices, for whoever shows the one and feeds the others.
+/// GPUs and input devices, for whoever shows what the ones do and feeds the others.
 #[derive(Clone, Debug)]
 pub struct Graphics {
-    /// What the guest shows.
-    pub display: DisplayHandle,
+    /// GPUs, in the guest's order.
+    pub gpus: Vec<HostGpu>,
     /// Keyboard, pointer and touch screen.
     pub inputs: [InputHandle; 3],
-    /// Root port of the GPU, if it is behind one.
+}
+
+/// The host's side of a GPU.
+#[derive(Clone, Debug)]
+pub struct HostGpu {
+    /// What the guest shows.
+    pub display: DisplayHandle,
+    /// Its root port, if it is behind one.
     pub port: Option<u8>,
     /// What draws in 3D, if anything does.
     pub renderer: Option<RendererSetup>,
@@ -115,8 +122,34 @@ impl RendererSetup {
 }
 
 impl Graphics {
-    /// Checks the configuration and makes what it describes.
-    pub fn new(config: &GpuConfig, ram: &GuestRam) -> Result<Self, GraphicsError> {
+    /// Checks the configurations and makes what they describe. No GPU, no graphics.
+    pub fn new(gpus: &[GpuConfig], ram: &GuestRam) -> Result<Option<Self>, GraphicsError> {
+        if gpus.is_empty() {
+            return Ok(None);
+        }
+        let gpus = gpus.iter().map(|gpu| HostGpu::new(gpu, ram));
+        Ok(Some(Self {
+            gpus: gpus.collect::<Result<_, _>>()?,
+            inputs: [
+                InputHandle::new(Kind::Keyboard)?,
+                InputHandle::new(Kind::Pointer)?,
+                InputHandle::new(Kind::Touch)?,
+            ],
+        }))
+    }
+
+    /// The same as the API offers it, by GPU.
+    pub fn displays(&self) -> Vec<Display> {
+        let display = |gpu: &HostGpu| {
+            let inputs = Inputs::new(gpu.display.clone(), self.inputs.clone());
+            Display::new(gpu.display.clone(), inputs)
+        };
+        self.gpus.iter().map(display).collect()
+    }
+}
+
+impl HostGpu {
+    fn new(config: &GpuConfig, ram: &GuestRam) -> Result<Self, GraphicsError> {
         let outputs = &config.outputs.0;
         if outputs.len() > OUTPUTS {
             return Err(GraphicsError::TooManyOutputs(outputs.len()));
@@ -147,22 +180,9 @@ impl Graphics {
         };
         Ok(Self {
             display: DisplayHandle::new(display, Arc::new(exporter))?,
-            inputs: [
-                InputHandle::new(Kind::Keyboard)?,
-                InputHandle::new(Kind::Pointer)?,
-                InputHandle::new(Kind::Touch)?,
-            ],
             port: config.port,
             renderer: RendererSetup::new(config, ram)?,
         })
-    }
-}
-
-impl Graphics {
-    /// The same as the API offers it.
-    pub fn display(&self) -> Display {
-        let inputs = Inputs::new(self.display.clone(), self.inputs.clone());
-        Display::new(self.display.clone(), inputs)
     }
 }
 
@@ -173,7 +193,7 @@ mod tests {
     #[test]
     fn mistakes_are_named() {
         let ram = GuestRam::new(16 << 20, None).unwrap();
-        let error = |text: &str| match Graphics::new(&text.parse().unwrap(), &ram) {
+        let error = |text: &str| match HostGpu::new(&text.parse().unwrap(), &ram) {
             Ok(_) => panic!("{text} is accepted"),
             Err(error) => error.to_string(),
         };
@@ -190,8 +210,8 @@ mod tests {
     fn sixteen_outputs_are_there() {
         let config = vec!["640x480"; 16].join("+").parse().unwrap();
         let ram = GuestRam::new(16 << 20, None).unwrap();
-        let graphics = Graphics::new(&config, &ram).unwrap();
-        let outputs = graphics.display.outputs();
+        let gpu = HostGpu::new(&config, &ram).unwrap();
+        let outputs = gpu.display.outputs();
         assert!(outputs.iter().all(|output| output.output.connected));
     }
 }

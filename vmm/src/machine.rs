@@ -472,16 +472,18 @@ fn add_devices(
         add(inventory, "rng", Box::<Rng>::default(), CLASS_OTHER)?;
     }
     if let Some(graphics) = &resources.graphics {
-        let mut gpu = Gpu::new(graphics.display.clone(), map);
-        if let Some(renderer) = &graphics.renderer {
-            gpu = gpu.with_renderer(renderer.rendering(hypervisor)?);
+        for (number, host) in graphics.gpus.iter().enumerate() {
+            let mut gpu = Gpu::new(host.display.clone(), map.clone());
+            if let Some(renderer) = &host.renderer {
+                gpu = gpu.with_renderer(renderer.rendering(hypervisor.clone())?);
+            }
+            inventory.add_together(NewDevice {
+                id: format!("gpu{number}"),
+                device: Box::new(gpu),
+                class: CLASS_DISPLAY_OTHER,
+                port: host.port,
+            })?;
         }
-        inventory.add_together(NewDevice {
-            id: "gpu".into(),
-            device: Box::new(gpu),
-            class: CLASS_DISPLAY_OTHER,
-            port: graphics.port,
-        })?;
         for handle in &graphics.inputs {
             let (id, class) = match handle.kind() {
                 Kind::Keyboard => ("keyboard", CLASS_INPUT_KEYBOARD),

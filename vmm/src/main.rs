@@ -34,7 +34,7 @@ fn main() -> ExitCode {
         Command::Ctl(options) => return ctl::run(&options),
         Command::View(options) => {
             let _ = log::start(&options.log.level);
-            match view::run(&options.socket, options.output) {
+            match view::run(&options.socket, options.gpu, options.output) {
                 Ok(()) => Ending::PowerOff,
                 Err(error) => failed(&error),
             }

@@ -87,6 +87,9 @@ pub struct ViewOptions {
     /// Socket of the machine's control API
     #[arg(value_name = "SOCKET")]
     pub socket: PathBuf,
+    /// The GPU's number
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    pub gpu: u32,
     /// The output's number
     #[arg(long, value_name = "N", default_value_t = 0)]
     pub output: u32,
@@ -236,7 +239,7 @@ pub struct RunOptions {
     /// Virtio entropy device: on or off [default: on]
     #[arg(long, value_name = "on|off")]
     rng: Option<RngConfig>,
-    /// Virtio GPU with a keyboard, a pointer and a touch screen. outputs are the screens plugged in at
+    /// Virtio GPU with a keyboard, a pointer and a touch screen; several may be given. outputs are the screens plugged in at
     /// first, up to 16; renderer has virglrenderer draw OpenGL and Vulkan [default: none; of a GPU:
     /// outputs=1280x800,edid-name=Fanlight,max-resource-memory=256M,renderer=none,hostmem=256M]
     #[arg(
@@ -245,7 +248,7 @@ pub struct RunOptions {
         num_args = 0..=1,
         default_missing_value = ""
     )]
-    gpu: Option<GpuConfig>,
+    gpu: Vec<GpuConfig>,
     /// When the guest asks for a reset: restart or exit [default: restart]
     #[arg(long, value_name = "WHAT", value_parser = word::<OnReset>)]
     on_reset: Option<OnReset>,
@@ -323,11 +326,11 @@ impl RunOptions {
         config.disk.extend(self.disk);
         config.net.extend(self.net);
         config.vfio.extend(self.vfio);
+        config.gpu.extend(self.gpu);
         set(&mut config.vsock, self.vsock.map(Some));
         set(&mut config.serial, self.serial);
         set(&mut config.console, self.console.map(Some));
         set(&mut config.rng, self.rng);
-        set(&mut config.gpu, self.gpu.map(Some));
         set(&mut config.on_reset, self.on_reset);
         set(&mut config.on_panic, self.on_panic);
         set(&mut config.hotplug_ports, self.hotplug_ports.map(Some));
@@ -384,9 +387,11 @@ mod tests {
     #[test]
     fn a_gpu_needs_no_value() {
         let plain = parse(&["--gpu", "--cpus", "2"]).unwrap();
-        assert_eq!(plain.gpu, Some(GpuConfig::default()));
+        assert_eq!(plain.gpu, [GpuConfig::default()]);
         let two = parse(&["--gpu", "outputs=640x480+800x600"]).unwrap();
-        assert_eq!(two.gpu.unwrap().outputs.0.len(), 2);
+        assert_eq!(two.gpu[0].outputs.0.len(), 2);
+        let cards = parse(&["--gpu", "--gpu", "800x600,renderer=venus", "--cpus", "2"]).unwrap();
+        assert_eq!(cards.gpu.len(), 2);
         assert!(
             parse(&["--gpu", "outputs=big"])
                 .unwrap_err()

@@ -161,7 +161,7 @@ pub struct Resources {
     pub passthrough: Option<Passthrough>,
     /// Tells when the host wants one of those back.
     pub requests: HostRequests,
-    /// The display and what is typed and pointed at, if there is a GPU.
+    /// Displays and what is typed and pointed at, if there is a GPU.
     pub graphics: Option<Graphics>,
     /// The serial port's host side.
     pub serial: HostConsole,
@@ -191,7 +191,7 @@ pub struct Holdings<'a> {
     pub passthrough: &'a mut Option<Passthrough>,
     /// Tells when the host wants one of them back.
     pub requests: &'a HostRequests,
-    /// Display and input devices.
+    /// GPUs and input devices.
     pub graphics: Option<&'a Graphics>,
 }
 
@@ -271,8 +271,7 @@ impl Resources {
         }
         let passthrough = Passthrough::open(&config.vfio, descriptors)?;
         let requests = HostRequests::new(passthrough.as_ref())?;
-        let graphics = config.gpu.as_ref().map(|gpu| Graphics::new(gpu, &ram));
-        let graphics = graphics.transpose()?;
+        let graphics = Graphics::new(&config.gpu, &ram)?;
         let console = config.console.as_ref().map(|console| &console.0);
         if config.serial == CharBackend::Stdio && console == Some(&CharBackend::Stdio) {
             return Err(ConfigError::TwoConsoles);

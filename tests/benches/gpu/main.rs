@@ -259,8 +259,8 @@ impl Run {
         let stats = client
             .call::<VmStatsMethod>(&NoParams {})
             .context("vm.stats")?;
-        let display = stats.display.ok_or(Failure("no display".into()))?;
-        Ok(display.copied as f64)
+        let gpu = stats.gpus.first().ok_or(Failure("no GPU".into()))?;
+        Ok(gpu.copied as f64)
     }
 
     /// From RESOURCE_CREATE_BLOB to a descriptor. Nothing is noted if there is none.
@@ -300,10 +300,10 @@ impl Run {
         let times = match &mut self.host {
             Host::Fanlight(client) => {
                 let mut export = || -> Option<f64> {
-                    let resource = id as u32;
+                    let (gpu, resource) = (0, id as u32);
                     let start = Instant::now();
                     let exported =
-                        client.call_with::<GpuExportResource>(&ResourceId { resource }, &[]);
+                        client.call_with::<GpuExportResource>(&ResourceId { gpu, resource }, &[]);
                     let took = start.elapsed().as_secs_f64() * 1e6;
                     exported.is_ok().then_some(took)
                 };

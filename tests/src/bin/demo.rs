@@ -199,8 +199,8 @@ fn show(parts: &Parts) -> Result<i32> {
 fn take_picture(socket: &Path, file: &Path) -> Result<()> {
     let mut client = Client::connect(socket).context("cannot reach the guest's VMM")?;
     let wanted = Screenshot {
-        output: 0,
         file: Some(file.into()),
+        ..Screenshot::default()
     };
     client
         .call::<GpuScreenshot>(&wanted)

@@ -5,6 +5,7 @@ mod calls;
 mod card;
 
 use std::{
+    env,
     fs::File,
     os::fd::{AsFd, AsRawFd},
 };
@@ -17,10 +18,12 @@ pub(crate) use calls::{
 };
 use calls::{GemClose, PrimeFdToHandle, Version};
 
-use crate::{Failure, Result};
+use crate::{Context, Failure, Result};
 
 /// Cards that are looked at.
 const CARDS: u32 = 8;
+/// Names the virtio GPU that is meant, by its number; the first if there is no such variable.
+const CARD: &str = "CARD";
 
 /// The virtio GPU, open.
 #[derive(Debug)]
@@ -29,6 +32,10 @@ pub struct Device(File);
 impl Device {
     /// Finds it by its driver's name: other drivers' cards may come before it.
     pub fn open() -> Result<Self> {
+        let mut before = match env::var(CARD) {
+            Ok(number) => number.parse().context("CARD is no number")?,
+            Err(_) => 0,
+        };
         for number in 0..CARDS {
             let path = format!("/dev/dri/card{number}");
             let Ok(file) = File::options().read(true).write(true).open(&path) else {
@@ -36,7 +43,10 @@ impl Device {
             };
             let device = Self(file);
             if device.driver()? == "virtio_gpu" {
-                return Ok(device);
+                if before == 0 {
+                    return Ok(device);
+                }
+                before -= 1;
             }
         }
         Err(Failure("there is no card of virtio_gpu's".into()))

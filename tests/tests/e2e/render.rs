@@ -13,6 +13,7 @@ use fanlight::renderer::sandbox;
 use fanlight_api::{client::Client, display::Screenshot, methods::GpuScreenshot};
 use fanlight_tests::{
     Context, Failure, Result,
+    display::Screen,
     guest::{Assets, Guest, GuestBuilder, ensure},
 };
 use rustix::process::{Pid, Signal, kill_process};
@@ -147,20 +148,37 @@ fn renderer(guest: &Guest) -> Result<Pid> {
         .ok_or(Failure("there is no renderer".into()))
 }
 
+/// The renderer goes and what is beside it stays: the machine, the display, and another GPU without a renderer.
 fn killed(assets: &Assets) -> Result<()> {
     let guest = guest(
         assets,
         "outputs=640x480,renderer=venus+virgl",
-        "echo 0 > /sys/class/graphics/fbcon/cursor_blink
+        "dmesg | grep -o '[+-]virgl' | sed 's/^/GPU: /'
+        sleep 1000 | CARD=1 /bin/guest-agent paint 800 600 250 3399cc & read -r line
+        echo 0 > /sys/class/graphics/fbcon/cursor_blink
         /bin/guest-agent show-red
         /bin/guest-agent blobs-until-refused
         head -c 1228800 /dev/zero | tr '\\0' '\\125' > /dev/fb0; echo pain''ted; read -r line
         echo 0 > /sys/class/vtconsole/vtcon1/bind; cd /sys/bus/virtio/drivers/virtio_gpu
-        d=$(ls -d virtio*); echo $d > unbind; echo $d > bind
+        d=$(ls -d virtio* | head -n 1); echo $d > unbind; echo $d > bind
         /bin/guest-agent blobs 20 20",
     )?;
     let socket: PathBuf = guest.path("api");
-    let mut guest = guest.option("--api-socket", &socket).start()?;
+    let mut guest = guest
+        .option("--gpu", "outputs=800x600")
+        .option("--api-socket", &socket)
+        .start()?;
+    guest.wait_for("agent: shows")?;
+    let said = guest.transcript();
+    let has: Vec<_> = said
+        .lines()
+        .filter_map(|line| line.trim().strip_prefix("GPU: "))
+        .collect();
+    ensure(has == ["+virgl", "-virgl"], &said)?;
+    let mut second = Screen::of_gpu(&socket, 1)?;
+    second.wait_for(0, (800, 600), |_, _| [0x33, 0x99, 0xcc])?;
+    // It had a look at the first GPU too, which only one program at a time may set.
+    guest.send("\n")?;
     guest.wait_for("agent: showing 640x480")?;
     let mut client = Client::connect(&socket).context("cannot connect")?;
     let mut picture = || -> Result<Vec<u8>> {
@@ -195,6 +213,7 @@ fn killed(assets: &Assets) -> Result<()> {
     guest.wait_for("agent: refused after some")?;
     guest.wait_for("painted")?;
     shows([0x55; 3])?;
+    second.wait_for(0, (800, 600), |_, _| [0x33, 0x99, 0xcc])?;
     guest.send("\n")?;
     guest.wait_for("agent: 20 blobs and 20 pairs")?;
     guest.expect_exit(0)

@@ -90,6 +90,7 @@ fn screenshot(assets: &Assets) -> Result<()> {
     }
     let outputs = client
         .call::<GpuSetOutput>(&SetOutput {
+            gpu: 0,
             output: 1,
             mode: Some("800x600".into()),
         })
@@ -158,6 +159,7 @@ fn stream(assets: &Assets) -> Result<()> {
     let watch = WatchDisplay {
         pace: true,
         drive: true,
+        ..WatchDisplay::default()
     };
     let (stream, fds) = client
         .call_with::<DisplaySubscribe>(&watch, &[])

@@ -181,6 +181,7 @@ fn flooded(painter: &mut Painter, socket: &Path) -> Result<()> {
         let watch = WatchDisplay {
             pace: true,
             drive: floods.is_empty(),
+            ..WatchDisplay::default()
         };
         let (stream, fds) = client
             .call_with::<DisplaySubscribe>(&watch, &[])

@@ -8,8 +8,8 @@ use fanlight_api::{
     server::Reply,
     socket::Descriptors,
     types::{
-        AddDevice, Added, Attached, ConsoleName, DeviceList, DiskSize, DisplayStats, Done,
-        EventName, MemoryStats, ResizeDisk, VcpuStats, VmState, VmStats,
+        AddDevice, Added, Attached, ConsoleName, DeviceList, DiskSize, Done, EventName, GpuStats,
+        MemoryStats, ResizeDisk, VcpuStats, VmState, VmStats,
     },
 };
 use fanlight_devices::{GuestMemory, error_line, pci::SlotError, vfio::VfioError};
@@ -127,6 +127,16 @@ impl MainLoop<'_> {
             }
         });
         let ram = self.holdings.ram;
+        let gpus = self.holdings.graphics.into_iter().flat_map(|graphics| {
+            graphics.gpus.iter().map(|gpu| {
+                let statistics = gpu.display.statistics();
+                GpuStats {
+                    flushes: statistics.flushes,
+                    copied: statistics.transferred_bytes,
+                    resource_memory: statistics.resource_memory,
+                }
+            })
+        });
         VmStats {
             vcpus: vcpus.collect(),
             devices: self.machine.inventory.stats(),
@@ -135,14 +145,7 @@ impl MainLoop<'_> {
                 guest_allocated: allocated(ram.memory()).unwrap_or(0),
                 resident: resident().unwrap_or(0),
             },
-            display: self.holdings.graphics.map(|graphics| {
-                let statistics = graphics.display.statistics();
-                DisplayStats {
-                    flushes: statistics.flushes,
-                    copied: statistics.transferred_bytes,
-                    resource_memory: statistics.resource_memory,
-                }
-            }),
+            gpus: gpus.collect(),
         }
     }
 

@@ -55,14 +55,15 @@ pub enum ViewError {
     Wait(#[from] io::Error),
 }
 
-/// Shows an output until the window is closed or the machine ends.
-pub fn run(socket: &Path, output: u32) -> Result<(), ViewError> {
+/// Shows an output of a GPU until the window is closed or the machine ends.
+pub fn run(socket: &Path, gpu: u32, output: u32) -> Result<(), ViewError> {
     let api = |source| ViewError::Api {
         path: socket.display().to_string(),
         source,
     };
     let mut client = Client::connect(socket).map_err(api)?;
     let watch = WatchDisplay {
+        gpu,
         pace: true,
         drive: true,
     };
