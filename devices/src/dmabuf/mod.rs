@@ -192,9 +192,9 @@ impl Exporter {
 
     fn export_fd(&self, pieces: &[Piece]) -> Result<OwnedFd, ExportError> {
         if let Some(first) = pieces.first()
-            && let BackingKind::Bar { region, .. } = first.kind
+            && let BackingKind::Bar { region, start, .. } = first.kind
         {
-            return export_bar(first, region, pieces);
+            return export_bar(first, region, start, pieces);
         }
         if let [only] = pieces
             && only.kind == BackingKind::Renderer
@@ -224,28 +224,24 @@ impl Exporter {
 }
 
 /// One dma-buf of ranges of the BAR that `first` is in.
-fn export_bar(first: &Piece, region: u32, pieces: &[Piece]) -> Result<OwnedFd, ExportError> {
+fn export_bar(
+    first: &Piece,
+    region: u32,
+    start: u64,
+    pieces: &[Piece],
+) -> Result<OwnedFd, ExportError> {
     let failed = |error| ExportError::Bar(Arc::new(error));
-    let start = vfio::region_start(&*first.file, region).map_err(|source| {
-        let ranges = pieces.len();
-        failed(DmaBufError::Host {
-            region,
-            ranges,
-            source,
-        })
-    })?;
-    let other = |(_, piece): &(usize, &Piece)| piece.kind != first.kind;
-    if let Some((index, piece)) = pieces.iter().enumerate().find(other) {
+    let mut ranges = Vec::with_capacity(pieces.len());
+    for (index, piece) in pieces.iter().enumerate() {
         let kind = piece.kind;
-        return Err(ExportError::Kind { index, kind });
-    }
-    let ranges: Vec<_> = pieces
-        .iter()
-        .map(|piece| BarRange {
+        if kind != first.kind {
+            return Err(ExportError::Kind { index, kind });
+        }
+        ranges.push(BarRange {
             offset: piece.offset.saturating_sub(start),
             len: piece.len,
-        })
-        .collect();
+        });
+    }
     // Who shows a picture only reads it.
     vfio::export(&*first.file, region, &ranges, Access::ReadOnly).map_err(failed)
 }

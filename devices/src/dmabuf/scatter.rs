@@ -104,27 +104,26 @@ impl ScatterList {
         taken: impl Fn(BackingKind) -> bool,
     ) -> Result<Self, ScatterError> {
         let mut list = Self::default();
-        let (view, mut segments) = (map.view(), Vec::new());
-        for (index, entry) in entries.into_iter().enumerate() {
-            let len = entry.len.min(size - list.len);
-            if len == 0 {
-                continue;
-            }
-            view.resolve_into(entry.address, len, &mut segments)
-                .map_err(|source| ScatterError::NotMemory {
-                    index,
-                    entry,
-                    source,
-                })?;
-            for segment in segments.drain(..) {
-                let kind = segment.backing.kind;
+        let view = map.view();
+        let mut walk = view.walk();
+        let entries = entries.into_iter();
+        list.segments.reserve(entries.size_hint().0);
+        for (index, entry) in entries.enumerate() {
+            let not_memory = |source| ScatterError::NotMemory {
+                index,
+                entry,
+                source,
+            };
+            let mut left = entry.len.min(size - list.len);
+            let mut at = entry.address;
+            while left > 0 {
+                let found = walk.find(at, left).map_err(not_memory)?;
+                let kind = found.region.kind;
+                let first = list.segments.first();
+                let first = first.map_or(kind, |first| first.backing.kind);
                 if !taken(kind) {
                     return Err(ScatterError::WrongKind { index, entry, kind });
                 }
-                let first = list
-                    .segments
-                    .first()
-                    .map_or(kind, |first| first.backing.kind);
                 if kind != first {
                     return Err(ScatterError::Mixed {
                         index,
@@ -133,7 +132,10 @@ impl ScatterList {
                         first,
                     });
                 }
-                list.push(segment);
+                found.add_to(&mut list.segments);
+                list.len += found.len;
+                left -= found.len;
+                at += found.len;
             }
         }
         if list.len < size {
@@ -144,20 +146,6 @@ impl ScatterList {
         }
         list.segments.shrink_to_fit();
         Ok(list)
-    }
-
-    fn push(&mut self, segment: Segment) {
-        self.len += segment.len;
-        if let Some(last) = self.segments.last_mut()
-            && last.backing.kind == segment.backing.kind
-            && std::sync::Arc::ptr_eq(&last.backing.file, &segment.backing.file)
-            && last.backing.offset + last.len == segment.backing.offset
-            && last.gpa + last.len == segment.gpa
-        {
-            last.len += segment.len;
-        } else {
-            self.segments.push(segment);
-        }
     }
 
     /// Bytes in all.
@@ -207,6 +195,7 @@ mod tests {
         let bar = BackingKind::Bar {
             device: 3,
             region: 2,
+            start: 0,
         };
         for (gpa, kind, offset) in [
             (0, BackingKind::Ram, 0),

@@ -138,6 +138,7 @@ mod tests {
             kind: BackingKind::Bar {
                 device: 0,
                 region: 2,
+                start: 0,
             },
             file: file.clone(),
             offset,

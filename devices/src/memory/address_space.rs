@@ -32,12 +32,14 @@ pub trait IoHandler: Send + Sync {
 pub enum BackingKind {
     /// Guest RAM: pages of the machine's memfd.
     Ram,
-    /// A region of a VFIO device: `file` is the device, `offset` what its region info says.
+    /// A region of a VFIO device: `file` is the device.
     Bar {
         /// The machine's number for the device.
         device: u32,
         /// VFIO region index, 0 to 5.
         region: u32,
+        /// Where the region starts in the file.
+        start: u64,
     },
     /// Memory that a virtio device shares with its driver (Virtio 1.3, 2.10).
     SharedMemory {
@@ -54,7 +56,7 @@ impl fmt::Display for BackingKind {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             BackingKind::Ram => f.write_str("the guest's RAM"),
-            BackingKind::Bar { device, region } => {
+            BackingKind::Bar { device, region, .. } => {
                 write!(f, "BAR {region} of passed-through device {device}")
             }
             BackingKind::SharedMemory { device, id } => {
@@ -174,45 +176,81 @@ impl MapView<'_> {
         (gpa - start < entry.len).then_some((start, entry))
     }
 
-    /// What [`AddressSpace::resolve`] finds, in `segments` in place of what was there.
-    pub fn resolve_into(
-        &self,
-        gpa: u64,
-        len: u64,
-        segments: &mut Vec<Segment>,
-    ) -> Result<(), AddressSpaceError> {
-        segments.clear();
-        let end = range_end(gpa, len)?;
-        let mut at = gpa;
-        while at < end {
-            let (start, entry) = self
-                .entry(at)
-                .ok_or(AddressSpaceError::Unmapped { gpa: at })?;
-            let Region::Backed(backing) = &entry.region else {
-                return Err(AddressSpaceError::NotMemory { gpa: at });
-            };
-            let piece = (start + (entry.len - 1) - at + 1).min(end - at);
-            let offset = backing.offset + (at - start);
-            match segments.last_mut() {
-                Some(last)
-                    if last.backing.kind == backing.kind
-                        && Arc::ptr_eq(&last.backing.file, &backing.file)
-                        && last.backing.offset + last.len == offset =>
-                {
-                    last.len += piece;
-                }
-                _ => segments.push(Segment {
-                    gpa: at,
-                    len: piece,
-                    backing: Backing {
-                        offset,
-                        ..backing.clone()
-                    },
-                }),
-            }
-            at += piece;
+    /// For many ranges, most of which lie beside each other.
+    pub fn walk(&self) -> Walk<'_> {
+        Walk {
+            map: self,
+            last: None,
         }
-        Ok(())
+    }
+}
+
+/// Looks ranges up one after the other; see [`MapView::walk`].
+#[derive(Debug)]
+pub struct Walk<'a> {
+    map: &'a MapView<'a>,
+    /// What the last address lay in, where the next one lies as a rule.
+    last: Option<(u64, &'a Entry)>,
+}
+
+/// What a [`Walk`] finds: a piece that ends where its region or the range does.
+#[derive(Clone, Copy, Debug)]
+pub struct Found<'a> {
+    /// Guest-physical address of the first byte.
+    pub gpa: u64,
+    /// Length in bytes, never zero.
+    pub len: u64,
+    /// Where in the file the first byte is.
+    pub offset: u64,
+    /// What backs all of the region.
+    pub region: &'a Backing,
+}
+
+impl Found<'_> {
+    /// Adds it to `segments`; one that continues the last there in file and address makes that longer.
+    pub fn add_to(&self, segments: &mut Vec<Segment>) {
+        match segments.last_mut() {
+            Some(last)
+                if last.backing.offset + last.len == self.offset
+                    && last.gpa + last.len == self.gpa
+                    && last.backing.kind == self.region.kind
+                    && Arc::ptr_eq(&last.backing.file, &self.region.file) =>
+            {
+                last.len += self.len;
+            }
+            _ => segments.push(Segment {
+                gpa: self.gpa,
+                len: self.len,
+                backing: Backing {
+                    offset: self.offset,
+                    ..self.region.clone()
+                },
+            }),
+        }
+    }
+}
+
+impl<'a> Walk<'a> {
+    /// What lies at an address, of `len` bytes at most; fails where no memory is.
+    pub fn find(&mut self, gpa: u64, len: u64) -> Result<Found<'a>, AddressSpaceError> {
+        let end = range_end(gpa, len)?;
+        let (start, entry) = match self.last {
+            Some((start, entry)) if gpa >= start && gpa - start < entry.len => (start, entry),
+            _ => {
+                let found = self.map.entry(gpa);
+                self.last = found;
+                found.ok_or(AddressSpaceError::Unmapped { gpa })?
+            }
+        };
+        let Region::Backed(region) = &entry.region else {
+            return Err(AddressSpaceError::NotMemory { gpa });
+        };
+        Ok(Found {
+            gpa,
+            len: (start + (entry.len - 1) - gpa + 1).min(end - gpa),
+            offset: region.offset + (gpa - start),
+            region,
+        })
     }
 }
 
@@ -314,8 +352,15 @@ impl AddressSpace {
     /// Which files and offsets back `[gpa, gpa + len)`, in order; pieces that continue each other
     /// in one file are one segment. Fails at the first address that is not memory.
     pub fn resolve(&self, gpa: u64, len: u64) -> Result<Vec<Segment>, AddressSpaceError> {
-        let mut segments = Vec::new();
-        self.view().resolve_into(gpa, len, &mut segments)?;
+        let (view, mut segments) = (self.view(), Vec::new());
+        let mut walk = view.walk();
+        let end = range_end(gpa, len)?;
+        let mut at = gpa;
+        while at < end {
+            let found = walk.find(at, end - at)?;
+            found.add_to(&mut segments);
+            at += found.len;
+        }
         Ok(segments)
     }
 
@@ -411,6 +456,7 @@ mod tests {
             kind: BackingKind::Bar {
                 device: 1,
                 region: 2,
+                start: 0,
             },
             file: file.clone(),
             offset: 0x1000,

@@ -537,6 +537,7 @@ mod tests {
             kind: BackingKind::Bar {
                 device: 3,
                 region: 2,
+                start: 0,
             },
             file: Arc::new(tempfile::tempfile().unwrap()),
             offset: 0x4000,

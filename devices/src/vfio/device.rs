@@ -264,6 +264,7 @@ fn content(
                 kind: BackingKind::Bar {
                     device: number,
                     region: region.index,
+                    start: region.start,
                 },
                 file: device.file().clone(),
                 offset: region.start + part.start,

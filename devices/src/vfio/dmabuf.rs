@@ -11,6 +11,7 @@ use std::{
 
 use fanlight_arch::layout::PAGE_SIZE;
 use thiserror::Error;
+use zerocopy::{Immutable, IntoBytes};
 
 use super::ioctls;
 
@@ -19,7 +20,10 @@ use super::ioctls;
 const MAX_RANGES: usize = 1 << 18;
 
 /// A part of a region.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+///
+/// `struct vfio_region_dma_range`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, IntoBytes, Immutable)]
+#[repr(C)]
 pub struct BarRange {
     /// Bytes from the region's start, whole pages.
     pub offset: u64,
@@ -140,25 +144,34 @@ pub fn export(
     if region >= BARS {
         return Err(DmaBufError::NotMemory(region));
     }
-    let host = |source| DmaBufError::Host {
-        region,
-        ranges: ranges.len(),
-        source,
-    };
-    let size = ioctls::region(device, region).map_err(host)?.size;
-    for range in ranges {
-        check_range(region, size, *range)?;
-    }
-    let ranges: Vec<_> = ranges
-        .iter()
-        .map(|range| (range.offset, range.len))
-        .collect();
     let flags = match access {
         Access::ReadOnly => libc::O_RDONLY,
         Access::ReadWrite => libc::O_RDWR,
     };
-    ioctls::export_dma_buf(device, region, &ranges, flags)
-        .map_err(|source| support_error(source, region, ranges.len()))
+    ioctls::export_dma_buf(device, region, ranges, flags)
+        .map_err(|source| explain(device, region, ranges, source))
+}
+
+/// The kernel checks all that [`check_range`] does, and says EINVAL to all of it: what it refused is looked at then.
+fn explain(
+    device: &impl AsRawFd,
+    region: u32,
+    ranges: &[BarRange],
+    source: io::Error,
+) -> DmaBufError {
+    let size = match ioctls::region(device, region) {
+        Ok(info) => info.size,
+        Err(source) => {
+            return DmaBufError::Host {
+                region,
+                ranges: ranges.len(),
+                source,
+            };
+        }
+    };
+    let wrong = |range: &BarRange| check_range(region, size, *range).err();
+    let wrong = ranges.iter().find_map(wrong);
+    wrong.unwrap_or_else(|| support_error(source, region, ranges.len()))
 }
 
 fn check_range(region: u32, size: u64, range: BarRange) -> Result<(), DmaBufError> {

@@ -21,6 +21,8 @@ use vmm_sys_util::{
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use super::dmabuf::BarRange;
+
 ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, VFIO_TYPE as u32, VFIO_BASE + 8);
 ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, VFIO_TYPE as u32, VFIO_BASE + 9);
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
@@ -225,12 +227,12 @@ pub fn probe_dma_buf(device: &impl AsRawFd) -> io::Result<()> {
     check(unsafe { ioctl_with_ptr(device, VFIO_DEVICE_FEATURE(), &feature) }).map(drop)
 }
 
-/// A dma-buf of `ranges` (offset in the region and length) of region `region`, one behind the other.
+/// A dma-buf of `ranges` of region `region`, one behind the other.
 /// `open_flags` is `O_RDONLY` or `O_RDWR`.
 pub fn export_dma_buf(
     device: &impl AsRawFd,
     region: u32,
-    ranges: &[(u64, u64)],
+    ranges: &[BarRange],
     open_flags: libc::c_int,
 ) -> io::Result<OwnedFd> {
     let payload = size_of::<FeatureDmaBuf>() + size_of_val(ranges);
@@ -244,11 +246,7 @@ pub fn export_dma_buf(
         flags: 0,
         nr_ranges: ranges.len() as u32,
     };
-    let mut request = [feature.as_bytes(), header.as_bytes()].concat();
-    for (offset, length) in ranges {
-        request.extend(offset.to_ne_bytes());
-        request.extend(length.to_ne_bytes());
-    }
+    let mut request = [feature.as_bytes(), header.as_bytes(), ranges.as_bytes()].concat();
     // SAFETY: the kernel reads `argsz` bytes, which is the length of `request`.
     let fd =
         check(unsafe { ioctl_with_mut_ptr(device, VFIO_DEVICE_FEATURE(), request.as_mut_ptr()) })?;

@@ -151,7 +151,11 @@ mod tests {
 
     fn backing(file: &Arc<File>, region: u32) -> Backing {
         Backing {
-            kind: BackingKind::Bar { device: 0, region },
+            kind: BackingKind::Bar {
+                device: 0,
+                region,
+                start: 0,
+            },
             file: file.clone(),
             offset: 0,
         }

@@ -79,7 +79,11 @@ fn what_is_shown_goes_and_comes_with_the_devices_memory() {
     let file = Arc::new(tempfile::tempfile().unwrap());
     std::os::unix::fs::FileExt::write_all_at(&*file, &[7; 0x4000], 0).unwrap();
     let insert = |region| {
-        let kind = BackingKind::Bar { device: 0, region };
+        let kind = BackingKind::Bar {
+            device: 0,
+            region,
+            start: 0,
+        };
         let (file, offset) = (file.clone(), 0);
         let backing = Backing { kind, file, offset };
         map.insert_backed(BAR, 0x4000, backing).unwrap();
