@@ -9,7 +9,10 @@ use std::{
 
 use crate::{
     Context, Failure, Result,
-    bed::{Bed, Busybox, Cache, Emulator, L1Kernel, Share, StockKernel, bed_kernel, build_program},
+    bed::{
+        Bed, Busybox, Cache, Emulator, L1Device, L1Kernel, Share, StockKernel, bed_kernel,
+        build_program,
+    },
     host::{self, Kvm},
 };
 
@@ -64,13 +67,24 @@ pub fn run(
     initrd: impl FnOnce(&Cache) -> Result<Vec<u8>>,
     measure: impl FnOnce(&Paths, usize) -> Result<()>,
 ) -> ExitCode {
-    prepare(initrd, measure).unwrap_or_else(|error| {
+    run_with(&[], initrd, measure)
+}
+
+/// The same, where these devices are to be passed through: those of the bed, which it is run in wherever it is
+/// started.
+pub fn run_with(
+    devices: &[L1Device],
+    initrd: impl FnOnce(&Cache) -> Result<Vec<u8>>,
+    measure: impl FnOnce(&Paths, usize) -> Result<()>,
+) -> ExitCode {
+    prepare(devices, initrd, measure).unwrap_or_else(|error| {
         eprintln!("fanlight: the benchmark cannot run: {error}");
         ExitCode::FAILURE
     })
 }
 
 fn prepare(
+    devices: &[L1Device],
     initrd: impl FnOnce(&Cache) -> Result<Vec<u8>>,
     measure: impl FnOnce(&Paths, usize) -> Result<()>,
 ) -> Result<ExitCode> {
@@ -87,9 +101,15 @@ fn prepare(
     fs::write(dir.path().join(INITRD), initrd).context("cannot write the guest's root")?;
     StockKernel::get(&cache)?;
     let emulator = Emulator::get(&cache)?;
-    if host::kvm() == Kvm::Host {
+    if devices.is_empty() && host::kvm() == Kvm::Host {
         let paths = Paths::in_memory(&cache, dir.path())?;
         return measure(&paths, rounds).map(|()| ExitCode::SUCCESS);
+    }
+    if !devices.is_empty() && std::env::var(host::BED).as_deref() == Ok("never") {
+        let bed = host::BED;
+        return Err(Failure(format!(
+            "the devices that it needs are the bed's, and {bed}=never refuses that"
+        )));
     }
     let kernel = bed_kernel(&cache)?;
     let this = std::env::current_exe().context("cannot find this program")?;
@@ -102,7 +122,8 @@ fn prepare(
         readonly: true,
     };
     let shares = [share("share", dir.path()), share("cache", cache.root())];
-    let code = bed.run(
+    let code = bed.run_with(
+        devices,
         &format!("{ROUNDS}={rounds} exec /share/bench"),
         &[&this, &fanlight],
         &shares,

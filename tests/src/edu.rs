@@ -3,7 +3,7 @@
 
 use std::{
     fs::File,
-    os::unix::fs::FileExt,
+    io::Read,
     thread,
     time::{Duration, Instant},
 };
@@ -11,6 +11,7 @@ use std::{
 use crate::{
     Context, Failure, Result,
     guest::ensure,
+    noiommu::{Interrupt, NoIommu},
     pci::{Function, Mmio},
 };
 
@@ -112,22 +113,25 @@ pub fn swap_mark(mark: u64) -> Result<u64> {
     Ok(before)
 }
 
-/// Has the device interrupt `count` times through `/dev/uio0`, each time after it was quiet; how long
-/// it took to hear it that often.
-pub fn interrupts(count: u32) -> Result<Duration> {
+/// Has the device interrupt `count` times through the guest's own vfio-pci, each time after the one before was
+/// heard; how long it took to hear it that often.
+pub fn interrupts(kind: Interrupt, count: u32) -> Result<Duration> {
     const RAISE: usize = 0x60;
     const ACKNOWLEDGE: usize = 0x64;
-    let edu = Edu::open()?;
-    let uio = File::options().read(true).write(true).open("/dev/uio0");
-    let uio = uio.context("cannot open /dev/uio0")?;
+    let edu = NoIommu::open(&Function::only(IDS)?)?;
+    let registers = edu.map(0, 0, 4096)?;
+    let heard = File::from(edu.hear(kind)?);
     let start = Instant::now();
     for _ in 0..count {
-        uio.write_all_at(&1u32.to_ne_bytes(), 0)
-            .context("cannot unmask")?;
-        edu.registers.write(RAISE, 1u32);
-        let mut total = [0; 4];
-        uio.read_exact_at(&mut total, 0).context("cannot wait")?;
-        edu.registers.write(ACKNOWLEDGE, 1u32);
+        registers.write(RAISE, 1u32);
+        let mut total = [0; 8];
+        (&heard).read_exact(&mut total).context("cannot wait")?;
+        registers.write(ACKNOWLEDGE, 1u32);
+        let total = u64::from_ne_bytes(total);
+        ensure(total == 1, format!("{total} interrupts at once"))?;
+        if kind == Interrupt::Intx {
+            edu.unmask()?;
+        }
     }
     Ok(start.elapsed())
 }

@@ -11,6 +11,7 @@ pub mod evdev;
 pub mod graphics;
 pub mod guest;
 pub mod host;
+pub mod noiommu;
 pub mod painting;
 pub mod pci;
 pub mod progress;

@@ -6,6 +6,7 @@ use std::{ffi::CString, fs::File, os::fd::AsRawFd, process::ExitCode};
 use fanlight_tests::{
     Context, Failure, Result, echo, edu, evdev,
     graphics::{drm, gl, vulkan},
+    noiommu::Interrupt,
     painting, raw_gpu, rogue, screen,
 };
 
@@ -60,11 +61,13 @@ fn act(arguments: &[String]) -> Result<String> {
             let status = rogue::break_device(ids)?;
             Ok(format!("the device's status is {status:#x}"))
         }
-        [verb, count] if verb == "interrupts" => {
-            let time = edu::interrupts(number(count)? as u32)?.as_micros();
-            Ok(format!(
-                "edu interrupted {count} times in {time} microseconds"
-            ))
+        [verb, name, count] if verb == "interrupts" => {
+            let kind = match name.as_str() {
+                "msi" => Interrupt::Msi,
+                _ => Interrupt::Intx,
+            };
+            let time = edu::interrupts(kind, number(count)? as u32)?.as_micros();
+            Ok(format!("{count} of {name} took {time} microseconds"))
         }
         [verb, ids, bar, offset] if verb == "screen" => {
             screen::show_bar(ids, number(bar)? as u32, number(offset)?)
@@ -82,7 +85,7 @@ fn act(arguments: &[String]) -> Result<String> {
         [verb] if verb == "show-red" => drm::show([1.0, 0.0, 0.0]),
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
-             kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts COUNT | \
+             kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts KIND COUNT | \
              break VENDOR:DEVICE | screen IDS BAR OFFSET | buffers | listen | \
              paint WIDTH HEIGHT MICROSECONDS COLOUR | gl | vulkan | blobs COUNT PAIRS | \
              blobs-until-refused | show-red"

@@ -2,16 +2,15 @@
 //! exported as a dma-buf, imported into the stock virtio-gpu driver and shown.
 
 mod exporter;
-mod noiommu;
 
 use std::{io::BufRead, os::fd::OwnedFd};
 
 pub use exporter::Buffer;
-pub use noiommu::NoIommu;
 
 use crate::{
     Context, Failure, Result,
     drm::{Card, Shown},
+    noiommu::NoIommu,
     pci::{Function, Mmio},
 };
 

@@ -15,6 +15,8 @@ use fanlight_devices::{
     vfio::dmabuf::{self, Access, BarRange},
 };
 
+use rustix::event::{EventfdFlags, eventfd};
+
 use crate::{
     Context, Failure, Result,
     pci::{Function, Mmio},
@@ -23,12 +25,31 @@ use crate::{
 const VFIO_SET_IOMMU: u64 = 0x3b66;
 const VFIO_GROUP_SET_CONTAINER: u64 = 0x3b68;
 const VFIO_GROUP_GET_DEVICE_FD: u64 = 0x3b6a;
+const VFIO_DEVICE_SET_IRQS: u64 = 0x3b6e;
 const VFIO_DEVICE_RESET: u64 = 0x3b6f;
 const VFIO_NOIOMMU_IOMMU: u64 = 8;
 /// VFIO's number for configuration space.
 const CONFIG: u32 = 7;
 const COMMAND: u64 = 4;
-const MEMORY: u16 = 0b10;
+const MEMORY_AND_MASTER: u16 = 0b110;
+
+/// What VFIO_DEVICE_SET_IRQS does: says who hears an interrupt, or lets a masked line interrupt again.
+const HEAR: u32 = DATA_EVENTFD | ACTION_TRIGGER;
+const UNMASK: u32 = DATA_NONE | ACTION_UNMASK;
+const DATA_NONE: u32 = 1;
+const DATA_EVENTFD: u32 = 1 << 2;
+const ACTION_UNMASK: u32 = 1 << 4;
+const ACTION_TRIGGER: u32 = 1 << 5;
+
+/// How a device interrupts, by VFIO's numbers.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(u32)]
+pub enum Interrupt {
+    /// Its line, which vfio-pci masks when it has interrupted.
+    Intx = 0,
+    /// A message.
+    Msi = 1,
+}
 
 /// A device that is open.
 #[derive(Debug)]
@@ -93,10 +114,10 @@ impl NoIommu {
         dmabuf::region_start(&self.device, region).context(format!("there is no region {region}"))
     }
 
-    /// Lets the device's memory be reached, or not.
+    /// Lets the device's memory be reached and the device reach memory, or neither.
     pub fn enable(&self, on: bool) -> Result<()> {
         let at = self.start(CONFIG)? + COMMAND;
-        let value = if on { MEMORY } else { 0 };
+        let value = if on { MEMORY_AND_MASTER } else { 0 };
         let written = self.device.write_all_at(&value.to_le_bytes(), at);
         written.context("cannot write COMMAND")
     }
@@ -117,6 +138,29 @@ impl NoIommu {
             .collect();
         dmabuf::export(&self.device, bar, &ranges, Access::ReadWrite)
             .map_err(|error| Failure(error_line(&error)))
+    }
+
+    /// What counts the device's interrupts of a kind, its first one where there are several.
+    pub fn hear(&self, kind: Interrupt) -> Result<OwnedFd> {
+        let heard = eventfd(0, EventfdFlags::CLOEXEC).context("cannot make an eventfd")?;
+        self.set_interrupts(kind, HEAR, Some(heard.as_raw_fd()))?;
+        Ok(heard)
+    }
+
+    /// Lets the device's line interrupt again.
+    pub fn unmask(&self) -> Result<()> {
+        self.set_interrupts(Interrupt::Intx, UNMASK, None)
+    }
+
+    fn set_interrupts(&self, kind: Interrupt, action: u32, heard: Option<i32>) -> Result<()> {
+        let (start, count) = (0, 1);
+        let mut words = vec![0, action, kind as u32, start, count];
+        words.extend(heard.map(|fd| fd as u32));
+        words[0] = (words.len() * size_of::<u32>()) as u32;
+        // SAFETY: the kernel reads as many bytes as the first word says, which is their length.
+        unsafe { ioctl(&self.device, VFIO_DEVICE_SET_IRQS, words.as_ptr() as u64) }
+            .map(drop)
+            .context(format!("VFIO_DEVICE_SET_IRQS, {kind:?}"))
     }
 
     /// A part of a BAR, to draw into.

@@ -1,0 +1,405 @@
+//! Passed-through devices, by Fanlight beside QEMU in one run, in turn: boot with an SR-IOV VF, interrupts, and what a
+//! transfer through the VF costs the VMM; and a 4K picture in a BAR that becomes a dma-buf, beside the bare ioctl.
+//! Prints the README's tables.
+//!
+//! Interrupts are those of `edu`, one after the other, which a program in the guest hears by the guest's own vfio-pci.
+//! That needs no IOMMU with the bed's kernel only, so it is a guest of its own.
+
+mod export;
+
+use std::{
+    fmt::Debug,
+    fs,
+    os::unix::process::CommandExt,
+    path::{Path, PathBuf},
+    process::{Command, ExitCode, Stdio},
+    thread,
+    time::Instant,
+};
+
+use fanlight_tests::{
+    Context, Failure, Result,
+    bed::{
+        Archive, Busybox, Cache, L1Device, Modules, StockKernel, bed_kernel, build_program,
+        guest_archive,
+    },
+    bench::{self, CMDLINE, Paths, median},
+    echo::{self, Address},
+    edu,
+    guest::{Guest, bed_clock, ensure, value},
+    pci::Function,
+};
+use rustix::{
+    process::{Pid, Signal},
+    thread::{CpuSet, sched_setaffinity},
+};
+
+use export::Export;
+
+const DEVICES: &[L1Device] = &[L1Device::Igb, L1Device::Edu, L1Device::Ivshmem(64)];
+const IGB: &str = "8086:10c9";
+const MODULES: &[&str] = &["virtio_pci", "igbvf"];
+/// What the guest's init says first.
+const MARK: &str = "fanlight-init: up";
+/// The link of a VF is up, where the guest has one.
+const SCRIPT: &str = "#!/bin/sh
+if ! grep -q noiommu /proc/cmdline; then
+    echo 1 > /proc/sys/net/core/high_order_alloc_disable
+    until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done
+    ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up
+    until [ \"$(cat /sys/class/net/eth0/carrier 2>/dev/null)\" = 1 ]; do sleep 0.1; done
+fi
+echo ready; while read -r line; do eval \"$line\"; done
+";
+/// Bytes of the transfers, which come back too.
+const SMALL: u64 = 1 << 20;
+const LARGE: u64 = 8 << 20;
+const INTERRUPTS: u32 = 2000;
+const KINDS: [&str; 2] = ["msi", "intx"];
+const NOIOMMU: &str = "vfio.enable_unsafe_noiommu_mode=1";
+/// A run that the emulator spoiled is tried again.
+const TRIES: usize = 3;
+
+fn main() -> ExitCode {
+    bench::run_with(DEVICES, initrd, measure)
+}
+
+fn initrd(cache: &Cache) -> Result<Vec<u8>> {
+    let agent = build_program("fanlight-tests", "guest-agent")?;
+    let mut initrd = guest_archive(&Busybox::get(cache)?, None, Some(&agent))?;
+    let mut more = Archive::default();
+    more.modules(&Modules::find(&StockKernel::get(cache)?.modules)?, MODULES)?;
+    more.file("test", SCRIPT.as_bytes());
+    initrd.extend(more.finish());
+    Ok(initrd)
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Vmm {
+    Fanlight,
+    Qemu,
+}
+
+const VMMS: [Vmm; 2] = [Vmm::Fanlight, Vmm::Qemu];
+
+/// What a transfer cost.
+#[derive(Clone, Copy, Debug)]
+struct Cost {
+    /// Seconds of processor time of all threads but the vCPUs'.
+    processor: f64,
+    /// Exits to user space.
+    exits: f64,
+}
+
+/// What one start showed.
+#[derive(Clone, Copy, Debug)]
+struct Sample {
+    /// Seconds from exec to the first line of the guest's init.
+    boot: f64,
+    small: Cost,
+    large: Cost,
+    /// A second, of [`KINDS`].
+    interrupts: [f64; 2],
+}
+
+fn measure(paths: &Paths, rounds: usize) -> Result<()> {
+    let physical = Function::only(IGB)?.address();
+    let vf = bind(paths, &physical, &["--vfs", "1"])?;
+    let edu = bind(paths, &Function::only(edu::IDS)?.address(), &[])?;
+    let memory = bind(paths, &Function::only(edu::MEMORY_IDS)?.address(), &[])?;
+    let exports = export::measure(&memory)?;
+    // From the next one that is asked for on; the vCPUs will be there too.
+    fs::write("/proc/irq/default_smp_affinity", "1").context("cannot bind interrupts")?;
+    let interface = run(Command::new("ls").arg(format!("/sys/bus/pci/devices/{physical}/net")))?;
+    for arguments in [
+        ["addr", "add", "10.9.0.1/24", "dev", &interface].as_slice(),
+        &["link", "set", &interface, "up"],
+    ] {
+        run(Command::new("ip").args(arguments))?;
+    }
+    let bed = bed_kernel(&Cache::at("/cache"))?.bzimage;
+    let mut samples = [Vec::new(), Vec::new()];
+    for round in 0..rounds {
+        for (vmm, samples) in VMMS.into_iter().zip(&mut samples) {
+            let what = format!("{vmm:?}, round {round}");
+            let stock = Start {
+                kernel: paths.kernel(),
+                device: &vf,
+                cmdline: "",
+            };
+            let (boot, small, large) =
+                tried(&what, || transfers(vmm, command(paths, vmm, &stock)))?;
+            let bed = Start {
+                kernel: bed.clone(),
+                device: &edu,
+                cmdline: NOIOMMU,
+            };
+            let interrupts = tried(&what, || interrupts(vmm, command(paths, vmm, &bed)))?;
+            samples.push(Sample {
+                boot,
+                small,
+                large,
+                interrupts,
+            });
+        }
+    }
+    print(&samples, &exports);
+    Ok(())
+}
+
+fn print(samples: &[Vec<Sample>; 2], exports: &[Export]) {
+    println!("| | Fanlight | QEMU | of QEMU's |\n|---|---|---|---|");
+    let row = |name: &str, decimals: usize, unit: &str, figure: fn(&Sample) -> f64| {
+        let [ours, qemu] = [0, 1].map(|vmm: usize| median(&samples[vmm], figure));
+        let ratio = if qemu > 0.0 {
+            format!("{:.2}", ours / qemu)
+        } else {
+            "–".into()
+        };
+        println!("| {name} | {ours:.decimals$}{unit} | {qemu:.decimals$}{unit} | {ratio} |");
+    };
+    row("exec to init, with a VF", 2, " s", |sample| sample.boot);
+    row("MSI a second", 0, "", |sample| sample.interrupts[0]);
+    row("INTx a second", 0, "", |sample| sample.interrupts[1]);
+    let times = "processor time of all threads but the vCPU's";
+    let exits = "exits to user space";
+    let size = |bytes: u64| format!("{} MiB to and fro", bytes >> 20);
+    let (small, large) = (size(SMALL), size(LARGE));
+    row(&format!("{times}, {small}"), 1, " ms", |sample| {
+        sample.small.processor * 1e3
+    });
+    row(&format!("{times}, {large}"), 1, " ms", |sample| {
+        sample.large.processor * 1e3
+    });
+    row(&format!("{exits}, {small}"), 0, "", |sample| {
+        sample.small.exits
+    });
+    row(&format!("{exits}, {large}"), 0, "", |sample| {
+        sample.large.exits
+    });
+    println!(
+        "\n| dma-buf of a 4K blob in a BAR | bare ioctl | Fanlight | of the ioctl's | \
+         looking its entries up, once, before |"
+    );
+    println!("|---|---|---|---|---|");
+    for export in exports {
+        let [bare, ours, looking_up] =
+            [export.bare, export.ours, export.looking_up].map(|time| time * 1e6);
+        let (ranges, ratio) = (export.ranges, ours / bare);
+        println!(
+            "| {ranges} ranges | {bare:.1} µs | {ours:.1} µs | {ratio:.2} | {looking_up:.1} µs |"
+        );
+    }
+}
+
+/// What a command prints, which must succeed.
+fn run(command: &mut Command) -> Result<String> {
+    let output = command.output().context("cannot run a command")?;
+    let errors = String::from_utf8_lossy(&output.stderr);
+    ensure(output.status.success(), format!("{command:?}: {errors}"))?;
+    Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
+}
+
+fn bind(paths: &Paths, address: &str, more: &[&str]) -> Result<String> {
+    let mut command = Command::new(paths.fanlight());
+    run(command.args(["vfio", "bind", address]).args(more))
+}
+
+fn tried<T: Debug>(what: &str, run: impl Fn() -> Result<T>) -> Result<T> {
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match run() {
+            Ok(sample) => {
+                eprintln!("{what}: {sample:?}");
+                return Ok(sample);
+            }
+            Err(error) if tries == TRIES => return Err(Failure::new(what, error)),
+            Err(error) => eprintln!("{what}: {error}; tried again"),
+        }
+    }
+}
+
+/// What a guest is started with.
+struct Start<'a> {
+    kernel: PathBuf,
+    device: &'a str,
+    /// Added to the kernel's command line.
+    cmdline: &'a str,
+}
+
+fn command(paths: &Paths, vmm: Vmm, start: &Start) -> Command {
+    let Start { kernel, device, .. } = start;
+    let cmdline = format!("{CMDLINE}{} {}", bed_clock(), start.cmdline);
+    let mut command = match vmm {
+        Vmm::Fanlight => {
+            let mut command = Command::new(paths.fanlight());
+            command
+                .args(["run", "--cpus", "1", "--memory", "512M"])
+                .args(["--vfio", &format!("{device},iommufd=on")])
+                .arg("--kernel")
+                .arg(kernel)
+                .arg("--initrd")
+                .arg(paths.initrd())
+                .args(["--cmdline", &cmdline]);
+            command
+        }
+        Vmm::Qemu => {
+            let mut command = paths.emulator.command("qemu-system-x86_64");
+            command
+                .args(["-M", "q35", "-accel", "kvm", "-cpu", "host", "-smp", "1"])
+                .args(["-m", "512M", "-name", "guest,debug-threads=on"])
+                .args(["-nodefaults", "-no-user-config", "-display", "none"])
+                .args(["-serial", "stdio", "-no-reboot"])
+                .args(["-object", "iommufd,id=iommu"])
+                .arg("-device")
+                .arg(format!("vfio-pci,host={device},iommufd=iommu"))
+                .arg("-kernel")
+                .arg(kernel)
+                .arg("-initrd")
+                .arg(paths.initrd())
+                .args(["-append", &cmdline]);
+            command
+        }
+    };
+    command.stderr(Stdio::piped()).process_group(0);
+    command
+}
+
+/// A stock guest with a VF: the time to its init, and what a small and a large transfer cost.
+fn transfers(vmm: Vmm, command: Command) -> Result<(f64, Cost, Cost)> {
+    let dir = tempfile::tempdir().context("cannot make a directory")?;
+    let start = Instant::now();
+    let mut guest = Guest::spawn(command, dir)?;
+    guest.wait_for(MARK)?;
+    let boot = start.elapsed().as_secs_f64();
+    guest.wait_for("ready")?;
+    // Pages that are touched first, and the driver's start.
+    transfer(vmm, &mut guest, SMALL, 1)?;
+    let small = transfer(vmm, &mut guest, SMALL, 2)?;
+    let large = transfer(vmm, &mut guest, LARGE, 1)?;
+    guest.signal(Signal::KILL)?;
+    guest.exit_status().ok();
+    Ok((boot, small, large))
+}
+
+/// Interrupts a second that a guest hears, of [`KINDS`].
+///
+/// The vCPU is on the processor that the host's interrupts come to: whether they have to go on to another one would be
+/// chance otherwise, and matters more than the VMM.
+fn interrupts(vmm: Vmm, command: Command) -> Result<[f64; 2]> {
+    let dir = tempfile::tempdir().context("cannot make a directory")?;
+    let mut guest = Guest::spawn(command, dir)?;
+    guest.wait_for("ready")?;
+    let mut processor = CpuSet::new();
+    processor.set(0);
+    for thread in threads(vmm, guest.pid())? {
+        if thread.is_vcpu(vmm) {
+            sched_setaffinity(Some(thread.id), &processor).context("cannot bind a vCPU")?;
+        }
+    }
+    let mut rates = [0.0; 2];
+    for (number, (kind, rate)) in (1..).zip(KINDS.into_iter().zip(&mut rates)) {
+        guest.send(&format!("guest-agent interrupts {kind} {INTERRUPTS}\n"))?;
+        guest.wait_for_times("microseconds", number)?;
+        let said = guest.transcript();
+        let time = value(&said, &format!("agent: {INTERRUPTS} of {kind} took"))?;
+        let time = time.split_whitespace().next();
+        let time: f64 = time
+            .and_then(|time| time.parse().ok())
+            .ok_or_else(|| Failure(format!("no time in {said}")))?;
+        *rate = f64::from(INTERRUPTS) / time * 1e6;
+    }
+    guest.signal(Signal::KILL)?;
+    guest.exit_status().ok();
+    Ok(rates)
+}
+
+/// Has the guest send so many bytes, which come back; `count` is how often it has by then.
+fn transfer(vmm: Vmm, guest: &mut Guest, bytes: u64, count: usize) -> Result<Cost> {
+    let counters =
+        |guest: &Guest| Ok::<_, Failure>((processor_time(vmm, guest.pid())?, exits(guest.pid())?));
+    let before = counters(guest)?;
+    let server = thread::spawn(|| echo::serve(&Address::Tcp("10.9.0.1:5000".into())));
+    guest.send(&format!("guest-agent call tcp:10.9.0.1:5000 {bytes}\n"))?;
+    guest.wait_for_times(&format!("called with {bytes} bytes"), count)?;
+    let after = counters(guest)?;
+    let served = server.join().map_err(|_| Failure("a panic".into()))??;
+    ensure(served == bytes, format!("{served} bytes came"))?;
+    Ok(Cost {
+        processor: after.0 - before.0,
+        exits: after.1 - before.1,
+    })
+}
+
+/// A thread of a VMM's.
+struct Thread {
+    id: Pid,
+    dir: PathBuf,
+    name: String,
+}
+
+impl Thread {
+    fn is_vcpu(&self, vmm: Vmm) -> bool {
+        self.name.starts_with(match vmm {
+            Vmm::Fanlight => "vcpu",
+            Vmm::Qemu => "CPU ",
+        })
+    }
+}
+
+/// The threads of a VMM with one vCPU.
+fn threads(vmm: Vmm, pid: u32) -> Result<Vec<Thread>> {
+    let list = "cannot list threads";
+    let mut all = Vec::new();
+    for entry in fs::read_dir(format!("/proc/{pid}/task")).context(list)? {
+        let dir = entry.context(list)?.path();
+        let id = dir.file_name().unwrap_or_default().to_string_lossy();
+        let id = id.parse().ok().and_then(Pid::from_raw);
+        // A thread may have ended meanwhile.
+        if let (Some(id), Ok(name)) = (id, fs::read_to_string(dir.join("comm"))) {
+            all.push(Thread { id, dir, name });
+        }
+    }
+    let vcpus = all.iter().filter(|thread| thread.is_vcpu(vmm)).count();
+    ensure(vcpus == 1, format!("{vcpus} threads are vCPUs"))?;
+    Ok(all)
+}
+
+/// Seconds of processor time of a VMM's threads, but for its vCPU's.
+fn processor_time(vmm: Vmm, pid: u32) -> Result<f64> {
+    let mut nanoseconds = 0.0;
+    for thread in threads(vmm, pid)? {
+        if thread.is_vcpu(vmm) {
+            continue;
+        }
+        let Ok(times) = fs::read_to_string(thread.dir.join("schedstat")) else {
+            continue;
+        };
+        let time = times.split_whitespace().next();
+        nanoseconds += time
+            .and_then(|time| time.parse::<f64>().ok())
+            .ok_or_else(|| Failure(format!("no time in schedstat: {times:?}")))?;
+    }
+    Ok(nanoseconds / 1e9)
+}
+
+/// KVM's own counters of port and memory-mapped accesses that left for user space, from debugfs.
+fn exits(pid: u32) -> Result<f64> {
+    let vms = fs::read_dir("/sys/kernel/debug/kvm").context("cannot read KVM's counters")?;
+    let is_it = |path: &Path| {
+        let name = path.file_name().unwrap_or_default().to_string_lossy();
+        name.starts_with(&format!("{pid}-"))
+    };
+    let vm = vms
+        .filter_map(|entry| Some(entry.ok()?.path()))
+        .find(|path| is_it(path))
+        .ok_or_else(|| Failure(format!("KVM has no counters of process {pid}")))?;
+    let read = |name: &str| {
+        let text = fs::read_to_string(vm.join(name)).ok()?;
+        text.trim().parse::<f64>().ok()
+    };
+    let sum = read("io_exits").zip(read("mmio_exits"));
+    sum.map(|(io, mmio)| io + mmio)
+        .ok_or_else(|| Failure("KVM does not count exits".into()))
+}
