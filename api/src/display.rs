@@ -122,7 +122,7 @@ pub enum PictureMemory {
     #[default]
     DmaBuf,
     /// A memory file with a copy of them, for reading, which is brought up to date before each `damage`. Only
-    /// streams have such, where no dma-buf can be made.
+    /// streams have such, where no dma-buf can be made, or the watcher wants none of a device's memory.
     Shared,
 }
 
@@ -248,7 +248,7 @@ pub enum DisplayNews {
     },
 }
 
-/// What a watcher says on a stream. All but `release` are for the one that drives.
+/// What a watcher says on a stream. All but `release` and `copy_device_memory` are for the one that drives.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
 pub enum WatcherSays {
@@ -257,6 +257,9 @@ pub enum WatcherSays {
         /// Of a `damage`.
         serial: u64,
     },
+    /// Pictures in memory of a passed-through device, whose dma-bufs can be imported and not mapped, are to come as
+    /// copies from now on.
+    CopyDeviceMemory,
     /// The output is to have another size.
     Resize {
         /// The output.

@@ -84,7 +84,9 @@ impl Inputs {
                 drop(state);
                 self.release_all();
             }
-            WatcherSays::Release { .. } | WatcherSays::Resize { .. } => {}
+            WatcherSays::Release { .. }
+            | WatcherSays::CopyDeviceMemory
+            | WatcherSays::Resize { .. } => {}
         }
     }
 

@@ -25,7 +25,7 @@ use fanlight_tests::{
 };
 
 use super::{
-    compositor::take_picture,
+    compositor::{Compositor, take_picture},
     vfio::whole_function,
     view::{one, wait_for},
 };
@@ -165,6 +165,14 @@ fn shown(assets: &Assets) -> Result<()> {
         let said = said.unwrap_or_else(|| "there is a picture".into());
         ensure(said.contains(why), said)
     };
+    // A compositor that does not import, and a viewer that cannot read the dma-buf.
+    let weston = Compositor::weston(assets, "pixman")?;
+    let viewer = weston.viewer(assets, &guest.path("api"))?;
+    let in_window = |number: u32| {
+        let shown = weston.wait_for(&picture(number));
+        shown.map_err(|error| Failure::new(error, viewer.said()))
+    };
+    in_window(2)?;
     // The guest's drivers take the memory from the GPU first; then it is switched off behind their backs.
     for (way, why) in [("memory", "shows nothing"), ("force", "that is off")] {
         does(&mut guest, &format!("{way} off"))?;
@@ -184,6 +192,7 @@ fn shown(assets: &Assets) -> Result<()> {
     heard(true)?;
     does(&mut guest, "draw 3")?;
     shows(&mut client, 3)?;
+    in_window(3)?;
     read_by_device(&reader, &export(&mut client, PixelsIn::Device)?, 3)?;
     guest.send("end\n")?;
     guest.expect_exit(0)

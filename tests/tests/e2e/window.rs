@@ -228,7 +228,7 @@ fn flood(fd: OwnedFd, end: &AtomicBool) -> Result<u64> {
             thread::yield_now();
             continue;
         }
-        let says = match number % 6 {
+        let says = match number % 7 {
             0 => WatcherSays::Release {
                 serial: u64::from(number),
             },
@@ -251,6 +251,7 @@ fn flood(fd: OwnedFd, end: &AtomicBool) -> Result<u64> {
                 finger: number as i32,
                 at: Some([0.5, 2.0]),
             },
+            5 => WatcherSays::CopyDeviceMemory,
             _ => WatcherSays::Wheel {
                 horizontal: i32::MIN,
                 vertical: i32::MAX,

@@ -5,7 +5,7 @@
 
 use std::{
     collections::BTreeMap,
-    io,
+    io, mem,
     os::{
         fd::{AsFd, OwnedFd},
         unix::net::UnixStream,
@@ -21,7 +21,7 @@ use fanlight_devices::{
     error_line,
     virtio::gpu::{
         CURSOR_SIZE, CursorImage, DisplayError, DisplayEvent, DisplayHandle, ExportedImage, Frame,
-        FrameCopy, FrameError, Mode, Subscription,
+        FrameCopy, FrameError, Location, Mode, Subscription,
     },
 };
 use rustix::{
@@ -46,6 +46,7 @@ pub fn start(
         display,
         inputs,
         copies: BTreeMap::new(),
+        copies_devices: false,
         _slot: slot,
     };
     thread::Builder::new()
@@ -71,8 +72,10 @@ struct Server {
     subscription: Subscription,
     display: DisplayHandle,
     inputs: Option<(Driver, Inputs)>,
-    /// What outputs show of which there is no dma-buf.
+    /// What outputs show of which there is no dma-buf, or none that the watcher can use.
     copies: BTreeMap<usize, FrameCopy>,
+    /// Whether the watcher wants copies of what is in memory of passed-through devices.
+    copies_devices: bool,
     _slot: Slot,
 }
 
@@ -177,7 +180,7 @@ impl Server {
         }
     }
 
-    /// What an output shows, in a dma-buf, or copied where there can be none.
+    /// What an output shows, in a dma-buf, or copied where there can be none or the watcher cannot use it.
     fn picture(
         &mut self,
         output: usize,
@@ -185,9 +188,11 @@ impl Server {
     ) -> Option<Result<ExportedImage, FrameError>> {
         let old = self.copies.remove(&output);
         let frame = frame?;
-        let exported = self.display.export(&frame);
-        if !matches!(exported, Err(FrameError::Export(_))) {
-            return Some(exported);
+        if !(self.copies_devices && frame.location == Location::Device) {
+            let exported = self.display.export(&frame);
+            if !matches!(exported, Err(FrameError::Export(_))) {
+                return Some(exported);
+            }
         }
         let copied = old.and_then(|mut copy| match copy.replace(&frame)? {
             Ok(()) => Some(Ok(copy)),
@@ -201,9 +206,16 @@ impl Server {
         }))
     }
 
-    fn obey(&self, says: WatcherSays) {
-        if let WatcherSays::Release { serial } = says {
-            return self.subscription.release(serial);
+    fn obey(&mut self, says: WatcherSays) {
+        match says {
+            WatcherSays::Release { serial } => return self.subscription.release(serial),
+            WatcherSays::CopyDeviceMemory => {
+                if !mem::replace(&mut self.copies_devices, true) {
+                    self.subscription.repeat_scanouts();
+                }
+                return;
+            }
+            _ => {}
         }
         let Some((_, inputs)) = &self.inputs else {
             return;

@@ -26,7 +26,7 @@ use wayland_protocols::wp::linux_dmabuf::zv1::client::{
 use super::{
     mapping::Mapping,
     picture::{PIXEL, Picture},
-    window::State,
+    window::{State, WindowEvent},
 };
 
 /// The longest side of a picture.
@@ -61,6 +61,8 @@ enum Way {
     /// The compositor reads the guest's memory.
     Imported(WlBuffer),
     Copied(Copied),
+    /// Nobody can read it: there will be another picture in its place.
+    Unreadable,
 }
 
 struct Copied {
@@ -151,6 +153,7 @@ impl Buffers {
                 offset: 0,
                 fourcc: XRGB8888,
                 modifier: 0,
+                mappable: true,
             },
             way: Way::Importing,
         };
@@ -158,7 +161,7 @@ impl Buffers {
         Ok(buffer)
     }
 
-    /// Has a picture copied from now on.
+    /// Has a picture copied from now on, by whoever can.
     pub(super) fn fall_back(
         &mut self,
         buffer: &mut Buffer,
@@ -166,6 +169,10 @@ impl Buffers {
     ) -> io::Result<()> {
         if !std::mem::replace(&mut self.told, true) {
             tracing::warn!("the compositor does not import the guest's pictures: they are copied");
+        }
+        if !buffer.picture.mappable {
+            buffer.way = Way::Unreadable;
+            return Ok(());
         }
         self.copy(buffer, handle)
     }
@@ -248,6 +255,11 @@ impl Buffer {
         self.id
     }
 
+    /// What to tell if only who made the picture can copy it.
+    pub fn unreadable(&self) -> Option<WindowEvent> {
+        matches!(self.way, Way::Unreadable).then_some(WindowEvent::Unreadable)
+    }
+
     /// All of it, as damage.
     pub fn whole(&self) -> [i32; 4] {
         [0, 0, self.picture.width as i32, self.picture.height as i32]
@@ -261,7 +273,7 @@ impl Buffer {
     /// A buffer with the picture as it is now. `None`: not yet.
     pub fn ready(&self) -> io::Result<Option<WlBuffer>> {
         match &self.way {
-            Way::Importing => Ok(None),
+            Way::Importing | Way::Unreadable => Ok(None),
             Way::Imported(wl_buffer) => Ok(Some(wl_buffer.clone())),
             Way::Copied(copied) => copied.fill(&self.picture),
         }
@@ -271,7 +283,7 @@ impl Buffer {
 impl Drop for Buffer {
     fn drop(&mut self) {
         match &self.way {
-            Way::Importing => {}
+            Way::Importing | Way::Unreadable => {}
             Way::Imported(wl_buffer) => wl_buffer.destroy(),
             Way::Copied(copied) => {
                 for (wl_buffer, _) in &copied.buffers {
@@ -334,6 +346,7 @@ mod tests {
             offset,
             fourcc: XRGB8888,
             modifier: 0,
+            mappable: true,
         }
     }
 

@@ -22,6 +22,8 @@ pub struct Picture {
     pub fourcc: u32,
     /// DRM's code of the layout.
     pub modifier: u64,
+    /// Whether the processor can read it: it does not lie in memory of a passed-through device.
+    pub mappable: bool,
 }
 
 /// A cursor: ARGB8888, its lines without gaps.

@@ -12,7 +12,10 @@ use std::{
 
 use fanlight_api::{
     client::{Client, ClientError},
-    display::{CursorLook, DisplayNews, ExportedPicture, WatchDisplay, WatcherSays},
+    display::{
+        CursorLook, DisplayNews, ExportedPicture, PictureMemory, PixelsIn, WatchDisplay,
+        WatcherSays,
+    },
     methods::DisplaySubscribe,
     stream::{MessageStream, StreamError},
 };
@@ -178,6 +181,7 @@ impl View {
         let output = self.output;
         let says = match event {
             WindowEvent::Shown { serial } => WatcherSays::Release { serial },
+            WindowEvent::Unreadable => WatcherSays::CopyDeviceMemory,
             _ if !self.drives => return Ok(()),
             WindowEvent::Resized { width, height } => WatcherSays::Resize {
                 output,
@@ -226,6 +230,8 @@ fn picture_of(described: ExportedPicture, fds: Vec<OwnedFd>) -> Result<Picture, 
             .map_err(|_| io::Error::other("a picture is too far into its dma-buf"))?,
         fourcc: described.fourcc,
         modifier: described.modifier,
+        mappable: described.memory == PictureMemory::Shared
+            || described.location != PixelsIn::Device,
     })
 }
 

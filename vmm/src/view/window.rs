@@ -112,6 +112,8 @@ pub enum WindowEvent {
         /// The last that was given to [`Window::damage`].
         serial: u64,
     },
+    /// Neither the compositor nor this process can read the picture: it is to come as a copy.
+    Unreadable,
     /// The keyboard's focus went: keys that were down are up.
     Unfocused,
     /// The window is to close.
@@ -274,6 +276,7 @@ impl State {
             None => self.buffers.blank(self.size, &self.handle)?,
         };
         self.pending = vec![buffer.whole()];
+        self.events.extend(buffer.unreadable());
         self.shown = Some(buffer);
         self.present()
     }
@@ -339,6 +342,7 @@ impl State {
             && failed.contains(&buffer.id())
         {
             self.buffers.fall_back(buffer, &self.handle)?;
+            self.events.extend(buffer.unreadable());
             self.present()?;
         }
         Ok(())

@@ -512,6 +512,11 @@ impl Subscription {
         events
     }
 
+    /// Has the next [`Self::events`] tell once more what each output shows.
+    pub fn repeat_scanouts(&self) {
+        self.watch.repeat_scanouts();
+    }
+
     /// The watcher is done with everything up to the damage of this serial.
     pub fn release(&self, serial: u64) {
         self.watch.release(serial);

@@ -97,6 +97,15 @@ impl Watch {
         mem::take(&mut inner.news)
     }
 
+    /// What all outputs show is news again.
+    pub fn repeat_scanouts(&self) {
+        self.change(|inner| {
+            for changes in &mut inner.news.each {
+                changes.scanout = true;
+            }
+        });
+    }
+
     /// The watcher is done with flush `serial` and all before it.
     pub fn release(&self, serial: u64) {
         let mut inner = self.lock();
