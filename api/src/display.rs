@@ -171,7 +171,7 @@ pub struct WatchDisplay {
     pub gpu: u32,
     /// Whether the guest's next frame waits, for a short time at most, until this one is released.
     pub pace: bool,
-    /// Whether keys, pointer and sizes come from here. One stream at a time may.
+    /// Whether keys, pointer and sizes come from here. One stream of a GPU may at a time.
     pub drive: bool,
 }
 

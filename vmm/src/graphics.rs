@@ -26,9 +26,15 @@ use crate::{
     renderer::{RendererError, Starter},
 };
 
+/// GPUs of a machine.
+const MAX_GPUS: usize = 8;
+
 /// What is wrong with a GPU's configuration.
 #[derive(Debug, Error)]
 pub enum GraphicsError {
+    /// More GPUs than a machine has.
+    #[error("{0} GPUs are more than {MAX_GPUS}")]
+    TooManyGpus(usize),
     /// More outputs than the device has.
     #[error("outputs: {0} are more than {OUTPUTS}")]
     TooManyOutputs(usize),
@@ -127,6 +133,9 @@ impl Graphics {
         if gpus.is_empty() {
             return Ok(None);
         }
+        if gpus.len() > MAX_GPUS {
+            return Err(GraphicsError::TooManyGpus(gpus.len()));
+        }
         let gpus = gpus.iter().map(|gpu| HostGpu::new(gpu, ram));
         Ok(Some(Self {
             gpus: gpus.collect::<Result<_, _>>()?,
@@ -204,6 +213,16 @@ mod tests {
         assert!(error("800x600,hostmem=3M").starts_with("hostmem=3M: "));
         let many = vec!["640x480"; 17].join("+");
         assert!(error(&many).contains("17 are more than 16"));
+    }
+
+    #[test]
+    fn each_gpu_has_a_display() {
+        let ram = GuestRam::new(16 << 20, None).unwrap();
+        let made = |count| Graphics::new(&vec![GpuConfig::default(); count], &ram);
+        assert!(made(0).unwrap().is_none());
+        assert_eq!(made(MAX_GPUS).unwrap().unwrap().displays().len(), MAX_GPUS);
+        let error = made(MAX_GPUS + 1).unwrap_err().to_string();
+        assert_eq!(error, "9 GPUs are more than 8");
     }
 
     #[test]
