@@ -20,6 +20,8 @@ use crate::{
 /// Vendor and device id.
 const IDS: &str = "1af4:1050";
 const PAGE: usize = 4096;
+const HUGE_PAGE: usize = 2 << 20;
+const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
 /// Far more than a command takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
@@ -62,10 +64,21 @@ struct Pages {
 
 impl Pages {
     fn new(count: usize) -> Result<Self> {
+        Self::mapped(count, MapFlags::empty())
+    }
+
+    /// Of 2 MiB each, as far as they go: pages that are neighbours.
+    fn huge(count: usize) -> Result<Self> {
+        let huge = (count * PAGE).div_ceil(HUGE_PAGE);
+        fs::write(HUGE_PAGES, huge.to_string()).context("cannot reserve huge pages")?;
+        Self::mapped(huge * HUGE_PAGE / PAGE, MapFlags::HUGETLB)
+    }
+
+    fn mapped(count: usize, kind: MapFlags) -> Result<Self> {
         let len = count * PAGE;
         // SAFETY: a new mapping at an address of the kernel's choice, which stays for the program's life.
         let start = unsafe {
-            let flags = MapFlags::PRIVATE | MapFlags::POPULATE;
+            let flags = MapFlags::PRIVATE | MapFlags::POPULATE | kind;
             mmap_anonymous(
                 std::ptr::null_mut(),
                 len,
@@ -118,6 +131,9 @@ const USED: usize = 0x800;
 const REQUEST: usize = PAGE;
 const RESPONSE: usize = 2 * PAGE;
 const CURSOR_PAGE: usize = 3;
+/// Where a request goes on that is longer than a page.
+const MORE_PAGES: usize = 4;
+const REQUEST_PAGES: usize = 10;
 const QUEUE_SIZE: u16 = 16;
 
 /// The device with its control queue.
@@ -129,6 +145,8 @@ struct Gpu {
 }
 
 /// Offsets in the common configuration (4.1.4.3).
+const DEVICE_FEATURE_SELECT: usize = 0;
+const DEVICE_FEATURE: usize = 4;
 const DRIVER_FEATURE_SELECT: usize = 8;
 const DRIVER_FEATURE: usize = 12;
 const DEVICE_STATUS: usize = 20;
@@ -137,7 +155,7 @@ const QUEUE_SIZE_AT: usize = 24;
 const QUEUE_ENABLE: usize = 28;
 const QUEUE_NOTIFY_OFF: usize = 30;
 const QUEUE_ADDRESSES: usize = 32;
-/// EDID, RESOURCE_UUID, RESOURCE_BLOB, BLOB_ALIGNMENT; VERSION_1 is bit 0 of the second word.
+/// EDID, RESOURCE_UUID, RESOURCE_BLOB, BLOB_ALIGNMENT, as far as there; VERSION_1 is bit 0 of the second word.
 const FEATURES: [u32; 2] = [1 << 1 | 1 << 2 | 1 << 3 | 1 << 5, 1];
 
 impl Gpu {
@@ -166,14 +184,16 @@ impl Gpu {
         let (registers, base, _) = find(1)?;
         let (notify, notify_base, capability) = find(2)?;
         let multiplier = word(capability + 16)? as usize;
-        let pages = Pages::new(4)?;
+        let pages = Pages::new(MORE_PAGES + REQUEST_PAGES - 1)?;
         let set = |status: u8| registers.write(base + DEVICE_STATUS, status);
         set(0);
         set(1);
         set(3);
         for (select, features) in (0u32..).zip(FEATURES) {
+            registers.write(base + DEVICE_FEATURE_SELECT, select);
+            let offered: u32 = registers.read(base + DEVICE_FEATURE);
             registers.write(base + DRIVER_FEATURE_SELECT, select);
-            registers.write(base + DRIVER_FEATURE, features);
+            registers.write(base + DRIVER_FEATURE, features & offered);
         }
         set(11);
         let status: u8 = registers.read(base + DEVICE_STATUS);
@@ -204,9 +224,8 @@ impl Gpu {
     fn command(&mut self, type_: u32, body: &[u32]) -> Result<()> {
         let words = [&[type_, 0, 0, 0, 0, 0], body].concat();
         let request: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        ensure(request.len() <= PAGE, "a command of more than a page")?;
+        ensure(request.len() <= REQUEST_PAGES * PAGE, "a command too long")?;
         let pages = &self.pages;
-        pages.write(REQUEST, &request);
         let descriptor = |page: usize, len: u32, flags: u16, next: u16| {
             let mut bytes = pages.physical[page].to_le_bytes().to_vec();
             bytes.extend(len.to_le_bytes());
@@ -214,8 +233,17 @@ impl Gpu {
             bytes.extend(next.to_le_bytes());
             bytes
         };
-        pages.write(TABLE, &descriptor(1, request.len() as u32, 1, 1));
-        pages.write(TABLE + 16, &descriptor(2, PAGE as u32, 2, 0));
+        let mut table = Vec::new();
+        for (part, next) in request.chunks(PAGE).zip(1u16..) {
+            let page = match next {
+                1 => REQUEST / PAGE,
+                more => MORE_PAGES + usize::from(more) - 2,
+            };
+            pages.write(page * PAGE, part);
+            table.extend(descriptor(page, part.len() as u32, 1, next));
+        }
+        table.extend(descriptor(RESPONSE / PAGE, PAGE as u32, 2, 0));
+        pages.write(TABLE, &table);
         let slot = usize::from(self.submitted % QUEUE_SIZE);
         pages.write(AVAILABLE + 4 + slot * 2, &0u16.to_le_bytes());
         self.submitted = self.submitted.wrapping_add(1);
@@ -273,6 +301,24 @@ fn draw(pages: &Pages, which: &[usize], (stride, offset): (u32, u32), round: u8)
             pages.write(which[at / PAGE] * PAGE + at % PAGE, &pixel(x, y, round));
         }
     }
+}
+
+/// Makes a blob of pages that lie beside each other, and says so of each alone, as Linux's driver never does.
+pub fn blob_of_neighbours(count: usize) -> Result<String> {
+    let mut gpu = Gpu::open()?;
+    let memory = Pages::huge(count)?;
+    let pages: Vec<usize> = (0..count).collect();
+    let size = (count * PAGE) as u32;
+    let create = [
+        &[1, 1, 2, count as u32, 0, 0, size, 0],
+        &entries(&memory, &pages)[..],
+    ]
+    .concat();
+    gpu.command(CREATE_BLOB, &create)?;
+    println!("agent: made blob 1");
+    let line = io::stdin().read_line(&mut String::new());
+    line.context("cannot read a line")?;
+    Ok("forgot it".into())
 }
 
 /// Shows every format on an output of its own, each as a blob and as a 2D resource; then gives the first blob

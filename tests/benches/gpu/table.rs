@@ -2,7 +2,7 @@
 
 use fanlight_tests::bench::median;
 
-use super::{BLOBS, DEFAULT_LIMIT, Figures, LIMITED, SIZES, WATCHED};
+use super::{BLOBS, DEFAULT_LIMIT, Figures, LIMITED, PIECES, SIZES, WATCHED};
 
 /// The median of a figure, if every run has it.
 fn figure(runs: &[Figures], name: &str) -> Option<f64> {
@@ -11,7 +11,7 @@ fn figure(runs: &[Figures], name: &str) -> Option<f64> {
 }
 
 /// Prints all of it.
-pub fn print(figures: &[Vec<Figures>; 2], limited: &[Figures]) {
+pub fn print(figures: &[Vec<Figures>; 2], limited: &[Figures], merged: &[bool]) {
     let [ours, qemus] = figures;
     let row = |what: &str, unit: &str, ours: Option<f64>, qemus: Option<f64>| {
         let text = |value: Option<f64>| match value {
@@ -57,6 +57,15 @@ pub fn print(figures: &[Vec<Figures>; 2], limited: &[Figures]) {
         );
         row(&what, "µs", of(0, "descriptor"), of(1, "descriptor"));
     }
+    let made = |run: usize| match merged.get(run) {
+        Some(true) => "made",
+        _ => "refused",
+    };
+    println!(
+        "| with list_limit={DEFAULT_LIMIT}: {PIECES} neighbours, each an entry | {} | {} | – |",
+        made(0),
+        made(1)
+    );
     let (our, qemu) = both("transfer");
     let mega = |value: Option<f64>| value.map(|value| value / 1e6);
     row(

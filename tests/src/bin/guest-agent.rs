@@ -74,6 +74,7 @@ fn act(arguments: &[String]) -> Result<String> {
         }
         [verb] if verb == "buffers" => screen::show_buffers(),
         [verb] if verb == "listen" => evdev::listen(),
+        [verb, count] if verb == "neighbours" => raw_gpu::blob_of_neighbours(number(count)? as usize),
         [verb, width, height, frame, colour] if verb == "paint" => {
             let side = |text| number(text).map(|side| u16::try_from(side).unwrap_or(u16::MAX));
             painting::paint(side(width)?, side(height)?, number(frame)? as u32, colour)
@@ -87,7 +88,7 @@ fn act(arguments: &[String]) -> Result<String> {
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
              kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts KIND COUNT | \
              break VENDOR:DEVICE | screen IDS BAR OFFSET | buffers | listen | \
-             paint WIDTH HEIGHT MICROSECONDS COLOUR | gl | vulkan | blobs COUNT PAIRS | \
+             paint WIDTH HEIGHT MICROSECONDS COLOUR | neighbours COUNT | gl | vulkan | blobs COUNT PAIRS | \
              blobs-until-refused | show-red"
                 .into(),
         )),
