@@ -227,6 +227,7 @@ impl Machine {
         let mut dma = Vec::new();
         if let Some(passthrough) = &resources.passthrough {
             kvm.honour_guest_pat()?;
+            boot::populate_all(ram.memory());
             dma = passthrough.iommu.map_ram(ram.memory())?;
             for passed in &passthrough.devices {
                 inventory.add_passed_through(passed)?;

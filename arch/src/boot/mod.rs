@@ -29,6 +29,7 @@ use vm_memory::{
 
 use crate::{GuestMemory, layout, regs::Entry};
 use populate::Populate;
+pub use populate::populate_all;
 
 /// For messages.
 const MIB: u64 = 1 << 20;
