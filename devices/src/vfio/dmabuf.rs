@@ -152,7 +152,8 @@ pub fn export(
         .map_err(|source| explain(device, region, ranges, source))
 }
 
-/// The kernel checks all that [`check_range`] does, and says EINVAL to all of it: what it refused is looked at then.
+/// The kernel checks all that [`check_range`] does, and does not tell one from the other: what it refused is looked at
+/// then.
 fn explain(
     device: &impl AsRawFd,
     region: u32,

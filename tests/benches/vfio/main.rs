@@ -185,10 +185,12 @@ fn print(samples: &[Vec<Sample>; 2], exports: &[Export]) {
     for export in exports {
         let [bare, ours, looking_up] =
             [export.bare, export.ours, export.looking_up].map(|time| time * 1e6);
-        let (ranges, ratio) = (export.ranges, ours / bare);
-        println!(
-            "| {ranges} ranges | {bare:.1} µs | {ours:.1} µs | {ratio:.2} | {looking_up:.1} µs |"
-        );
+        let name = match export.ranges {
+            1 => "1 range".into(),
+            ranges => format!("{ranges} ranges"),
+        };
+        let ratio = ours / bare;
+        println!("| {name} | {bare:.1} µs | {ours:.1} µs | {ratio:.2} | {looking_up:.1} µs |");
     }
 }
 
