@@ -27,18 +27,24 @@ pub struct Paths {
     dir: tempfile::TempDir,
     /// The VMM beside which Fanlight is measured.
     pub emulator: Emulator,
+    /// What else was downloaded; it is read over the share.
+    pub cache: Cache,
 }
 
 impl Paths {
-    fn in_memory(cache: &Cache, share: &Path) -> Result<Self> {
+    fn in_memory(cache: Cache, share: &Path) -> Result<Self> {
         let dir = tempfile::tempdir().context("cannot make a directory")?;
         for name in [FANLIGHT, INITRD] {
             fs::copy(share.join(name), dir.path().join(name)).context("cannot copy")?;
         }
-        fs::copy(StockKernel::get(cache)?.image, dir.path().join(KERNEL))
+        fs::copy(StockKernel::get(&cache)?.image, dir.path().join(KERNEL))
             .context("cannot copy the kernel")?;
-        let emulator = Emulator::get(cache)?.copied_to(&dir.path().join("emulator"))?;
-        Ok(Self { dir, emulator })
+        let emulator = Emulator::get(&cache)?.copied_to(&dir.path().join("emulator"))?;
+        Ok(Self {
+            dir,
+            emulator,
+            cache,
+        })
     }
 
     /// The program `fanlight`.
@@ -90,7 +96,7 @@ fn prepare(
 ) -> Result<ExitCode> {
     let rounds = rounds()?;
     if std::env::var_os(host::IN_BED).is_some() {
-        let paths = Paths::in_memory(&Cache::at("/cache"), Path::new("/share"))?;
+        let paths = Paths::in_memory(Cache::at("/cache"), Path::new("/share"))?;
         return measure(&paths, rounds).map(|()| ExitCode::SUCCESS);
     }
     let cache = Cache::open()?;
@@ -102,7 +108,7 @@ fn prepare(
     StockKernel::get(&cache)?;
     let emulator = Emulator::get(&cache)?;
     if devices.is_empty() && host::kvm() == Kvm::Host {
-        let paths = Paths::in_memory(&cache, dir.path())?;
+        let paths = Paths::in_memory(cache, dir.path())?;
         return measure(&paths, rounds).map(|()| ExitCode::SUCCESS);
     }
     if !devices.is_empty() && std::env::var(host::BED).as_deref() == Ok("never") {

@@ -91,7 +91,7 @@ pub struct GuestBuilder {
     script: String,
     arguments: Vec<String>,
     archive: Archive,
-    root: Option<PathBuf>,
+    graphics: Option<GraphicsStack>,
 }
 
 impl Assets {
@@ -110,7 +110,7 @@ impl Assets {
             script: script.into(),
             arguments: ["--memory", "256M"].map(str::to_owned).into(),
             archive: Archive::default(),
-            root: None,
+            graphics: None,
         }
     }
 }
@@ -118,18 +118,12 @@ impl Assets {
 impl GuestBuilder {
     /// Has Fanlight run on a host with Mesa and virglrenderer, and gives the guest the same as its first disk.
     pub fn with_graphics(mut self) -> Result<Self> {
-        let GraphicsStack { root, image } = self.assets.graphics.clone();
+        let stack = self.assets.graphics.clone();
         let program = self.assets.fanlight.parent().map(Path::to_path_buf);
-        let cache = root.parent().map(Path::to_path_buf);
-        let system = ["/dev", "/proc", "/sys", "/tmp"].map(PathBuf::from);
-        for dir in system.into_iter().chain(program).chain(cache) {
-            let to = root.join(dir.strip_prefix("/").unwrap_or(&dir));
-            fs::create_dir_all(&to).context("cannot make a directory")?;
-            rustix::mount::mount_bind(&dir, &to)
-                .context(format!("cannot show {} to Fanlight", dir.display()))?;
-        }
-        self.root = Some(root);
-        let disk = format!("path={},format=raw,readonly=on", image.display());
+        let cache = stack.root.parent().map(Path::to_path_buf);
+        stack.show(program.into_iter().chain(cache))?;
+        let disk = format!("path={},format=raw,readonly=on", stack.image.display());
+        self.graphics = Some(stack);
         Ok(self.option("--disk", disk))
     }
 
@@ -209,18 +203,9 @@ impl GuestBuilder {
             GuestKernel::Stock => &self.assets.stock.image,
             GuestKernel::Vmlinux => &self.assets.bed.vmlinux,
         };
-        let mut command = match &self.root {
+        let mut command = match &self.graphics {
             None => Command::new(&self.assets.fanlight),
-            Some(root) => {
-                let mut command = Command::new("chroot");
-                command
-                    .arg(root)
-                    .arg(&self.assets.fanlight)
-                    .env("LD_LIBRARY_PATH", "/usr/lib/x86_64-linux-gnu")
-                    // Of all drivers the one that needs no hardware: looking for it takes time.
-                    .env("VK_DRIVER_FILES", "/usr/share/vulkan/icd.d/lvp_icd.json");
-                command
-            }
+            Some(stack) => stack.command(&self.assets.fanlight),
         };
         command
             .arg("run")

@@ -1,6 +1,8 @@
 //! A driver of a virtio GPU in a program, over what sysfs shows of the device: it asks for what Linux's driver
 //! never does, of the real transport and with real pages (Virtio 1.4, 4.1, 5.7).
 
+mod blobs;
+
 use std::{
     fs::{self, File},
     io,
@@ -10,6 +12,8 @@ use std::{
 };
 
 use rustix::mm::{MapFlags, ProtFlags, mlock, mmap_anonymous};
+
+pub use blobs::serve as serve_blobs;
 
 use crate::{
     Context, Failure, Result,
@@ -138,6 +142,7 @@ const QUEUE_SIZE: u16 = 16;
 
 /// The device with its control queue.
 struct Gpu {
+    function: Function,
     common: (Mmio, usize),
     notify: (Mmio, usize),
     pages: Pages,
@@ -157,39 +162,45 @@ const QUEUE_NOTIFY_OFF: usize = 30;
 const QUEUE_ADDRESSES: usize = 32;
 /// EDID, RESOURCE_UUID, RESOURCE_BLOB, BLOB_ALIGNMENT, as far as there; VERSION_1 is bit 0 of the second word.
 const FEATURES: [u32; 2] = [1 << 1 | 1 << 2 | 1 << 3 | 1 << 5, 1];
+/// Nobody listens to interrupts: the driver looks at the queue.
+const NO_INTERRUPT: u16 = 1;
+/// Answers from here up to the next multiple are good.
+const OK: u32 = 0x1100;
+
+fn word(function: &Function, at: usize) -> Result<u32> {
+    let config = fs::read(function.path().join("config")).context("cannot read registers")?;
+    let bytes = config.get(at..at + 4).and_then(|b| b.try_into().ok());
+    let bytes = bytes.ok_or_else(|| Failure("no such register".into()))?;
+    Ok(u32::from_le_bytes(bytes))
+}
+
+/// The BAR of the vendor capability of this type, where in it what it names begins, and where it is itself (4.1.4).
+fn capability(function: &Function, type_: u8) -> Result<(Mmio, usize, usize)> {
+    let mut at = word(function, 0x34)? as usize & 0xfc;
+    while at != 0 {
+        let head = word(function, at)?.to_le_bytes();
+        if head[0] == 9 && head[3] == type_ {
+            let bar = word(function, at + 4)? as usize & 0xff;
+            return Ok((function.map(bar)?, word(function, at + 8)? as usize, at));
+        }
+        at = head[1].into();
+    }
+    Err(Failure(format!("no capability of type {type_}")))
+}
 
 impl Gpu {
-    fn open() -> Result<Self> {
+    fn open(features: [u32; 2]) -> Result<Self> {
         let function = Function::only(IDS)?;
         function.enable(true)?;
-        let config = fs::read(function.path().join("config")).context("cannot read registers")?;
-        let word = |at: usize| -> Result<u32> {
-            let bytes = config.get(at..at + 4).and_then(|b| b.try_into().ok());
-            let bytes = bytes.ok_or_else(|| Failure("no such register".into()))?;
-            Ok(u32::from_le_bytes(bytes))
-        };
-        // Vendor capabilities with type, BAR and place (4.1.4).
-        let find = |type_: u8| -> Result<(Mmio, usize, usize)> {
-            let mut at = word(0x34)? as usize & 0xfc;
-            while at != 0 {
-                let head = word(at)?.to_le_bytes();
-                if head[0] == 9 && head[3] == type_ {
-                    let bar = word(at + 4)? as usize & 0xff;
-                    return Ok((function.map(bar)?, word(at + 8)? as usize, at));
-                }
-                at = head[1].into();
-            }
-            Err(Failure(format!("no capability of type {type_}")))
-        };
-        let (registers, base, _) = find(1)?;
-        let (notify, notify_base, capability) = find(2)?;
-        let multiplier = word(capability + 16)? as usize;
+        let (registers, base, _) = capability(&function, 1)?;
+        let (notify, notify_base, at) = capability(&function, 2)?;
+        let multiplier = word(&function, at + 16)? as usize;
         let pages = Pages::new(MORE_PAGES + REQUEST_PAGES - 1)?;
         let set = |status: u8| registers.write(base + DEVICE_STATUS, status);
         set(0);
         set(1);
         set(3);
-        for (select, features) in (0u32..).zip(FEATURES) {
+        for (select, features) in (0u32..).zip(features) {
             registers.write(base + DEVICE_FEATURE_SELECT, select);
             let offered: u32 = registers.read(base + DEVICE_FEATURE);
             registers.write(base + DRIVER_FEATURE_SELECT, select);
@@ -211,8 +222,10 @@ impl Gpu {
             registers.write(base + QUEUE_ENABLE, 1u16);
         }
         let off: u16 = registers.read(base + QUEUE_NOTIFY_OFF);
+        pages.write(AVAILABLE, &NO_INTERRUPT.to_le_bytes());
         set(15);
         Ok(Self {
+            function,
             common: (registers, base),
             notify: (notify, notify_base + usize::from(off) * multiplier),
             pages,
@@ -222,7 +235,12 @@ impl Gpu {
 
     /// Sends a command of 32-bit words, which must be done.
     fn command(&mut self, type_: u32, body: &[u32]) -> Result<()> {
-        let words = [&[type_, 0, 0, 0, 0, 0], body].concat();
+        self.command_of(0, type_, body)
+    }
+
+    /// The same of a context's.
+    fn command_of(&mut self, context: u32, type_: u32, body: &[u32]) -> Result<()> {
+        let words = [&[type_, 0, 0, 0, context, 0], body].concat();
         let request: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         ensure(request.len() <= REQUEST_PAGES * PAGE, "a command too long")?;
         let pages = &self.pages;
@@ -255,11 +273,11 @@ impl Gpu {
                 start.elapsed() < PATIENCE,
                 format!("{type_:#x} is never answered"),
             )?;
-            thread::sleep(Duration::from_millis(1));
+            thread::yield_now();
         }
         let answer: u32 = pages.read(RESPONSE);
         ensure(
-            answer == 0x1100,
+            answer & !0xff == OK,
             format!("{type_:#x} is answered by {answer:#x}"),
         )
     }
@@ -305,7 +323,7 @@ fn draw(pages: &Pages, which: &[usize], (stride, offset): (u32, u32), round: u8)
 
 /// Makes a blob of pages that lie beside each other, and says so of each alone, as Linux's driver never does.
 pub fn blob_of_neighbours(count: usize) -> Result<String> {
-    let mut gpu = Gpu::open()?;
+    let mut gpu = Gpu::open(FEATURES)?;
     let memory = Pages::huge(count)?;
     let pages: Vec<usize> = (0..count).collect();
     let size = (count * PAGE) as u32;
@@ -324,7 +342,7 @@ pub fn blob_of_neighbours(count: usize) -> Result<String> {
 /// Shows every format on an output of its own, each as a blob and as a 2D resource; then gives the first blob
 /// other pages; then writes to those without a command. `next` is told what has been done, and waits.
 pub fn show(mut next: impl FnMut(&str) -> Result<()>) -> Result<()> {
-    let mut gpu = Gpu::open()?;
+    let mut gpu = Gpu::open(FEATURES)?;
     let memory = Pages::new(4 * BLOB_PAGES)?;
     let (first, second) = (scattered(0), scattered(1));
     let rectangle = [0, 0, WIDTH, HEIGHT];

@@ -365,6 +365,15 @@ const GRAPHICS: &[&str] = &[
     "mesa-utils-bin",
     "e2fsprogs",
 ];
+/// Of these what is there to try it.
+const PROGRAMS: &[&str] = &["vulkan-tools", "mesa-utils-bin", "e2fsprogs"];
+/// What QEMU needs besides for 3D.
+const EMULATOR_GL: &[&str] = &[
+    "qemu-system-modules-opengl/trixie-backports",
+    "libgbm1",
+    "libopengl0",
+    "libgl1-mesa-dri",
+];
 /// The suite with virglrenderer 1.3.
 const GRAPHICS_SUITE: &str = "sid";
 
@@ -408,6 +417,45 @@ impl GraphicsStack {
             root,
             image: disk.join(IMAGE),
         })
+    }
+
+    /// A root with QEMU's 3D, of the emulator's own suites and so with their virglrenderer; there is no disk.
+    pub fn of_emulator(cache: &Cache) -> Result<Self> {
+        let root = cache.entry("emulator-gl-1", "downloading QEMU's 3D", |at| {
+            let graphics = GRAPHICS.iter().filter(|name| !PROGRAMS.contains(*name));
+            let packages: Vec<_> = EMULATOR.iter().chain(EMULATOR_GL).chain(graphics).collect();
+            with_apt(at, |apt| {
+                let names: Vec<_> = packages.into_iter().copied().collect();
+                apt.unpack_closure(&names, at)
+            })?;
+            complete_system(at)
+        })?;
+        let image = PathBuf::new();
+        Ok(Self { root, image })
+    }
+
+    /// Shows these directories of the machine's to programs in the root, besides those that all need.
+    pub fn show(&self, dirs: impl IntoIterator<Item = PathBuf>) -> Result<()> {
+        let system = ["/dev", "/proc", "/sys", "/tmp"].map(PathBuf::from);
+        for dir in system.into_iter().chain(dirs) {
+            let to = self.root.join(dir.strip_prefix("/").unwrap_or(&dir));
+            fs::create_dir_all(&to).context("cannot make a directory")?;
+            rustix::mount::mount_bind(&dir, &to)
+                .context(format!("cannot show {} to Fanlight", dir.display()))?;
+        }
+        Ok(())
+    }
+
+    /// A program that sees the root as its own, with Mesa's software drivers.
+    pub fn command(&self, program: &Path) -> Command {
+        let mut command = Command::new("chroot");
+        command
+            .arg(&self.root)
+            .arg(program)
+            .env("LD_LIBRARY_PATH", "/usr/lib/x86_64-linux-gnu")
+            // Of all drivers the one that needs no hardware: looking for it takes time.
+            .env("VK_DRIVER_FILES", "/usr/share/vulkan/icd.d/lvp_icd.json");
+        command
     }
 }
 

@@ -5,7 +5,7 @@ use std::{ffi::CString, fs::File, os::fd::AsRawFd, process::ExitCode};
 
 use fanlight_tests::{
     Context, Failure, Result, echo, edu, evdev,
-    graphics::{drm, gl, vulkan},
+    graphics::{blobs, drm, gl, vulkan},
     noiommu::Interrupt,
     painting, raw_gpu, rogue, screen,
 };
@@ -81,15 +81,18 @@ fn act(arguments: &[String]) -> Result<String> {
         }
         [verb] if verb == "gl" => gl::draw(),
         [verb] if verb == "vulkan" => vulkan::work(),
-        [verb, count, pairs] if verb == "blobs" => drm::blobs(number(count)?, number(pairs)?),
-        [verb] if verb == "blobs-until-refused" => drm::until_refused(),
+        [verb, count, pairs] if verb == "blobs" => blobs::at_once(number(count)?, number(pairs)?),
+        [verb] if verb == "serve-blobs" => blobs::serve(),
+        [verb] if verb == "serve-raw-blobs" => raw_gpu::serve_blobs(),
+        [verb] if verb == "blobs-until-refused" => blobs::until_refused(),
+        [verb] if verb == "show-blob" => drm::show_blob(0x0000_c000),
         [verb] if verb == "show-red" => drm::show([1.0, 0.0, 0.0]),
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
              kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts KIND COUNT | \
              break VENDOR:DEVICE | screen IDS BAR OFFSET | buffers | listen | \
              paint WIDTH HEIGHT MICROSECONDS COLOUR | neighbours COUNT | gl | vulkan | blobs COUNT PAIRS | \
-             blobs-until-refused | show-red"
+             serve-blobs | serve-raw-blobs | blobs-until-refused | show-blob | show-red"
                 .into(),
         )),
     }

@@ -1,12 +1,10 @@
 //! 3D by the calls of the guest's driver, without Mesa.
 
-use std::time::Instant;
-
 use crate::{
     Context, Failure, Result,
     drm::{
-        Card, Device, VirtgpuContextInit, VirtgpuExecbuffer, VirtgpuMap, VirtgpuResourceCreate,
-        VirtgpuResourceCreateBlob, VirtgpuWait, address,
+        Card, Device, ModeInfo, VirtgpuContextInit, VirtgpuExecbuffer, VirtgpuMap,
+        VirtgpuResourceCreate, VirtgpuResourceCreateBlob, VirtgpuWait, address,
     },
     pci::Mmio,
 };
@@ -16,32 +14,37 @@ const BLOB_MEM_HOST3D: u32 = 2;
 const BLOB_FLAG_USE_MAPPABLE: u32 = 1;
 const CAPSET_VIRGL2: u64 = 2;
 const CAPSET_VENUS: u64 = 4;
-const PAGE: u64 = 4096;
+pub(super) const PAGE: u64 = 4096;
 
 /// The virtio GPU, with a context of this program's.
-struct Gpu(Device);
+fn with_context(capset: u64) -> Result<Device> {
+    let device = Device::open()?;
+    let mut params = [CONTEXT_PARAM_CAPSET_ID, capset];
+    let mut init = VirtgpuContextInit {
+        num_params: 1,
+        pad: 0,
+        params: address(&mut params),
+    };
+    // SAFETY: there is one parameter, as the number says.
+    unsafe { device.call(&mut init) }.context("cannot make a context")?;
+    Ok(device)
+}
 
-impl Gpu {
-    fn with_context(capset: u64) -> Result<Self> {
-        let device = Device::open()?;
-        let mut params = [CONTEXT_PARAM_CAPSET_ID, capset];
-        let mut init = VirtgpuContextInit {
-            num_params: 1,
-            pad: 0,
-            params: address(&mut params),
-        };
-        // SAFETY: there is one parameter, as the number says.
-        unsafe { device.call(&mut init) }.context("cannot make a context")?;
-        Ok(Self(device))
-    }
+/// The same for Vulkan, whose blobs can be made without a command stream.
+pub(super) fn with_venus() -> Result<Device> {
+    with_context(CAPSET_VENUS)
+}
 
-    /// With a context for Vulkan, whose blobs can be made without a command stream.
-    fn with_venus() -> Result<Self> {
-        Self::with_context(CAPSET_VENUS)
-    }
+/// A blob of the renderer's; gone when dropped.
+pub(super) struct Blob<'a> {
+    device: &'a Device,
+    handle: u32,
+    size: u64,
+}
 
-    /// A blob of the renderer's of so many bytes, which the driver shows at once.
-    fn blob(&self, size: u64) -> Result<Blob<'_>> {
+impl<'a> Blob<'a> {
+    /// One of so many bytes, which the driver shows at once.
+    pub(super) fn new(device: &'a Device, size: u64) -> Result<Self> {
         let mut create = VirtgpuResourceCreateBlob {
             blob_mem: BLOB_MEM_HOST3D,
             blob_flags: BLOB_FLAG_USE_MAPPABLE,
@@ -49,93 +52,40 @@ impl Gpu {
             ..Default::default()
         };
         // SAFETY: no command is given with it.
-        unsafe { self.0.call(&mut create) }.context("cannot make a blob")?;
+        unsafe { device.call(&mut create) }.context("cannot make a blob")?;
         Ok(Blob {
-            gpu: self,
+            device,
             handle: create.bo_handle,
             size,
         })
     }
-}
 
-/// A blob; gone when dropped.
-struct Blob<'a> {
-    gpu: &'a Gpu,
-    handle: u32,
-    size: u64,
-}
-
-impl Blob<'_> {
     fn map(&self) -> Result<Mmio> {
         let mut map = VirtgpuMap {
             handle: self.handle,
             ..Default::default()
         };
         // SAFETY: the structure is the whole of the argument.
-        unsafe { self.gpu.0.call(&mut map) }.context("cannot find a blob's place")?;
-        Mmio::new(self.gpu.0.file(), map.offset, self.size).context("cannot map a blob")
+        unsafe { self.device.call(&mut map) }.context("cannot find a blob's place")?;
+        Mmio::new(self.device.file(), map.offset, self.size).context("cannot map a blob")
     }
 
     /// Writes its first word.
-    fn write(&self, word: u64) -> Result<()> {
+    pub(super) fn write(&self, word: u64) -> Result<()> {
         self.map()?.write(0, word);
         Ok(())
     }
 
     /// Reads its first word.
-    fn read(&self) -> Result<u64> {
+    pub(super) fn read(&self) -> Result<u64> {
         Ok(self.map()?.read(0))
     }
 }
 
 impl Drop for Blob<'_> {
     fn drop(&mut self) {
-        let _ = self.gpu.0.close(self.handle);
+        let _ = self.device.close(self.handle);
     }
-}
-
-/// Makes `count` blobs, which are there at once, writes to each and finds in each what was written there; then
-/// makes `pairs` more, one after the other.
-pub fn blobs(count: u64, pairs: u64) -> Result<String> {
-    let gpu = Gpu::with_venus()?;
-    let mut all = Vec::new();
-    for number in 0..count {
-        let blob = gpu.blob(PAGE)?;
-        let before = blob.read()?;
-        if before != 0 {
-            return Err(Failure(format!("blob {number} holds {before:#x}")));
-        }
-        blob.write(number + 1)?;
-        all.push(blob);
-    }
-    for (number, blob) in (0..).zip(&all) {
-        let word = blob.read()?;
-        if word != number + 1 {
-            return Err(Failure(format!("blob {number} holds {word:#x}")));
-        }
-    }
-    let start = Instant::now();
-    for _ in 0..pairs {
-        gpu.blob(PAGE)?;
-    }
-    let took = start.elapsed().as_micros();
-    Ok(format!("{count} blobs and {pairs} pairs in {took} us"))
-}
-
-/// Makes blobs until one cannot be used any more; what came of it.
-pub fn until_refused() -> Result<String> {
-    let gpu = Gpu::with_venus()?;
-    println!("agent: going on");
-    for made in 0_u64.. {
-        let used = gpu.blob(PAGE).and_then(|blob| {
-            blob.write(made)?;
-            blob.read()
-        });
-        if let Err(error) = used {
-            return Ok(format!("refused after some: {error}"));
-        }
-    }
-    Err(Failure("never refused".into()))
 }
 
 const PIPE_TEXTURE_2D: u32 = 2;
@@ -151,9 +101,8 @@ const PIPE_CLEAR_COLOR0: u32 = 4;
 
 /// Has the host fill a screen with a colour, and shows it until standard input ends.
 pub fn show(colour: [f32; 3]) -> Result<String> {
-    let card = Card::of(Gpu::with_context(CAPSET_VIRGL2)?.0)?;
-    let mode = card.modes()?.into_iter().next();
-    let mode = mode.ok_or_else(|| Failure("the output has no modes".into()))?;
+    let card = Card::of(with_context(CAPSET_VIRGL2)?)?;
+    let mode = preferred(&card)?;
     let (width, height) = mode.size();
     let mut texture = VirtgpuResourceCreate {
         target: PIPE_TEXTURE_2D,
@@ -170,7 +119,32 @@ pub fn show(colour: [f32; 3]) -> Result<String> {
     // SAFETY: the structure is the whole of the argument.
     unsafe { card.device().call(&mut texture) }.context("cannot make a texture")?;
     fill(card.device(), &texture, colour)?;
-    let shown = card.framebuffer(texture.bo_handle, width, height)?;
+    present(&card, texture.bo_handle, mode)
+}
+
+/// Draws a colour (0x00RRGGBB) into a blob of the renderer's, and shows it until standard input ends.
+pub fn show_blob(colour: u32) -> Result<String> {
+    let card = Card::of(with_venus()?)?;
+    let mode = preferred(&card)?;
+    let (width, height) = mode.size();
+    let size = u64::from(width) * u64::from(height) * 4;
+    let blob = Blob::new(card.device(), size.next_multiple_of(PAGE))?;
+    let memory = blob.map()?;
+    for at in (0..size as usize).step_by(4) {
+        memory.write(at, colour);
+    }
+    present(&card, blob.handle, mode)
+}
+
+fn preferred(card: &Card) -> Result<ModeInfo> {
+    let mode = card.modes()?.into_iter().next();
+    mode.ok_or_else(|| Failure("the output has no modes".into()))
+}
+
+/// Shows a buffer in a mode of its size until standard input ends.
+fn present(card: &Card, handle: u32, mode: ModeInfo) -> Result<String> {
+    let (width, height) = mode.size();
+    let shown = card.framebuffer(handle, width, height)?;
     card.set(&shown, mode)?;
     card.dirty(&shown)?;
     println!("agent: showing {width}x{height}");

@@ -1,5 +1,6 @@
 //! Programs for guests that draw in 3D, by Mesa and by the guest's driver itself.
 
+pub mod blobs;
 pub mod drm;
 pub mod gl;
 pub mod vulkan;

@@ -1,0 +1,293 @@
+//! Host blobs shown and taken away, with one other shown and with many: in the arena, in a memory slot for each, and
+//! by QEMU, all in one run, in turn. Prints the README's tables.
+//!
+//! The guest's side are two programs of `guest-agent`. `serve-blobs` is a client of the stock driver: Linux has no call
+//! that shows a blob or takes it away by itself, so that its pair is RESOURCE_CREATE_BLOB, RESOURCE_MAP_BLOB, a mapping
+//! of the program's that it writes to, for which the driver waits until the blob is shown, RESOURCE_UNMAP_BLOB and
+//! RESOURCE_UNREF. `serve-raw-blobs` is a driver itself, and measures MAP_BLOB and UNMAP_BLOB without the others.
+
+use std::{
+    collections::BTreeMap,
+    os::unix::process::CommandExt,
+    process::{Command, ExitCode, Stdio},
+    time::{Duration, Instant},
+};
+
+use fanlight_tests::{
+    Context, Result,
+    bed::{
+        Archive, Busybox, Cache, GraphicsStack, Modules, StockKernel, build_program, guest_archive,
+    },
+    bench::{self, CMDLINE, Paths, median},
+    guest::{Guest, bed_clock},
+    painting::Painter,
+};
+use rustix::process::{Resource, Rlimit, Signal};
+
+const MODULES: &[&str] = &["virtio_pci", "virtio_gpu"];
+/// Others that are shown meanwhile.
+const OTHERS: [u32; 2] = [1, 10_000];
+/// So many others are made before the guest says that it lives.
+const STEP: u32 = 100;
+/// Pairs before those that count.
+const WARM_UP: u32 = 10;
+/// Whoever takes longer for all of them is measured with those that it has.
+const SETUP: Duration = Duration::from_secs(40);
+/// The renderer has a descriptor for each.
+const FILES: u64 = 1 << 16;
+
+#[derive(Clone, Copy, Debug)]
+enum Vmm {
+    Arena,
+    Slots,
+    Qemu,
+}
+
+const VMMS: [(Vmm, &str); 3] = [
+    (Vmm::Arena, "Fanlight"),
+    (Vmm::Slots, "Fanlight, `hostmem-slots=on`"),
+    (Vmm::Qemu, "QEMU `virtio-gpu-gl-pci`"),
+];
+
+/// What measures in the guest.
+struct Program {
+    /// What of `guest-agent`.
+    verb: &'static str,
+    /// What its pairs are.
+    title: &'static str,
+    /// How pairs are asked for, and what those are.
+    pairs: &'static [(&'static str, &'static str)],
+    /// Pairs of a round.
+    count: u32,
+}
+
+const PROGRAMS: [Program; 2] = [
+    Program {
+        verb: "serve-raw-blobs",
+        title: "MAP_BLOB and UNMAP_BLOB alone",
+        pairs: &[("pairs", "a new blob"), ("again", "the same blob")],
+        count: 50,
+    },
+    Program {
+        verb: "serve-blobs",
+        title: "by the guest's driver",
+        pairs: &[("pairs", "made, shown and let go")],
+        count: 30,
+    },
+];
+
+fn main() -> ExitCode {
+    bench::run(initrd, measure)
+}
+
+fn initrd(cache: &Cache) -> Result<Vec<u8>> {
+    GraphicsStack::get(cache)?;
+    GraphicsStack::of_emulator(cache)?;
+    let agent = build_program("fanlight-tests", "guest-agent")?;
+    let mut initrd = guest_archive(&Busybox::get(cache)?, None, Some(&agent))?;
+    let mut more = Archive::default();
+    more.modules(&Modules::find(&StockKernel::get(cache)?.modules)?, MODULES)?;
+    // The raw driver has the device for itself.
+    let script = "#!/bin/sh\n\
+         mount -t sysfs sysfs /sys; mount -t devtmpfs devtmpfs /dev\n\
+         raw() {\n\
+         gpu=$(dirname $(grep -l 0x1050 /sys/bus/pci/devices/*/device))\n\
+         [ -e $gpu/driver ] && echo ${gpu##*/} > $gpu/driver/unbind\n\
+         exec guest-agent serve-raw-blobs\n\
+         }\n\
+         grep -q serve-raw /proc/cmdline && raw\n\
+         for module in /modules/*.ko; do insmod $module; done\n\
+         exec guest-agent serve-blobs\n";
+    more.file("measure", script.as_bytes());
+    initrd.extend(more.finish());
+    Ok(initrd)
+}
+
+/// What runs guests, and on which libraries.
+struct Stacks {
+    fanlight: GraphicsStack,
+    qemu: GraphicsStack,
+}
+
+fn command(vmm: Vmm, program: &Program, paths: &Paths, stacks: &Stacks) -> Command {
+    let cmdline = format!("{CMDLINE}{} {}", bed_clock(), program.verb);
+    let mut command = match vmm {
+        Vmm::Arena | Vmm::Slots => {
+            let slots = matches!(vmm, Vmm::Slots);
+            let more = if slots { ",hostmem-slots=on" } else { "" };
+            let mut command = stacks.fanlight.command(&paths.fanlight());
+            command
+                .args([
+                    "run",
+                    "--on-reset",
+                    "exit",
+                    "--cpus",
+                    "1",
+                    "--memory",
+                    "512M",
+                    "--gpu",
+                ])
+                .arg(format!("outputs=640x480,renderer=venus{more}"))
+                .args(["--cmdline", &cmdline, "--kernel"])
+                .arg(paths.kernel())
+                .arg("--initrd")
+                .arg(paths.initrd());
+            command
+        }
+        Vmm::Qemu => {
+            let mut command = stacks.qemu.command("/usr/bin/qemu-system-x86_64".as_ref());
+            command
+                .env("LIBGL_ALWAYS_SOFTWARE", "true")
+                .args(["-M", "q35,memory-backend=ram", "-accel", "kvm"])
+                .args(["-cpu", "host", "-smp", "1", "-m", "512M", "-object"])
+                .arg("memory-backend-memfd,id=ram,size=512M,share=on")
+                .args(["-nodefaults", "-no-user-config", "-vga", "none"])
+                .args(["-display", "egl-headless", "-device"])
+                .arg("virtio-gpu-gl-pci,blob=on,venus=on,hostmem=256M")
+                .args(["-serial", "stdio", "-no-reboot"])
+                .args(["-append", &cmdline, "-kernel"])
+                .arg(paths.kernel())
+                .arg("-initrd")
+                .arg(paths.initrd());
+            command
+        }
+    };
+    command.stderr(Stdio::piped()).process_group(0);
+    command
+}
+
+/// A guest, and what its rounds showed.
+struct Run {
+    name: &'static str,
+    painter: Painter,
+    /// Others that are shown.
+    others: u32,
+    /// The emulator of the bed now and then ends a guest; what it showed before counts.
+    is_lost: bool,
+    /// Pairs a second, by what they are and how many others were wanted.
+    rates: BTreeMap<(&'static str, u32), Vec<f64>>,
+}
+
+impl Run {
+    fn start(command: Command, name: &'static str) -> Result<Self> {
+        let dir = tempfile::tempdir().context("cannot make a directory")?;
+        let mut guest = Guest::spawn(command, dir)?;
+        guest.wait_for("agent: ready")?;
+        Ok(Self {
+            name,
+            painter: Painter::new(guest),
+            others: 0,
+            is_lost: false,
+            rates: BTreeMap::new(),
+        })
+    }
+
+    /// Has so many others shown, or as many as there is time for.
+    fn have_others(&mut self, wanted: u32) -> Result<()> {
+        let start = Instant::now();
+        while self.others < wanted && start.elapsed() < SETUP {
+            self.others = wanted.min(self.others + STEP);
+            self.painter.ask(&format!("others {}", self.others))?;
+        }
+        let took = start.elapsed().as_secs_f64();
+        eprintln!("{}: {} others in {took:.0} s", self.name, self.others);
+        Ok(())
+    }
+
+    fn round(&mut self, what: &'static str, count: u32, others: u32) -> Result<()> {
+        let said = self.painter.ask(&format!("{what} {count}"))?;
+        let rate = f64::from(count) / said[0] * 1e6;
+        eprintln!(
+            "{}, {what}, {others} others: {rate:.0} pairs a second",
+            self.name
+        );
+        self.rates.entry((what, others)).or_default().push(rate);
+        Ok(())
+    }
+
+    /// Does something as long as there is a guest.
+    fn go_on(&mut self, with: impl FnOnce(&mut Self) -> Result<()>) {
+        if !self.is_lost
+            && let Err(error) = with(self)
+        {
+            eprintln!("{} is lost: {error}", self.name);
+            self.is_lost = true;
+        }
+    }
+
+    fn rate(&self, what: &'static str, others: u32) -> f64 {
+        let rates = self.rates.get(&(what, others));
+        rates.map_or(f64::NAN, |rates| median(rates, |rate| *rate))
+    }
+}
+
+fn measure(paths: &Paths, rounds: usize) -> Result<()> {
+    let files = Rlimit {
+        current: Some(FILES),
+        maximum: Some(FILES),
+    };
+    rustix::process::setrlimit(Resource::Nofile, files).context("cannot allow open files")?;
+    let stacks = Stacks {
+        fanlight: GraphicsStack::get(&paths.cache)?,
+        qemu: GraphicsStack::of_emulator(&paths.cache)?,
+    };
+    stacks.fanlight.show([])?;
+    stacks.qemu.show([])?;
+    for program in &PROGRAMS {
+        measure_program(program, rounds, paths, &stacks)?;
+    }
+    Ok(())
+}
+
+fn measure_program(program: &Program, rounds: usize, paths: &Paths, stacks: &Stacks) -> Result<()> {
+    let mut runs = VMMS
+        .iter()
+        .map(|(vmm, name)| Run::start(command(*vmm, program, paths, stacks), name))
+        .collect::<Result<Vec<_>>>()?;
+    for others in OTHERS {
+        for run in &mut runs {
+            run.go_on(|run| {
+                run.have_others(others)?;
+                for (what, _) in program.pairs {
+                    run.painter.ask(&format!("{what} {WARM_UP}"))?;
+                }
+                Ok(())
+            });
+        }
+        for _ in 0..rounds {
+            for run in &mut runs {
+                for (what, _) in program.pairs {
+                    run.go_on(|run| run.round(what, program.count, others));
+                }
+            }
+        }
+    }
+    let [few, many] = OTHERS;
+    let title = program.title;
+    println!(
+        "| {title} | a second, {few} other | {many} others | {many} of {few} | of the slots', {many} others |"
+    );
+    println!("|---|---|---|---|---|");
+    for (what, name) in program.pairs {
+        for run in &runs {
+            println!(
+                "| {name}: {} | {:.0} | {:.0}{} | {:.2} | {:.2} |",
+                run.name,
+                run.rate(what, few),
+                run.rate(what, many),
+                match run.others {
+                    all if all == many => String::new(),
+                    fewer => format!(" (with {fewer})"),
+                },
+                run.rate(what, many) / run.rate(what, few),
+                run.rate(what, many) / runs[1].rate(what, many)
+            );
+        }
+    }
+    println!();
+    for run in &runs {
+        // One that is lost has ended.
+        let _ = run.painter.guest.signal(Signal::KILL);
+    }
+    Ok(())
+}
