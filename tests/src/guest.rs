@@ -68,6 +68,8 @@ pub struct Assets {
     pub graphics_tools: DebianPrograms,
     /// Mesa and virglrenderer.
     pub graphics: GraphicsStack,
+    /// The same with an older virglrenderer on the host.
+    pub older_graphics: GraphicsStack,
     /// The guest's root without its test.
     pub guest_archive: PathBuf,
 }
@@ -117,8 +119,13 @@ impl Assets {
 
 impl GuestBuilder {
     /// Has Fanlight run on a host with Mesa and virglrenderer, and gives the guest the same as its first disk.
-    pub fn with_graphics(mut self) -> Result<Self> {
+    pub fn with_graphics(self) -> Result<Self> {
         let stack = self.assets.graphics.clone();
+        self.with_graphics_of(stack)
+    }
+
+    /// The same with this stack.
+    pub fn with_graphics_of(mut self, stack: GraphicsStack) -> Result<Self> {
         let program = self.assets.fanlight.parent().map(Path::to_path_buf);
         let cache = stack.root.parent().map(Path::to_path_buf);
         stack.show(program.into_iter().chain(cache))?;

@@ -219,6 +219,7 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
         compositors: compositors(cache)?,
         graphics_tools: graphics_tools(cache)?,
         graphics: GraphicsStack::get(cache)?,
+        older_graphics: GraphicsStack::older(cache)?,
         guest_archive: guest_archive.into(),
     })
 }
@@ -259,7 +260,7 @@ impl Beds {
         ApiClients::get(cache)?;
         compositors(cache)?;
         graphics_tools(cache)?;
-        GraphicsStack::get(cache)?;
+        GraphicsStack::older(cache)?;
         for (from, to) in [(&*this, "e2e"), (fanlight, "fanlight")] {
             fs::copy(from, share.join(to)).context("cannot share a program")?;
         }

@@ -313,6 +313,15 @@ fn complete_system(at: &Path) -> Result<()> {
     Ok(())
 }
 
+/// The same for a root that Fanlight runs in, with what it needs of its host in the bed.
+fn complete_host(at: &Path) -> Result<()> {
+    complete_system(at)?;
+    for dir in ["share", "cache"] {
+        fs::create_dir_all(at.join(dir)).context("cannot make a directory")?;
+    }
+    Ok(())
+}
+
 /// Debian programs that guests run, in a root directory of their own.
 #[derive(Clone, Debug)]
 pub struct DebianPrograms(pub PathBuf);
@@ -353,19 +362,16 @@ impl DebianPrograms {
 }
 
 /// What a host needs to draw for its guests, and a guest to have it drawn, without a GPU: virglrenderer with
-/// its server, Mesa with its software rasterizers, and programs that say what they find.
-const GRAPHICS: &[&str] = &[
+/// its server, and Mesa with its software rasterizers.
+const RENDERER: &[&str] = &[
     "libvirglrenderer1",
     "virgl-server",
     "mesa-vulkan-drivers",
     "libegl1",
     "libegl-mesa0",
     "libgles2",
-    "vulkan-tools",
-    "mesa-utils-bin",
-    "e2fsprogs",
 ];
-/// Of these what is there to try it.
+/// Programs that say what they find of it, and one that makes a disk of it.
 const PROGRAMS: &[&str] = &["vulkan-tools", "mesa-utils-bin", "e2fsprogs"];
 /// What QEMU needs besides for 3D.
 const EMULATOR_GL: &[&str] = &[
@@ -392,14 +398,9 @@ impl GraphicsStack {
         const IMAGE: &str = "disk";
         let root = cache.entry("graphics-1", "downloading Mesa and virglrenderer", |at| {
             with_apt_of(&[GRAPHICS_SUITE], at, |apt| {
-                apt.unpack_closure(GRAPHICS, at)
+                apt.unpack_closure(&[RENDERER, PROGRAMS].concat(), at)
             })?;
-            complete_system(at)?;
-            // What else Fanlight needs of its host in the bed.
-            for dir in ["share", "cache"] {
-                fs::create_dir_all(at.join(dir)).context("cannot make a directory")?;
-            }
-            Ok(())
+            complete_host(at)
         })?;
         let disk = cache.entry("graphics-disk-1", "making a disk with Mesa", |at| {
             let libraries = root.join(LIBRARIES);
@@ -419,15 +420,24 @@ impl GraphicsStack {
         })
     }
 
+    /// The root of a host with virglrenderer 1.1, of the suite before, and the same image.
+    pub fn older(cache: &Cache) -> Result<Self> {
+        let what = "downloading virglrenderer 1.1";
+        let root = cache.entry("graphics-older-1", what, |at| {
+            // Its OpenGL loader looks for a library that its package does not ask for.
+            let packages = [RENDERER, &["libopengl0"]].concat();
+            with_apt(at, |apt| apt.unpack_closure(&packages, at))?;
+            complete_host(at)
+        })?;
+        let Self { image, .. } = Self::get(cache)?;
+        Ok(Self { root, image })
+    }
+
     /// A root with QEMU's 3D, of the emulator's own suites and so with their virglrenderer; there is no disk.
     pub fn of_emulator(cache: &Cache) -> Result<Self> {
         let root = cache.entry("emulator-gl-1", "downloading QEMU's 3D", |at| {
-            let graphics = GRAPHICS.iter().filter(|name| !PROGRAMS.contains(*name));
-            let packages: Vec<_> = EMULATOR.iter().chain(EMULATOR_GL).chain(graphics).collect();
-            with_apt(at, |apt| {
-                let names: Vec<_> = packages.into_iter().copied().collect();
-                apt.unpack_closure(&names, at)
-            })?;
+            let packages = [EMULATOR, EMULATOR_GL, RENDERER].concat();
+            with_apt(at, |apt| apt.unpack_closure(&packages, at))?;
             complete_system(at)
         })?;
         let image = PathBuf::new();
