@@ -12,7 +12,7 @@ use std::{
 use fanlight_tests::{
     Context, Failure, Result,
     bed::{Archive, Busybox, Cache, guest_archive},
-    bench::{self, CMDLINE, Paths, median},
+    bench::{self, CMDLINE, Paths, Vmm, median},
     guest::Guest,
 };
 use rustix::process::Signal;
@@ -33,12 +33,6 @@ fn initrd(cache: &Cache) -> Result<Vec<u8>> {
     more.file("measure", script.as_bytes());
     initrd.extend(more.finish());
     Ok(initrd)
-}
-
-#[derive(Clone, Copy, Debug)]
-enum Vmm {
-    Fanlight,
-    Qemu,
 }
 
 const VMMS: [(Vmm, &str); 2] = [

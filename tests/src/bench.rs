@@ -2,6 +2,7 @@
 //! table of the README's.
 
 use std::{
+    fmt::Debug,
     fs,
     path::{Path, PathBuf},
     process::ExitCode,
@@ -74,6 +75,37 @@ pub fn run(
     measure: impl FnOnce(&Paths, usize) -> Result<()>,
 ) -> ExitCode {
     run_with(&[], initrd, measure)
+}
+
+/// The two that most benchmarks compare.
+#[derive(Clone, Copy, Debug)]
+pub enum Vmm {
+    /// This one.
+    Fanlight,
+    /// Its peer.
+    Qemu,
+}
+
+impl Vmm {
+    /// Both, in their turns.
+    pub const BOTH: [Self; 2] = [Self::Fanlight, Self::Qemu];
+}
+
+/// Does what the emulator may spoil, up to three times, and says what came of it.
+pub fn tried<T: Debug>(what: &str, run: impl Fn() -> Result<T>) -> Result<T> {
+    const TRIES: usize = 3;
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match run() {
+            Ok(found) => {
+                eprintln!("{what}: {found:.2?}");
+                return Ok(found);
+            }
+            Err(error) if tries == TRIES => return Err(Failure::new(what, error)),
+            Err(error) => eprintln!("{what}: {error}; tried again"),
+        }
+    }
 }
 
 /// The same, where these devices are to be passed through: those of the bed, which it is run in wherever it is

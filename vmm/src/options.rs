@@ -239,8 +239,8 @@ pub struct RunOptions {
     /// Virtio entropy device: on or off [default: on]
     #[arg(long, value_name = "on|off")]
     rng: Option<RngConfig>,
-    /// Virtio GPU with a keyboard, a pointer and a touch screen; several may be given. outputs are the screens plugged in at
-    /// first, up to 16; renderer has virglrenderer draw OpenGL and Vulkan [default: none; of a GPU:
+    /// Virtio GPU with a keyboard, a pointer and a touch screen; several may be given. outputs are the screens
+    /// plugged in at first, up to 16; renderer has virglrenderer draw OpenGL and Vulkan [default: none; of a GPU:
     /// outputs=1280x800,edid-name=Fanlight,max-resource-memory=256M,renderer=none,hostmem=256M]
     #[arg(
         long,

@@ -12,7 +12,6 @@ mod table;
 
 use std::{
     collections::BTreeMap,
-    fmt::Debug,
     fs,
     os::unix::process::CommandExt,
     path::Path,
@@ -30,7 +29,7 @@ use fanlight_api::{
 use fanlight_tests::{
     Context, Failure, Result,
     bed::{Archive, Busybox, Cache, Modules, StockKernel, build_program, guest_archive},
-    bench::{self, CMDLINE, Paths, median},
+    bench::{self, CMDLINE, Paths, Vmm, median, tried},
     guest::{Guest, bed_clock, ensure},
     painting::Painter,
     pci::Mmio,
@@ -62,8 +61,6 @@ const NEIGHBOURS: &str = "neighbours";
 const PIECES: u32 = 2048;
 /// What QEMU says when the kernel refuses its list.
 const REFUSED: &str = "UDMABUF_CREATE_LIST";
-/// A run that the emulator spoiled is tried again.
-const TRIES: usize = 3;
 
 const SIZES: [(&str, u16, u16); 2] = [("1080p", 1920, 1080), ("4K", 3840, 2160)];
 /// How a 4K picture lies in the guest's memory, as `guest-agent paint` takes it.
@@ -78,14 +75,6 @@ const WATCHED: [(&str, bool); 2] = [(", watched", false), (", watched and paced"
 
 /// Those that are tried with the limit that the kernel has by default too.
 const LIMITED: [(&str, &str); 2] = [BLOBS[1], BLOBS[2]];
-
-#[derive(Clone, Copy, Debug)]
-enum Vmm {
-    Fanlight,
-    Qemu,
-}
-
-const VMMS: [Vmm; 2] = [Vmm::Fanlight, Vmm::Qemu];
 
 /// Names and figures of one run.
 type Figures = BTreeMap<String, f64>;
@@ -116,19 +105,19 @@ fn measure(paths: &Paths, rounds: usize) -> Result<()> {
     let mut figures = [Vec::new(), Vec::new()];
     set_limit(RAISED_LIMIT)?;
     for round in 0..rounds {
-        for (vmm, figures) in VMMS.into_iter().zip(&mut figures) {
+        for (vmm, figures) in Vmm::BOTH.into_iter().zip(&mut figures) {
             let what = format!("{vmm:?}, round {round}");
             figures.push(tried(&what, || Run::start(vmm, paths)?.everything())?);
         }
     }
     set_limit(DEFAULT_LIMIT)?;
     let mut limited = Vec::new();
-    for vmm in VMMS {
+    for vmm in Vmm::BOTH {
         let what = format!("{vmm:?} with list_limit={DEFAULT_LIMIT}");
         limited.push(tried(&what, || Run::start(vmm, paths)?.limited())?);
     }
     let mut merged = Vec::new();
-    for vmm in VMMS {
+    for vmm in Vmm::BOTH {
         let what = format!("{vmm:?} with {PIECES} neighbours");
         merged.push(tried(&what, || neighbours(vmm, paths))?);
     }
@@ -167,21 +156,6 @@ fn neighbours(vmm: Vmm, paths: &Paths) -> Result<bool> {
     };
     guest.signal(Signal::KILL)?;
     Ok(made)
-}
-
-fn tried<T: Debug>(what: &str, run: impl Fn() -> Result<T>) -> Result<T> {
-    let mut tries = 0;
-    loop {
-        tries += 1;
-        match run() {
-            Ok(found) => {
-                eprintln!("{what}: {found:.2?}");
-                return Ok(found);
-            }
-            Err(error) if tries == TRIES => return Err(Failure::new(what, error)),
-            Err(error) => eprintln!("{what}: {error}; tried again"),
-        }
-    }
 }
 
 /// A guest that paints, and the way to its VMM.

@@ -8,7 +8,6 @@
 mod export;
 
 use std::{
-    fmt::Debug,
     fs,
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
@@ -23,7 +22,7 @@ use fanlight_tests::{
         Archive, Busybox, Cache, L1Device, Modules, StockKernel, bed_kernel, build_program,
         guest_archive,
     },
-    bench::{self, CMDLINE, Paths, median},
+    bench::{self, CMDLINE, Paths, Vmm, median, tried},
     echo::{self, Address},
     edu,
     guest::{Guest, bed_clock, ensure, value},
@@ -57,8 +56,6 @@ const LARGE: u64 = 8 << 20;
 const INTERRUPTS: u32 = 2000;
 const KINDS: [&str; 2] = ["msi", "intx"];
 const NOIOMMU: &str = "vfio.enable_unsafe_noiommu_mode=1";
-/// A run that the emulator spoiled is tried again.
-const TRIES: usize = 3;
 
 fn main() -> ExitCode {
     bench::run_with(DEVICES, initrd, measure)
@@ -73,14 +70,6 @@ fn initrd(cache: &Cache) -> Result<Vec<u8>> {
     initrd.extend(more.finish());
     Ok(initrd)
 }
-
-#[derive(Clone, Copy, Debug)]
-enum Vmm {
-    Fanlight,
-    Qemu,
-}
-
-const VMMS: [Vmm; 2] = [Vmm::Fanlight, Vmm::Qemu];
 
 /// What a transfer cost.
 #[derive(Clone, Copy, Debug)]
@@ -120,7 +109,7 @@ fn measure(paths: &Paths, rounds: usize) -> Result<()> {
     let bed = bed_kernel(&Cache::at("/cache"))?.bzimage;
     let mut samples = [Vec::new(), Vec::new()];
     for round in 0..rounds {
-        for (vmm, samples) in VMMS.into_iter().zip(&mut samples) {
+        for (vmm, samples) in Vmm::BOTH.into_iter().zip(&mut samples) {
             let what = format!("{vmm:?}, round {round}");
             let stock = Start {
                 kernel: paths.kernel(),
@@ -205,21 +194,6 @@ fn run(command: &mut Command) -> Result<String> {
 fn bind(paths: &Paths, address: &str, more: &[&str]) -> Result<String> {
     let mut command = Command::new(paths.fanlight());
     run(command.args(["vfio", "bind", address]).args(more))
-}
-
-fn tried<T: Debug>(what: &str, run: impl Fn() -> Result<T>) -> Result<T> {
-    let mut tries = 0;
-    loop {
-        tries += 1;
-        match run() {
-            Ok(sample) => {
-                eprintln!("{what}: {sample:?}");
-                return Ok(sample);
-            }
-            Err(error) if tries == TRIES => return Err(Failure::new(what, error)),
-            Err(error) => eprintln!("{what}: {error}; tried again"),
-        }
-    }
 }
 
 /// What a guest is started with.
