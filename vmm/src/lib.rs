@@ -19,6 +19,7 @@ pub mod passthrough;
 pub mod renderer;
 pub mod resources;
 pub mod serve;
+pub mod signals;
 pub mod status;
 pub mod terminal;
 mod vcpus;

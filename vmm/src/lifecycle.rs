@@ -1,12 +1,9 @@
 //! A machine's life: started, reset, ended; signals, console input, and what the guest asks for.
 
 use std::{
-    collections::{BTreeSet, VecDeque},
+    collections::BTreeSet,
     io,
-    os::{
-        fd::{AsFd, AsRawFd, BorrowedFd, RawFd},
-        unix::net::UnixStream,
-    },
+    os::fd::{AsFd, AsRawFd, RawFd},
     sync::{
         Arc,
         mpsc::{self, Receiver, Sender},
@@ -25,15 +22,21 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
-    console::{Input, Received},
+    console::Received,
     desk::Desk,
     kvm::{VcpuError, processor_virtualizes},
     machine::{Callbacks, Machine, MachineError},
-    resources::{Consoles, Holdings, Resources},
+    resources::{Holdings, Resources},
+    signals::Signals,
     status::Ending,
 };
 
 pub mod commands;
+mod console_input;
+mod last_words;
+
+use console_input::{ConsoleInput, inputs};
+use last_words::LastWords;
 
 /// How long a guest has to shut down after SIGTERM pressed its power button.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(30);
@@ -178,12 +181,13 @@ fn live(
         desk,
         requested: BTreeSet::new(),
         kill_at: None,
+        last_words: None,
         outcome: None,
     });
     loop {
         let timeout = manager
             .subscriber_mut(main)
-            .map_or(-1, |main| main.milliseconds_to_kill());
+            .map_or(-1, |main| main.patience());
         manager
             .run_with_timeout(timeout)
             .map_err(|error| host("wait for events")(io::Error::other(error)))?;
@@ -224,66 +228,6 @@ fn callbacks(sender: Sender<Event>, wake: EventFd, published: Published) -> Call
     }
 }
 
-/// Gives bytes to a console; how many found room.
-type Give = Box<dyn Fn(&[u8]) -> usize>;
-
-/// A console of the machine with the host's side of its input.
-struct ConsoleInput<'a> {
-    source: &'a mut Input,
-    give: Give,
-    room: EventFd,
-    pending: VecDeque<u8>,
-    /// Whether the source is being waited on.
-    waiting: bool,
-}
-
-fn inputs<'a>(consoles: Consoles<'a>, machine: &Machine) -> Vec<ConsoleInput<'a>> {
-    let serial = machine.serial.clone();
-    let mut inputs: Vec<(_, Give, _)> = vec![(
-        &mut consoles.serial.input,
-        Box::new(move |bytes: &[u8]| serial.input(bytes)),
-        &machine.serial_room,
-    )];
-    if let (Some(host), Some((handle, room))) = (consoles.console, &machine.console) {
-        let handle = handle.clone();
-        if let Some((cols, rows)) = host.input.terminal_size() {
-            handle.resize(cols, rows);
-        }
-        inputs.push((
-            &mut host.input,
-            Box::new(move |bytes: &[u8]| handle.input(bytes)),
-            room,
-        ));
-    }
-    inputs
-        .into_iter()
-        .filter_map(|(source, give, room)| {
-            Some(ConsoleInput {
-                source,
-                give,
-                room: room.try_clone().ok()?,
-                pending: VecDeque::new(),
-                waiting: false,
-            })
-        })
-        .collect()
-}
-
-impl ConsoleInput<'_> {
-    /// Gives the guest what waits; returns whether everything found room.
-    fn push(&mut self) -> bool {
-        while !self.pending.is_empty() {
-            let (front, _) = self.pending.as_slices();
-            let taken = (self.give)(front);
-            if taken == 0 {
-                return false;
-            }
-            self.pending.drain(..taken);
-        }
-        true
-    }
-}
-
 struct MainLoop<'a> {
     machine: Machine,
     holdings: Holdings<'a>,
@@ -298,6 +242,8 @@ struct MainLoop<'a> {
     signals: &'a Signals,
     /// When a guest that was asked to shut down is stopped.
     kill_at: Option<Instant>,
+    /// What comes of a panic, once its messages are out.
+    last_words: Option<(LastWords, Outcome)>,
     outcome: Option<Outcome>,
 }
 
@@ -309,23 +255,40 @@ const REQUESTED: u32 = 3;
 const FIRST_INPUT: u32 = 4;
 
 impl MainLoop<'_> {
-    fn milliseconds_to_kill(&self) -> i32 {
-        self.kill_at.map_or(-1, |at| {
+    /// Milliseconds until [`Self::check_patience`] has something to look at; -1 for never.
+    fn patience(&self) -> i32 {
+        let look = self.last_words.as_ref().map(|(words, _)| words.look_at());
+        self.kill_at.into_iter().chain(look).min().map_or(-1, |at| {
             let left = at.saturating_duration_since(Instant::now()).as_millis();
             i32::try_from(left).map_or(i32::MAX, |left| left.saturating_add(1))
         })
     }
 
     fn check_patience(&mut self) {
-        if self.kill_at.is_some_and(|at| Instant::now() >= at) {
+        let now = Instant::now();
+        if self.kill_at.is_some_and(|at| now >= at) {
             tracing::warn!("the guest did not shut down within {SHUTDOWN_PATIENCE:?}: stopped");
             self.end(Outcome::End(Ending::Stopped));
+        }
+        let exits = self.machine.total_exits();
+        if let Some((mut words, outcome)) = self.last_words.take() {
+            if words.are_over(now, exits) {
+                self.end(outcome);
+            } else {
+                self.last_words = Some((words, outcome));
+            }
         }
     }
 
     /// The first outcome counts.
     fn end(&mut self, outcome: Outcome) {
         self.outcome.get_or_insert(outcome);
+    }
+
+    /// The guest has ended its life by itself: after a panic that comes of the panic.
+    fn gone(&mut self, outcome: Outcome) {
+        let panicked = self.last_words.take().map(|(_, outcome)| outcome);
+        self.end(panicked.unwrap_or(outcome));
     }
 
     fn take_events(&mut self) {
@@ -338,19 +301,21 @@ impl MainLoop<'_> {
                     }
                 }
                 Event::Failed(error) => self.end(Outcome::Failed(error.into())),
-                Event::Guest(GuestRequest::PowerOff) => self.end(Outcome::End(Ending::PowerOff)),
-                Event::Guest(GuestRequest::Reset) => self.end(match self.on_reset {
+                Event::Guest(GuestRequest::PowerOff) => self.gone(Outcome::End(Ending::PowerOff)),
+                Event::Guest(GuestRequest::Reset) => self.gone(match self.on_reset {
                     OnReset::Restart => Outcome::Restart,
                     OnReset::Exit => Outcome::End(Ending::Reset),
                 }),
                 Event::Guest(GuestRequest::Panicked) => {
                     tracing::error!("the guest's kernel panicked");
                     self.desk.events.publish(EventName::Panic);
-                    match self.on_panic {
-                        OnPanic::Exit => self.end(Outcome::End(Ending::Panicked)),
-                        OnPanic::Restart => self.end(Outcome::Restart),
-                        OnPanic::Continue => {}
-                    }
+                    let outcome = match self.on_panic {
+                        OnPanic::Exit => Outcome::End(Ending::Panicked),
+                        OnPanic::Restart => Outcome::Restart,
+                        OnPanic::Continue => continue,
+                    };
+                    let words = LastWords::begin(Instant::now(), self.machine.total_exits());
+                    self.last_words.get_or_insert((words, outcome));
                 }
                 Event::Guest(GuestRequest::CrashLoaded) => {
                     tracing::error!("the guest's kernel panicked and starts its crash kernel");
@@ -469,71 +434,6 @@ impl MutEventSubscriber for MainLoop<'_> {
         }
         for (index, input) in self.inputs.iter_mut().enumerate() {
             set_waiting(input, index, true, ops);
-        }
-    }
-}
-
-/// Signals that came in.
-#[derive(Debug, Default)]
-struct Caught {
-    terminate: usize,
-    resized: bool,
-}
-
-/// Signals as bytes in sockets.
-pub struct Signals {
-    terminate: UnixStream,
-    resized: UnixStream,
-    /// Both behind one descriptor.
-    epoll: std::os::fd::OwnedFd,
-}
-
-/// Readable when a signal has come.
-impl AsFd for Signals {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        self.epoll.as_fd()
-    }
-}
-
-impl Signals {
-    /// Catches signals from now on. Once in a process.
-    pub fn catch() -> io::Result<Self> {
-        use rustix::event::epoll;
-        let pipe = |numbers: &[i32]| {
-            let (read, write) = UnixStream::pair()?;
-            read.set_nonblocking(true)?;
-            for &number in numbers {
-                signal_hook::low_level::pipe::register(number, write.try_clone()?)?;
-            }
-            io::Result::Ok(read)
-        };
-        let terminate = pipe(&[libc::SIGTERM, libc::SIGINT, libc::SIGHUP])?;
-        let resized = pipe(&[libc::SIGWINCH])?;
-        let epoll = epoll::create(epoll::CreateFlags::CLOEXEC)?;
-        for socket in [&terminate, &resized] {
-            let data = epoll::EventData::new_u64(0);
-            epoll::add(&epoll, socket, data, epoll::EventFlags::IN)?;
-        }
-        Ok(Self {
-            terminate,
-            resized,
-            epoll,
-        })
-    }
-
-    /// Whether the process is asked to end.
-    pub fn ask_to_end(&self) -> bool {
-        self.take().terminate > 0
-    }
-
-    fn take(&self) -> Caught {
-        use std::io::Read;
-        let mut bytes = [0; 64];
-        let terminate = (&self.terminate).read(&mut bytes).unwrap_or(0);
-        let resized = (&self.resized).read(&mut bytes).unwrap_or(0);
-        Caught {
-            terminate,
-            resized: resized > 0,
         }
     }
 }

@@ -11,10 +11,11 @@ use fanlight::{
     desk::{Desk, SetLog},
     doctor::Report,
     host_devices::{self, HostDeviceError},
-    lifecycle::{self, LifeError, Signals},
+    lifecycle::{self, LifeError},
     renderer,
     resources::Resources,
     serve::{self, with_api_defaults},
+    signals::Signals,
     status::Ending,
     terminal, view,
 };

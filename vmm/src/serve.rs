@@ -9,10 +9,11 @@ use rustix::event::{PollFd, PollFlags, poll};
 use crate::{
     desk::{Command, DEFAULT_HOTPLUG_PORTS, Desk},
     lifecycle::{
-        self, LifeError, Signals,
+        self, LifeError,
         commands::{attach, config_error},
     },
     resources::Resources,
+    signals::Signals,
     status::Ending,
 };
 

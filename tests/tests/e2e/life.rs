@@ -69,7 +69,10 @@ fn triple_fault(assets: &Assets) -> Result<()> {
 
 fn panic(assets: &Assets) -> Result<()> {
     let mut guest = assets.guest("echo c > /proc/sysrq-trigger").start()?;
-    guest.expect_exit(33)
+    guest.expect_exit(33)?;
+    // Linux prints this after it has told pvpanic.
+    let said = guest.transcript();
+    ensure(said.contains("Kernel Offset"), said)
 }
 
 fn sigterm(assets: &Assets) -> Result<()> {
