@@ -107,6 +107,9 @@ methods! {
     "vm.resume" VmResume(NoParams) -> StateNow;
     /// Presses the power button: a guest that listens shuts down.
     "vm.power_button" VmPowerButton(NoParams) -> Done;
+    /// Raises a non-maskable interrupt at each processor: a guest that hangs can tell where, if it is set up to
+    /// (Linux: `unknown_nmi_panic`).
+    "vm.nmi" VmNmi(NoParams) -> Done;
     /// Restarts the machine at once, without asking the guest.
     "vm.reset" VmReset(NoParams) -> StateNow;
     /// Ends the machine at once, without asking the guest.

@@ -440,7 +440,7 @@ impl Desk {
             Call::VmCreate(_) => "no machine may be there, or it must be stopped",
             Call::VmBoot(_) => "it must be created",
             Call::VmResume(_) => "it must be paused",
-            Call::VmPause(_) | Call::VmPowerButton(_) => "it must be running",
+            Call::VmPause(_) | Call::VmPowerButton(_) | Call::VmNmi(_) => "it must be running",
             Call::VmStop(_) | Call::ConsoleAttach(_) => "it must be created, running or paused",
             _ => "it must be running or paused",
         };

@@ -369,6 +369,14 @@ impl Machine {
         self.dma.clear();
     }
 
+    /// Raises a non-maskable interrupt at each vCPU.
+    pub fn raise_nmi(&self) -> Result<(), MachineError> {
+        (0..)
+            .zip(&self.exits)
+            .try_for_each(|(id, _)| self.kvm.raise_nmi(id))
+            .map_err(MachineError::from)
+    }
+
     /// Presses the power button: a guest that listens shuts down.
     pub fn press_power_button(&self) -> io::Result<()> {
         self.power.press_power_button()

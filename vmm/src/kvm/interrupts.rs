@@ -11,7 +11,7 @@ use fanlight_devices::hypervisor::{LevelIrq, MsiMessage, MsiVector};
 use kvm_bindings::{
     KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC,
     KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting,
-    kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irq_routing_msi,
+    kvm_enable_cap, kvm_irq_routing_entry, kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_msi,
 };
 use kvm_ioctls::VmFd;
 use rustix::event::{PollFd, PollFlags, Timespec};
@@ -21,6 +21,10 @@ use super::{KvmError, io_error, ioctl};
 
 /// Pins of KVM's IOAPIC; their GSIs are the same numbers.
 const IOAPIC_PINS: u32 = 24;
+/// Where messages to local APICs go; the destination is in bits 12 to 19.
+const MSI_ADDRESS: u32 = 0xfee0_0000;
+/// The delivery mode of non-maskable interrupts, in bits 8 to 10 of a message.
+const MSI_DELIVERY_NMI: u32 = 0b100 << 8;
 /// GSIs that KVM routes (`KVM_MAX_IRQ_ROUTES` on x86).
 const MAX_GSIS: u32 = 4096;
 
@@ -69,6 +73,20 @@ impl Interrupts {
                 source,
             })?;
         Ok(interrupts)
+    }
+
+    /// Raises a non-maskable interrupt at the vCPU whose APIC id is `id`, by a message as a device would send it: the
+    /// id's low byte and the rest in the address, the delivery mode in the data (Intel SDM volume 3, section 11.11).
+    pub fn raise_nmi(&self, id: u32) -> Result<(), KvmError> {
+        self.vm
+            .signal_msi(kvm_msi {
+                address_lo: MSI_ADDRESS | (id & 0xff) << 12,
+                address_hi: id & !0xff,
+                data: MSI_DELIVERY_NMI,
+                ..Default::default()
+            })
+            .map(drop)
+            .map_err(ioctl("raise a non-maskable interrupt"))
     }
 
     fn lock(&self) -> MutexGuard<'_, Routes> {

@@ -162,6 +162,11 @@ impl KvmVm {
         KvmVcpu::new(fd, self.coalesced.clone())
     }
 
+    /// Raises a non-maskable interrupt at the vCPU whose APIC id is `id`.
+    pub fn raise_nmi(&self, id: u32) -> Result<(), KvmError> {
+        self.interrupts.raise_nmi(id)
+    }
+
     /// Has the guest's own memory types count on Intel hosts, where KVM otherwise makes all memory
     /// write-back: a GPU's memory is to be write-combined (`KVM_X86_QUIRK_IGNORE_GUEST_PAT`). Does nothing
     /// on hosts that have no such quirk.

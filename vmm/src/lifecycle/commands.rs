@@ -60,6 +60,10 @@ impl MainLoop<'_> {
                 });
                 reply.send::<methods::VmPowerButton>(result.map(|()| Done {}));
             }
+            Call::VmNmi(_) if !paused => {
+                let result = self.machine.raise_nmi().map_err(machine_error);
+                reply.send::<methods::VmNmi>(result.map(|()| Done {}));
+            }
             Call::VmReset(_) => {
                 self.desk.will_start(reply);
                 self.end(Outcome::Restart);

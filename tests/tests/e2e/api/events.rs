@@ -30,11 +30,14 @@ fn goes_wrong(assets: &Assets) -> Result<()> {
     let script = format!(
         "echo ready; while read line; do case $line in
             break) guest-agent break {RNG};;
-            panic) echo c > /proc/sysrq-trigger;;
+            nmis) sleep 1; echo nmis: $(sed -n 's/.*NMI: *\\([0-9]*\\) *\\([0-9]*\\) .*/\\1 \\2/p' /proc/interrupts) count\"ed\";;
+            fragile) echo 1 > /proc/sys/kernel/unknown_nmi_panic; echo it \"is\";;
         esac; done"
     );
     let guest = assets.guest(&script);
-    let guest = guest.option("--api-allow-uid", FRIEND.to_string());
+    let guest = guest
+        .option("--api-allow-uid", FRIEND.to_string())
+        .option("--cpus", "2");
     let (mut guest, mut api) = start(guest)?;
     guest.wait_for("ready")?;
     users(assets, &guest)?;
@@ -59,7 +62,17 @@ fn goes_wrong(assets: &Assets) -> Result<()> {
     api.call("log.set_level", json!({"level": "warn"}))?;
     broken(&mut guest, &mut api, 2)?;
 
-    guest.send("panic\n")?;
+    // Each processor takes it; a guest that is set up to panics.
+    api.call("vm.nmi", json!({}))?;
+    guest.send("nmis\n")?;
+    guest.wait_for("counted")?;
+    ensure(
+        guest.transcript().contains("nmis: 1 1 counted"),
+        guest.transcript(),
+    )?;
+    guest.send("fragile\n")?;
+    guest.wait_for("it is")?;
+    api.call("vm.nmi", json!({}))?;
     api.event(EventName::Panic)?;
     let end = api.event(EventName::Shutdown)?;
     let end = serde_json::to_value(end).context("an event")?;

@@ -68,6 +68,7 @@ fn whole_life(assets: &Assets) -> Result<()> {
     api.call("vm.pause", json!({}))?;
     api.refused("vm.pause", json!({}), "wrong_state")?;
     api.refused("vm.power_button", json!({}), "wrong_state")?;
+    api.refused("vm.nmi", json!({}), "wrong_state")?;
     ensure(
         api.call("vm.info", json!({}))?["state"] == "paused",
         "not paused",
