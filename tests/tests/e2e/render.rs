@@ -176,6 +176,7 @@ fn killed(assets: &Assets) -> Result<()> {
         "dmesg | grep -o '[+-]virgl' | sed 's/^/GPU: /'
         sleep 1000 | CARD=1 /bin/guest-agent paint 800 600 250 3399cc & read -r line
         echo 0 > /sys/class/graphics/fbcon/cursor_blink
+        /bin/guest-agent show-blob
         /bin/guest-agent show-red
         /bin/guest-agent blobs-until-refused
         head -c 1228800 /dev/zero | tr '\\0' '\\125' > /dev/fb0; echo pain''ted; read -r line
@@ -220,6 +221,9 @@ fn killed(assets: &Assets) -> Result<()> {
             thread::sleep(Duration::from_millis(100));
         }
     };
+    shows([0, 0xc0, 0])?;
+    guest.send("\n")?;
+    guest.wait_for_times("agent: showing 640x480", 2)?;
     shows([255, 0, 0])?;
     guest.send("\n")?;
     guest.wait_for("agent: going on")?;
