@@ -9,6 +9,7 @@ use std::{
 
 use fanlight_devices::virtio::gpu::protocol::{
     Box3d, CtxCreate, ResourceCreate3d, ResourceCreateBlob, TransferHost3d,
+    VIRTIO_GPU_BLOB_FLAG_USE_MAPPABLE,
 };
 use libc::iovec;
 
@@ -297,11 +298,17 @@ impl Library {
     }
 
     pub fn create_blob(&self, context: u32, command: &ResourceCreateBlob) -> Result<(), Refused> {
+        let mut blob_flags = command.blob_flags.get();
+        if command.blob_id.get() == 0 {
+            // Memory of no object of a driver's is a memory file, which anybody can share, though the library takes
+            // no flag that says so.
+            blob_flags &= VIRTIO_GPU_BLOB_FLAG_USE_MAPPABLE;
+        }
         let args = CreateBlobArgs {
             res_handle: command.resource_id.get(),
             ctx_id: context,
             blob_mem: command.blob_mem.get(),
-            blob_flags: command.blob_flags.get(),
+            blob_flags,
             blob_id: command.blob_id.get(),
             size: command.size.get(),
             iovecs: ptr::null(),
