@@ -7,6 +7,7 @@ use fanlight_devices::{
     dmabuf::Exporter,
     hypervisor::Hypervisor,
     memory::{ArenaError, GuestRam},
+    vfio::DeviceReach,
     virtio::{
         gpu::{
             DisplayConfig, DisplayHandle, Mode, NAME_MAX, OUTPUTS,
@@ -118,11 +119,15 @@ impl RendererSetup {
     }
 
     /// The GPU's part of it in one life of the machine.
-    pub fn rendering(&self, hypervisor: Arc<dyn Hypervisor>) -> Result<Rendering, ArenaError> {
+    pub fn rendering(
+        &self,
+        hypervisor: Arc<dyn Hypervisor>,
+        reach: Arc<DeviceReach>,
+    ) -> Result<Rendering, ArenaError> {
         Ok(Rendering {
             starter: self.starter.clone(),
             capsets: self.capsets.clone(),
-            memory: HostMemory::new(self.hostmem, self.slot_per_blob, hypervisor)?,
+            memory: HostMemory::new(self.hostmem, self.slot_per_blob, hypervisor, reach)?,
         })
     }
 }

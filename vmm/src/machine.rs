@@ -22,7 +22,7 @@ use fanlight_devices::{
     },
     memory::{AddressSpace, AddressSpaceError, ArenaError, IoHandler, RamError},
     pci::{ConfigMechanism1, Ecam, EjectSink, MECHANISM_1_PORTS, MsixError, PciError, Windows},
-    vfio::{DmaMapping, Iommu, VfioError},
+    vfio::{DeviceReach, DmaMapping, Iommu, VfioError},
     virtio::{
         VirtioDevice,
         block::Block,
@@ -166,6 +166,8 @@ pub struct Machine {
     callbacks: Callbacks,
     /// Guest RAM in reach of passed-through devices, while there are any.
     dma: Vec<DmaMapping>,
+    /// Blobs in their reach.
+    reach: Arc<DeviceReach>,
     _slots: Vec<MappedSlot>,
 }
 
@@ -225,15 +227,17 @@ impl Machine {
             inventory.make_switch()?;
         }
         let mut dma = Vec::new();
+        let reach = Arc::<DeviceReach>::default();
         if let Some(passthrough) = &resources.passthrough {
             kvm.honour_guest_pat()?;
             boot::populate_all(ram.memory());
             dma = passthrough.iommu.map_ram(ram.memory())?;
+            reach.attach(passthrough.iommu.clone());
             for passed in &passthrough.devices {
                 inventory.add_passed_through(passed)?;
             }
         }
-        let console = add_devices(&mut inventory, resources)?;
+        let console = add_devices(&mut inventory, resources, &reach)?;
         inventory.add_empty_ports(config.hotplug_ports.unwrap_or(0))?;
         let bus = inventory.bus();
         let cpuid = kvm.supported_cpuid()?;
@@ -295,6 +299,7 @@ impl Machine {
             ports,
             callbacks,
             dma,
+            reach,
             _slots: slots,
         })
     }
@@ -360,12 +365,14 @@ impl Machine {
         if self.dma.is_empty() {
             self.kvm.honour_guest_pat().map_err(MachineError::from)?;
             self.dma = iommu.map_ram(mem).map_err(MachineError::from)?;
+            self.reach.attach(iommu.clone());
         }
         self.inventory.plug_passed_through(passed)
     }
 
     /// The last passed-through device goes, and with it the address space that guest RAM is mapped in.
     pub fn end_dma(&mut self) {
+        self.reach.detach();
         self.dma.clear();
     }
 
@@ -447,6 +454,7 @@ fn load(resources: &Resources, rsdp: u64) -> Result<InitialState, MachineError> 
 fn add_devices(
     inventory: &mut Inventory,
     resources: &Resources,
+    reach: &Arc<DeviceReach>,
 ) -> Result<Option<(ConsoleHandle, EventFd)>, MachineError> {
     let config = &resources.config;
     let mem = resources.ram.memory();
@@ -484,7 +492,7 @@ fn add_devices(
         for (number, host) in graphics.gpus.iter().enumerate() {
             let mut gpu = Gpu::new(host.display.clone(), map.clone());
             if let Some(renderer) = &host.renderer {
-                gpu = gpu.with_renderer(renderer.rendering(hypervisor.clone())?);
+                gpu = gpu.with_renderer(renderer.rendering(hypervisor.clone(), reach.clone())?);
             }
             inventory.add_together(NewDevice {
                 id: format!("gpu{number}"),

@@ -3,12 +3,14 @@
 mod address_space;
 mod aligned_hole;
 mod arena;
+mod file_kind;
 mod ram;
 
 pub use address_space::{
     AddressSpace, AddressSpaceError, Backing, BackingKind, IoHandler, MapWatcher, Region, Segment,
 };
 pub use arena::{Arena, ArenaError};
+pub use file_kind::FileKind;
 pub use ram::{GuestRam, HugePageSize, RamError};
 
 /// A host mapping to be shown to the guest as a memory slot.

@@ -2,7 +2,7 @@
 //!
 //! [`HostDevice`] is the device as the host has it, kept over resets of the machine; [`VfioFunction`] is
 //! the PCI function that the guest sees of it, made anew for each life. [`Iommu`] bounds what the devices
-//! reach: guest RAM, and each other's memory where the guest sees it.
+//! reach: guest RAM, each other's memory where the guest sees it, and what [`DeviceReach`] has of other devices'.
 
 mod config;
 mod container;
@@ -15,6 +15,7 @@ mod interrupts;
 mod ioctls;
 mod iommu;
 mod p2p;
+mod reach;
 mod regions;
 pub mod sysfs;
 
@@ -24,3 +25,6 @@ pub use error::VfioError;
 pub use host::{HostDevice, others_in_group};
 pub use ioctls::RegionInfo;
 pub use iommu::{DmaMapping, Iommu, covers};
+#[cfg(test)]
+pub(crate) use reach::test_util;
+pub use reach::{DeviceReach, DmaSpace, Reachable, Source};

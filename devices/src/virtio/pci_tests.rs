@@ -59,7 +59,7 @@ impl VirtioDevice for Sharing {
     fn write_config(&mut self, _: u64, _: &[u8]) {}
     fn shared_memory(&self) -> Option<SharedMemory> {
         use crate::virtio::gpu::render::HostMemory;
-        let memory = HostMemory::new(8 << 30, false, self.0.clone()).unwrap();
+        let memory = HostMemory::new(8 << 30, false, self.0.clone(), Arc::default()).unwrap();
         Some(memory.shared_memory().unwrap())
     }
     fn activate(&mut self, _: Activation) -> Result<(), ActivateError> {

@@ -445,7 +445,7 @@ impl State {
         let size = match &self.resources.get(id)?.kind {
             Kind::Blob(blob) => blob.size,
             Kind::Host(host) if host.pixels.is_some() => match host.kind {
-                HostKind::Blob(size) => size,
+                HostKind::Blob { len, .. } => len,
                 HostKind::Texture { .. } => return Err(CommandError::Resource(id)),
             },
             Kind::Host(_) | Kind::Image(_) => return Err(CommandError::Resource(id)),

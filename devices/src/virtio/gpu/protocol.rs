@@ -78,7 +78,9 @@ pub const VIRTIO_GPU_CONTEXT_INIT_CAPSET_ID_MASK: u32 = 0xff;
 pub const VIRTIO_GPU_BLOB_MEM_GUEST: u32 = 1;
 pub const VIRTIO_GPU_BLOB_MEM_HOST3D: u32 = 2;
 pub const VIRTIO_GPU_BLOB_FLAG_USE_MAPPABLE: u32 = 1;
-/// USE_MAPPABLE, USE_SHAREABLE and USE_CROSS_DEVICE.
+pub const VIRTIO_GPU_BLOB_FLAG_USE_SHAREABLE: u32 = 2;
+pub const VIRTIO_GPU_BLOB_FLAG_USE_CROSS_DEVICE: u32 = 4;
+/// All of them.
 pub const VIRTIO_GPU_BLOB_FLAGS: u32 = 7;
 
 /// Pixel formats (5.7.6.8), named by bytes in memory.

@@ -157,12 +157,12 @@ impl Renderer {
         memory: BlobFile,
     ) -> Result<Answer, CommandError> {
         let host = state.resources.host_mut(id)?;
-        let HostKind::Blob(len) = host.kind else {
+        let HostKind::Blob { len, shareable } = host.kind else {
             return Err(CommandError::Resource(id));
         };
         let region = &self.rendering.memory;
         region
-            .map(offset, len, &memory.file)
+            .map(offset, len, &memory.file, shareable)
             .map_err(CommandError::Map)?;
         host.mapped = Some(offset);
         let info = RespMapInfo {
@@ -321,7 +321,8 @@ impl Renderer {
         }
         self.context(context)?;
         let (id, size) = (command.resource_id.get(), command.size.get());
-        if command.blob_flags.get() & !VIRTIO_GPU_BLOB_FLAGS != 0 {
+        let flags = command.blob_flags.get();
+        if flags & !VIRTIO_GPU_BLOB_FLAGS != 0 {
             return Err(CommandError::Parameter("flags of a blob"));
         }
         if size == 0 || !size.is_multiple_of(PAGE_SIZE) {
@@ -337,7 +338,11 @@ impl Renderer {
         {
             host.memory = None;
         }
-        let kind = HostKind::Blob(size);
+        let shared = VIRTIO_GPU_BLOB_FLAG_USE_SHAREABLE | VIRTIO_GPU_BLOB_FLAG_USE_CROSS_DEVICE;
+        let kind = HostKind::Blob {
+            len: size,
+            shareable: flags & shared != 0,
+        };
         later(
             Call::new(VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB, context, &command),
             Then::Created { id, kind },
@@ -352,7 +357,7 @@ impl Renderer {
         let mut state = places.display.0.lock();
         let id = command.resource_id.get();
         let host = state.resources.host_mut(id)?;
-        let HostKind::Blob(_) = host.kind else {
+        let HostKind::Blob { .. } = host.kind else {
             return Err(CommandError::Resource(id));
         };
         if host.mapped.is_some() {
@@ -487,7 +492,7 @@ fn set_scanout_blob(command: &SetScanoutBlob, places: &Places) -> Result<Outcome
         return Err(CommandError::Unknown(VIRTIO_GPU_CMD_SET_SCANOUT_BLOB));
     }
     match state.resources.host_mut(id) {
-        Ok(host) if host.pixels.is_none() && matches!(host.kind, HostKind::Blob(_)) => {
+        Ok(host) if host.pixels.is_none() && matches!(host.kind, HostKind::Blob { .. }) => {
             let file = host.memory.as_ref().map(|memory| memory.file.try_clone());
             if let Some(file) = file.transpose().map_err(CommandError::Host)? {
                 return Ok(show_blob(&mut state, command, file)?.into());

@@ -2,6 +2,8 @@
 //!
 //! One memory slot shows the whole [`Arena`], and mapping a blob changes the host's page tables only. With a
 //! slot for each blob instead, which is there to compare, KVM stops every vCPU for each.
+//!
+//! Passed-through devices reach what the guest may share with them, and nothing else of the region.
 
 use std::{
     collections::BTreeMap,
@@ -16,6 +18,7 @@ use crate::{
     hypervisor::{Hypervisor, MappedSlot},
     memory::{Arena, ArenaError, Backing, BackingKind, IoHandler, SlotMapping},
     pci::{BarContent, BarHandler, Piece},
+    vfio::{DeviceReach, Reachable, Source},
     virtio::pci::SharedMemory,
 };
 
@@ -25,15 +28,16 @@ const HOST_VISIBLE: u8 = 1;
 /// Memory slots of a region without one of its own.
 #[derive(Debug, Default)]
 struct Slots {
-    /// Where the guest has put the region.
-    address: Option<u64>,
     /// By offset: length, and the slot while the region is somewhere.
     blobs: BTreeMap<u64, (u64, Option<MappedSlot>)>,
 }
 
 #[derive(Debug)]
 struct State {
-    /// Goes before the memory that they show.
+    /// Where the guest has put the region.
+    address: Option<u64>,
+    /// Blobs that passed-through devices reach, by offset. They and slots go before the memory that they show.
+    shared: BTreeMap<u64, Reachable>,
     slots: Option<Slots>,
     arena: Arena,
 }
@@ -43,6 +47,7 @@ struct State {
 pub struct HostMemory {
     state: Mutex<State>,
     hypervisor: Arc<dyn Hypervisor>,
+    reach: Arc<DeviceReach>,
     len: u64,
 }
 
@@ -52,14 +57,18 @@ impl HostMemory {
         len: u64,
         slot_per_blob: bool,
         hypervisor: Arc<dyn Hypervisor>,
+        reach: Arc<DeviceReach>,
     ) -> Result<Arc<Self>, ArenaError> {
         let state = State {
+            address: None,
+            shared: BTreeMap::new(),
             slots: slot_per_blob.then(Slots::default),
             arena: Arena::new(len)?,
         };
         Ok(Arc::new(Self {
             state: Mutex::new(state),
             hypervisor,
+            reach,
             len,
         }))
     }
@@ -103,14 +112,25 @@ impl HostMemory {
         })
     }
 
-    /// Shows the first `len` bytes of `file` at `offset`.
-    pub fn map(&self, offset: u64, len: u64, file: &File) -> Result<(), ArenaError> {
-        let State { arena, slots } = &mut *self.lock();
+    /// Shows the first `len` bytes of `file` at `offset`, to passed-through devices too if it is `shareable`.
+    pub fn map(
+        &self,
+        offset: u64,
+        len: u64,
+        file: &File,
+        shareable: bool,
+    ) -> Result<(), ArenaError> {
+        let State {
+            address,
+            shared,
+            slots,
+            arena,
+        } = &mut *self.lock();
         arena
             .map(offset, len, file, true)
             .inspect_err(stop_if_lost)?;
         if let Some(slots) = slots {
-            let slot = slots.address.map(|address| {
+            let slot = address.map(|address| {
                 self.hypervisor.map_slot(SlotMapping {
                     gpa: address + offset,
                     len,
@@ -129,12 +149,26 @@ impl HostMemory {
                 }
             };
         }
+        if shareable {
+            // SAFETY: taken out of reach before it is unmapped. The region is the guest's alone.
+            let source = unsafe { Source::new(file, arena.host_address() + offset) };
+            let at = address.map(|address| address + offset);
+            if let Some(blob) = self.reach.add(at, len, source) {
+                shared.insert(offset, blob);
+            }
+        }
         Ok(())
     }
 
     /// Takes away what is shown at `offset`.
     pub fn unmap(&self, offset: u64) -> Result<(), ArenaError> {
-        let State { arena, slots } = &mut *self.lock();
+        let State {
+            shared,
+            slots,
+            arena,
+            ..
+        } = &mut *self.lock();
+        shared.remove(&offset);
         if let Some(slots) = slots {
             slots.blobs.remove(&offset);
         }
@@ -143,7 +177,13 @@ impl HostMemory {
 
     /// Takes all away.
     pub fn clear(&self) {
-        let State { arena, slots } = &mut *self.lock();
+        let State {
+            shared,
+            slots,
+            arena,
+            ..
+        } = &mut *self.lock();
+        shared.clear();
         if let Some(slots) = slots {
             slots.blobs.clear();
         }
@@ -170,9 +210,19 @@ impl IoHandler for HostMemory {
 
 impl BarHandler for HostMemory {
     fn mapped(&self, address: Option<u64>) {
-        let State { arena, slots } = &mut *self.lock();
+        let state = &mut *self.lock();
+        state.address = address;
+        // First all that go: a region may move by less than its size.
+        for blob in state.shared.values() {
+            blob.moved(None);
+        }
+        if let Some(address) = address {
+            for (offset, blob) in &state.shared {
+                blob.moved(Some(address + offset));
+            }
+        }
+        let State { arena, slots, .. } = state;
         let Some(slots) = slots else { return };
-        slots.address = address;
         for (&offset, (len, slot)) in &mut slots.blobs {
             *slot = None;
             if let Some(address) = address {
@@ -196,18 +246,19 @@ mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::hypervisor::test_util::FakeHypervisor;
+    use crate::{hypervisor::test_util::FakeHypervisor, vfio::test_util::FakeSpace};
 
     const PAGE: u64 = 4096;
 
     fn region(slot_per_blob: bool) -> (Arc<HostMemory>, Arc<FakeHypervisor>) {
         let hypervisor = Arc::new(FakeHypervisor::default());
-        let memory = HostMemory::new(16 * PAGE, slot_per_blob, hypervisor.clone()).unwrap();
-        (memory, hypervisor)
+        let reach = Arc::default();
+        let memory = HostMemory::new(16 * PAGE, slot_per_blob, hypervisor.clone(), reach);
+        (memory.unwrap(), hypervisor)
     }
 
     fn page() -> File {
-        let mut file = tempfile::tempfile().unwrap();
+        let mut file = File::from(rustix::fs::memfd_create("blob", MemfdFlags::CLOEXEC).unwrap());
         file.write_all(&[1; PAGE as usize]).unwrap();
         file
     }
@@ -219,7 +270,7 @@ mod tests {
             panic!("no memory");
         };
         assert_eq!((pieces[0].offset, pieces[0].len), (0, 16 * PAGE));
-        memory.map(PAGE, PAGE, &page()).unwrap();
+        memory.map(PAGE, PAGE, &page(), false).unwrap();
         memory.unmap(PAGE).unwrap();
         assert!(hypervisor.slots().is_empty());
     }
@@ -227,10 +278,10 @@ mod tests {
     #[test]
     fn slots_of_blobs_follow_the_region() {
         let (memory, hypervisor) = region(true);
-        memory.map(0, PAGE, &page()).unwrap();
+        memory.map(0, PAGE, &page(), false).unwrap();
         assert!(hypervisor.slots().is_empty());
         memory.mapped(Some(0x10_0000));
-        memory.map(2 * PAGE, PAGE, &page()).unwrap();
+        memory.map(2 * PAGE, PAGE, &page(), false).unwrap();
         assert_eq!(hypervisor.slots(), [(0x10_0000, PAGE), (0x10_2000, PAGE)]);
         memory.mapped(Some(0x20_0000));
         assert_eq!(hypervisor.slots(), [(0x20_0000, PAGE), (0x20_2000, PAGE)]);
@@ -238,6 +289,31 @@ mod tests {
         assert_eq!(hypervisor.slots(), [(0x20_2000, PAGE)]);
         memory.clear();
         assert!(hypervisor.slots().is_empty());
-        assert!(memory.map(2 * PAGE, PAGE, &page()).is_ok());
+        assert!(memory.map(2 * PAGE, PAGE, &page(), false).is_ok());
+    }
+
+    #[test]
+    fn devices_reach_what_is_shared_where_the_guest_sees_it() {
+        for slots in [false, true] {
+            let (memory, _) = region(slots);
+            let space = Arc::new(FakeSpace::default());
+            memory.reach.attach(space.clone());
+            memory.map(0, PAGE, &page(), true).unwrap();
+            memory.map(PAGE, PAGE, &page(), false).unwrap();
+            assert_eq!(space.mapped(), []);
+            memory.mapped(Some(0x10_0000));
+            memory.map(2 * PAGE, PAGE, &page(), true).unwrap();
+            assert_eq!(space.mapped(), [(0x10_0000, PAGE), (0x10_2000, PAGE)]);
+            // Where the one was, the other one comes to lie.
+            memory.mapped(Some(0x10_2000));
+            assert_eq!(space.mapped(), [(0x10_2000, PAGE), (0x10_4000, PAGE)]);
+            memory.mapped(None);
+            assert_eq!(space.mapped(), []);
+            memory.mapped(Some(0x20_0000));
+            memory.unmap(0).unwrap();
+            assert_eq!(space.mapped(), [(0x20_2000, PAGE)]);
+            memory.clear();
+            assert_eq!(space.mapped(), []);
+        }
     }
 }

@@ -8,7 +8,7 @@ use std::{
 
 use crate::{
     dmabuf::Piece,
-    memory::BackingKind,
+    memory::{BackingKind, FileKind},
     virtio::gpu::{
         budget::Charge,
         commands::CommandError,
@@ -32,8 +32,13 @@ pub enum HostKind {
         /// Number of its format: the renderer knows more of them than outputs do.
         format: u32,
     },
-    /// RESOURCE_CREATE_BLOB of HOST3D, of so many bytes.
-    Blob(u64),
+    /// RESOURCE_CREATE_BLOB of HOST3D.
+    Blob {
+        /// Length in bytes.
+        len: u64,
+        /// Whether the guest may give it to another device.
+        shareable: bool,
+    },
 }
 
 /// A resource whose content is the renderer's.
@@ -85,8 +90,6 @@ impl HostResource {
 /// Blobs of which outputs can show the memory, each of which is a descriptor of this process's. Programs that draw
 /// take turns with two or three.
 const MAX_PIXELS: usize = 64;
-/// What `fstatfs` says of dma-bufs.
-const DMA_BUF_MAGIC: u64 = 0x444d_4142;
 
 impl Resources {
     /// Has outputs show a blob's memory, which is a dma-buf or a memory file. Blobs that are on no output make room.
@@ -96,11 +99,10 @@ impl Resources {
         file: File,
         is_on_output: impl Fn(u32) -> bool,
     ) -> Result<(), CommandError> {
-        let HostKind::Blob(len) = self.host_mut(id)?.kind else {
+        let HostKind::Blob { len, .. } = self.host_mut(id)?.kind else {
             return Err(CommandError::Resource(id));
         };
-        let magic = rustix::fs::fstatfs(&file).map(|found| found.f_type as u64);
-        let is_dmabuf = magic.is_ok_and(|magic| magic == DMA_BUF_MAGIC);
+        let is_dmabuf = FileKind::of(&file).is_ok_and(|kind| kind == FileKind::DmaBuf);
         let end = (&file).seek(SeekFrom::End(0)).map_err(CommandError::Host)?;
         if end < len {
             return Err(CommandError::Renderer);

@@ -103,7 +103,7 @@ fn outputs_show_the_renderer_s_blobs() {
 
 #[derive(Clone, Debug)]
 enum Step {
-    Create(u32, u64),
+    Create(u32, u64, bool),
     Map(u32, u64),
     Unmap(u32),
     Unref(u32),
@@ -113,7 +113,8 @@ enum Step {
 fn step() -> impl Strategy<Value = Step> {
     let id = 1..5_u32;
     prop_oneof![
-        4 => (id.clone(), 1..3_u64).prop_map(|(id, pages)| Step::Create(id, pages)),
+        4 => (id.clone(), 1..3_u64, any::<bool>())
+            .prop_map(|(id, pages, shared)| Step::Create(id, pages, shared)),
         6 => (id.clone(), 0..PAGES + 1).prop_map(|(id, page)| Step::Map(id, page)),
         3 => id.clone().prop_map(Step::Unmap),
         2 => id.prop_map(Step::Unref),
@@ -123,37 +124,41 @@ fn step() -> impl Strategy<Value = Step> {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(24))]
-    /// The driver sees of each page the blob that it has put there, and nothing else.
+    /// The driver sees of each page the blob that it has put there, and nothing else; devices see those that are shared.
     #[test]
     fn the_region_is_what_the_driver_put_there(steps in prop::collection::vec(step(), 1..40)) {
         let mut m = machine();
         m.create_context();
-        // Pages, and the first one of those that are shown.
-        let mut blobs = std::collections::BTreeMap::<u32, (u64, Option<u64>)>::new();
+        // Pages, whether it is shared, and the first page of those that are shown.
+        let mut blobs = std::collections::BTreeMap::<u32, (u64, bool, Option<u64>)>::new();
         for step in steps {
             match step {
-                Step::Create(id, pages) => {
-                    let answer = m.command(VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB, &blob(id, pages));
+                Step::Create(id, pages, shared) => {
+                    let mut command = blob(id, pages);
+                    if shared {
+                        command.blob_flags = VIRTIO_GPU_BLOB_FLAGS.into();
+                    }
+                    let answer = m.command(VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB, &command);
                     prop_assert_eq!(answer == OK, !blobs.contains_key(&id));
-                    blobs.entry(id).or_insert((pages, None));
+                    blobs.entry(id).or_insert((pages, shared, None));
                 }
                 Step::Map(id, page) => {
                     let answer = m.map(id, page * PAGE);
-                    let free = blobs.get(&id).is_some_and(|&(pages, at)| {
+                    let free = blobs.get(&id).is_some_and(|&(pages, _, at)| {
                         at.is_none()
                             && page + pages <= PAGES
-                            && !blobs.values().any(|&(others, at)| {
+                            && !blobs.values().any(|&(others, _, at)| {
                                 at.is_some_and(|at| at < page + pages && page < at + others)
                             })
                     });
                     prop_assert_eq!(answer == VIRTIO_GPU_RESP_OK_MAP_INFO, free);
                     if free {
-                        blobs.entry(id).and_modify(|blob| blob.1 = Some(page));
+                        blobs.entry(id).and_modify(|blob| blob.2 = Some(page));
                     }
                 }
                 Step::Unmap(id) => {
                     let answer = m.command(VIRTIO_GPU_CMD_RESOURCE_UNMAP_BLOB, &resource(id));
-                    let shown = blobs.get_mut(&id).and_then(|blob| blob.1.take());
+                    let shown = blobs.get_mut(&id).and_then(|blob| blob.2.take());
                     prop_assert_eq!(answer == OK, shown.is_some());
                 }
                 Step::Unref(id) => {
@@ -168,11 +173,17 @@ proptest! {
                 }
             }
             for page in 0..PAGES {
-                let there = blobs.iter().find(|(_, (pages, at))| {
+                let there = blobs.iter().find(|(_, (pages, _, at))| {
                     at.is_some_and(|at| (at..at + pages).contains(&page))
                 });
                 prop_assert_eq!(m.seen(page), there.map(|(&id, _)| id as u8));
             }
+            let shared = blobs.values().filter(|blob| blob.1);
+            let mut reached: Vec<_> = shared
+                .filter_map(|&(pages, _, at)| Some((REGION + at? * PAGE, pages * PAGE)))
+                .collect();
+            reached.sort_unstable();
+            prop_assert_eq!(m.reached.mapped(), reached);
         }
     }
 }

@@ -1,13 +1,17 @@
 //! The device with a renderer in a thread of the test's: what it is sent, and what the driver hears.
 
 use std::{
+    fs::File,
     io::Write,
     os::unix::fs::FileExt,
     sync::{Arc, Mutex, mpsc},
     thread,
 };
 
-use rustix::net::{AddressFamily, SocketFlags, SocketType, socketpair};
+use rustix::{
+    fs::{MemfdFlags, memfd_create},
+    net::{AddressFamily, SocketFlags, SocketType, socketpair},
+};
 use virtio_queue::desc::split::Descriptor;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
@@ -18,6 +22,8 @@ use crate::{
     dmabuf::Exporter,
     hypervisor::test_util::FakeHypervisor,
     memory::GuestRam,
+    pci::BarHandler,
+    vfio::{DeviceReach, test_util::FakeSpace},
     virtio::{
         VirtioDevice,
         gpu::{DisplayConfig, Gpu, Mode, tests::rect},
@@ -29,6 +35,8 @@ const REQUEST: u64 = 0x10_0000;
 const RESPONSE: u64 = 0x1f_0000;
 const PAGE: u64 = 4096;
 const PAGES: u64 = 16;
+/// Where the guest has the region.
+const REGION: u64 = 0x10_0000_0000;
 const OK: u32 = VIRTIO_GPU_RESP_OK_NODATA;
 
 /// What a renderer was asked, and how it answers.
@@ -149,7 +157,7 @@ fn answer(call: &Call) -> Say {
 }
 
 fn give_memory(say: &mut Say, id: u32) {
-    let mut file = tempfile::tempfile().unwrap();
+    let mut file = File::from(memfd_create("blob", MemfdFlags::CLOEXEC).unwrap());
     file.write_all(&[id as u8; 2 * PAGE as usize]).unwrap();
     say.file = Some(file);
     say.head.value = 1;
@@ -161,6 +169,8 @@ struct Machine {
     display: DisplayHandle,
     fake: Fake,
     arena: u64,
+    /// What passed-through devices reach.
+    reached: Arc<FakeSpace>,
 }
 
 fn machine() -> Machine {
@@ -177,7 +187,14 @@ fn machine() -> Machine {
     };
     let display = DisplayHandle::new(config, Arc::new(Exporter::none())).unwrap();
     let fake = Fake::default();
-    let memory = HostMemory::new(PAGES * PAGE, false, Arc::new(FakeHypervisor::default())).unwrap();
+    let (reach, reached) = (
+        Arc::<DeviceReach>::default(),
+        Arc::new(FakeSpace::default()),
+    );
+    reach.attach(reached.clone());
+    let hypervisor = Arc::new(FakeHypervisor::default());
+    let memory = HostMemory::new(PAGES * PAGE, false, hypervisor, reach).unwrap();
+    memory.mapped(Some(REGION));
     let crate::pci::BarContent::Pieces { pieces, .. } = memory.shared_memory().unwrap().content
     else {
         panic!("no memory");
@@ -198,6 +215,7 @@ fn machine() -> Machine {
         gpu,
         display,
         fake,
+        reached,
     };
     machine.activate();
     machine

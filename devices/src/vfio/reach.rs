@@ -1,0 +1,317 @@
+//! Memory of the machine's own devices in reach of passed-through ones: blobs that the guest may give to another
+//! device, each by itself, at the address at which the guest sees it, while it lies there.
+//!
+//! The GPU tells of its blobs whether or not there are passed-through devices, which come and go with the address
+//! space that bounds them. A host that cannot map a blob for them has devices that do not reach it, and works
+//! otherwise.
+
+use std::{
+    collections::BTreeMap,
+    fmt,
+    fs::File,
+    io,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
+};
+
+use super::iommu::Iommu;
+use crate::memory::FileKind;
+
+/// Dma-bufs that are kept open, so that devices which come later reach them too: a guest can make more than this
+/// process may have descriptors.
+const MAX_DMABUFS: usize = 256;
+
+/// What memory can be mapped in for devices' DMA: an [`Iommu`], but in unit tests.
+pub trait DmaSpace: fmt::Debug + Send + Sync {
+    /// Maps `len` bytes at `iova`, until the result is dropped.
+    fn map(
+        self: Arc<Self>,
+        iova: u64,
+        len: u64,
+        source: &Source,
+    ) -> io::Result<Box<dyn fmt::Debug + Send>>;
+}
+
+impl DmaSpace for Iommu {
+    fn map(
+        self: Arc<Self>,
+        iova: u64,
+        len: u64,
+        source: &Source,
+    ) -> io::Result<Box<dyn fmt::Debug + Send>> {
+        let mapping = match &source.0 {
+            Memory::Mapped(host) => {
+                let host = std::ptr::without_provenance_mut(*host as usize);
+                // SAFETY: the promise of `Source::new`.
+                unsafe { self.map_address(iova, host, len) }
+            }
+            Memory::DmaBuf(file) => self.map_file(iova, file, 0, len),
+        };
+        Ok(Box::new(mapping?))
+    }
+}
+
+/// A blob's memory.
+#[derive(Debug)]
+pub struct Source(Memory);
+
+#[derive(Debug)]
+enum Memory {
+    /// A memory file: where it is mapped. The kernel pins its pages.
+    Mapped(u64),
+    /// Mapped as what it is or not at all: its exporter may move what a processor's mapping shows, and would tell no
+    /// IOMMU.
+    DmaBuf(File),
+}
+
+impl Source {
+    /// A blob of `file`'s memory, from its first byte on, that is mapped at `host`; an error if it is of a kind that
+    /// devices cannot be given.
+    ///
+    /// # Safety
+    /// It stays mapped there, and nobody in this process refers to it, while a [`Reachable`] made of this is there.
+    pub unsafe fn new(file: &File, host: u64) -> io::Result<Self> {
+        Ok(Self(match FileKind::of(file)? {
+            FileKind::Memory => Memory::Mapped(host),
+            FileKind::DmaBuf => Memory::DmaBuf(file.try_clone()?),
+            FileKind::Other => return Err(io::ErrorKind::Unsupported.into()),
+        }))
+    }
+}
+
+#[derive(Debug)]
+struct Blob {
+    address: Option<u64>,
+    len: u64,
+    source: Source,
+    mapping: Option<Box<dyn fmt::Debug + Send>>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    space: Option<Arc<dyn DmaSpace>>,
+    blobs: BTreeMap<u64, Blob>,
+    /// Of the last blob.
+    number: u64,
+    dmabufs: usize,
+}
+
+/// All blobs that passed-through devices may reach.
+#[derive(Debug, Default)]
+pub struct DeviceReach {
+    state: Mutex<State>,
+    /// Whether a failure was told: it will be the same for each.
+    told: AtomicBool,
+}
+
+impl DeviceReach {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// There are passed-through devices from now on, which `space` bounds.
+    pub fn attach(&self, space: Arc<dyn DmaSpace>) {
+        let state = &mut *self.lock();
+        state.space = Some(space.clone());
+        for blob in state.blobs.values_mut() {
+            self.map(blob, &space);
+        }
+    }
+
+    /// There are none any more.
+    pub fn detach(&self) {
+        let state = &mut *self.lock();
+        for blob in state.blobs.values_mut() {
+            blob.mapping = None;
+        }
+        state.space = None;
+    }
+
+    /// Has devices reach a blob of `len` bytes, which lies at `address` if the guest has it anywhere now.
+    pub fn add(
+        self: &Arc<Self>,
+        address: Option<u64>,
+        len: u64,
+        source: io::Result<Source>,
+    ) -> Option<Reachable> {
+        let source = source.inspect_err(|error| self.tell(error, None)).ok()?;
+        let state = &mut *self.lock();
+        if let Memory::DmaBuf(_) = source.0 {
+            if state.dmabufs >= MAX_DMABUFS {
+                self.tell(&"as many dma-bufs are mapped as can be", Some(&source));
+                return None;
+            }
+            state.dmabufs += 1;
+        }
+        let mut blob = Blob {
+            address,
+            len,
+            source,
+            mapping: None,
+        };
+        if let Some(space) = &state.space {
+            self.map(&mut blob, space);
+        }
+        state.number += 1;
+        state.blobs.insert(state.number, blob);
+        Some(Reachable {
+            reach: self.clone(),
+            number: state.number,
+        })
+    }
+
+    fn map(&self, blob: &mut Blob, space: &Arc<dyn DmaSpace>) {
+        blob.mapping = None;
+        let Some(address) = blob.address else { return };
+        match space.clone().map(address, blob.len, &blob.source) {
+            Ok(mapping) => blob.mapping = Some(mapping),
+            Err(error) => self.tell(&error, Some(&blob.source)),
+        }
+    }
+
+    /// Says once that a blob is out of devices' reach.
+    fn tell(&self, error: &dyn fmt::Display, source: Option<&Source>) {
+        if !self.told.swap(true, Ordering::Relaxed) {
+            let hint = match source.map(|source| &source.0) {
+                Some(Memory::DmaBuf(_)) => {
+                    "Linux maps no dma-bufs of graphics drivers for devices: have the guest's programs copy"
+                }
+                Some(Memory::Mapped(_)) => "check the limit of locked memory (ulimit -l)",
+                None => "have the guest's programs copy",
+            };
+            tracing::info!(%error, hint, "passed-through devices cannot reach a blob of the GPU's");
+        }
+    }
+}
+
+/// A blob in devices' reach. Dropping takes it out, and returns when no device reaches it any more.
+#[derive(Debug)]
+pub struct Reachable {
+    reach: Arc<DeviceReach>,
+    number: u64,
+}
+
+impl Reachable {
+    /// The guest has it elsewhere from now on, or nowhere.
+    pub fn moved(&self, address: Option<u64>) {
+        let state = &mut *self.reach.lock();
+        let Some(blob) = state.blobs.get_mut(&self.number) else {
+            return;
+        };
+        blob.address = address;
+        match &state.space {
+            Some(space) => self.reach.map(blob, space),
+            None => blob.mapping = None,
+        }
+    }
+}
+
+impl Drop for Reachable {
+    fn drop(&mut self) {
+        let state = &mut *self.reach.lock();
+        if let Some(blob) = state.blobs.remove(&self.number)
+            && let Memory::DmaBuf(_) = blob.source.0
+        {
+            state.dmabufs -= 1;
+        }
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod test_util {
+    use super::*;
+
+    /// An address space that remembers what is mapped: address and length.
+    #[derive(Debug, Default)]
+    pub struct FakeSpace {
+        pub mapped: Mutex<BTreeMap<u64, u64>>,
+        /// Whether it maps nothing.
+        pub refuses: bool,
+    }
+
+    #[derive(Debug)]
+    struct FakeMapping(Arc<FakeSpace>, u64);
+
+    impl Drop for FakeMapping {
+        fn drop(&mut self) {
+            self.0.mapped.lock().unwrap().remove(&self.1);
+        }
+    }
+
+    impl FakeSpace {
+        pub fn mapped(&self) -> Vec<(u64, u64)> {
+            let mapped = self.mapped.lock().unwrap();
+            mapped.iter().map(|(&at, &len)| (at, len)).collect()
+        }
+    }
+
+    impl DmaSpace for FakeSpace {
+        fn map(
+            self: Arc<Self>,
+            iova: u64,
+            len: u64,
+            _: &Source,
+        ) -> io::Result<Box<dyn fmt::Debug + Send>> {
+            if self.refuses {
+                return Err(io::ErrorKind::Unsupported.into());
+            }
+            let before = self.mapped.lock().unwrap().insert(iova, len);
+            assert!(before.is_none(), "{iova:#x} is mapped twice");
+            Ok(Box::new(FakeMapping(self, iova)))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::{MemfdFlags, memfd_create};
+
+    use super::{test_util::FakeSpace, *};
+
+    fn memory() -> io::Result<Source> {
+        let file = File::from(memfd_create("blob", MemfdFlags::CLOEXEC).unwrap());
+        // SAFETY: nothing is mapped anywhere.
+        unsafe { Source::new(&file, 0x1000) }
+    }
+
+    #[test]
+    fn blobs_are_mapped_while_they_and_devices_are_there() {
+        let reach = Arc::<DeviceReach>::default();
+        let early = reach.add(Some(0x1_0000), 0x1000, memory()).unwrap();
+        let nowhere = reach.add(None, 0x1000, memory()).unwrap();
+        let space = Arc::new(FakeSpace::default());
+        reach.attach(space.clone());
+        assert_eq!(space.mapped(), [(0x1_0000, 0x1000)]);
+        let late = reach.add(Some(0x2_0000), 0x2000, memory()).unwrap();
+        assert_eq!(space.mapped(), [(0x1_0000, 0x1000), (0x2_0000, 0x2000)]);
+        early.moved(None);
+        nowhere.moved(Some(0x3_0000));
+        assert_eq!(space.mapped(), [(0x2_0000, 0x2000), (0x3_0000, 0x1000)]);
+        drop(late);
+        assert_eq!(space.mapped(), [(0x3_0000, 0x1000)]);
+        reach.detach();
+        assert_eq!(space.mapped(), []);
+        nowhere.moved(Some(0x4_0000));
+        reach.attach(space.clone());
+        assert_eq!(space.mapped(), [(0x4_0000, 0x1000)]);
+        drop((early, nowhere));
+        assert_eq!(space.mapped(), []);
+    }
+
+    #[test]
+    fn what_cannot_be_mapped_harms_nothing() {
+        let reach = Arc::<DeviceReach>::default();
+        reach.attach(Arc::new(FakeSpace {
+            refuses: true,
+            ..Default::default()
+        }));
+        let blob = reach.add(Some(0x1000), 0x1000, memory()).unwrap();
+        assert!(reach.told.load(Ordering::Relaxed));
+        blob.moved(Some(0x2000));
+        // SAFETY: nothing is mapped anywhere.
+        let device = unsafe { Source::new(&File::open("/proc/version").unwrap(), 0) };
+        assert!(reach.add(Some(0x9000), 0x1000, device).is_none());
+    }
+}
