@@ -64,7 +64,17 @@ impl Edu {
 
     /// Copies 4 KiB between two bus addresses, through its buffer.
     pub fn copy(&self, from: u64, to: u64) -> Result<()> {
-        self.transfer(from, BUFFER, 0)?;
+        self.read(from)?;
+        self.write(to)
+    }
+
+    /// Fills its buffer of 4 KiB from a bus address.
+    pub fn read(&self, from: u64) -> Result<()> {
+        self.transfer(from, BUFFER, 0)
+    }
+
+    /// Writes its buffer to a bus address.
+    pub fn write(&self, to: u64) -> Result<()> {
         self.transfer(BUFFER, to, DMA_FROM_BUFFER)
     }
 }

@@ -5,7 +5,7 @@ use std::{ffi::CString, fs::File, os::fd::AsRawFd, process::ExitCode};
 
 use fanlight_tests::{
     Context, Failure, Result, echo, edu, evdev,
-    graphics::{blobs, drm, gl, vulkan},
+    graphics::{blobs, drm, gl, shared, vulkan},
     noiommu::Interrupt,
     painting, raw_gpu, rogue, screen,
 };
@@ -85,6 +85,7 @@ fn act(arguments: &[String]) -> Result<String> {
         [verb] if verb == "serve-blobs" => blobs::serve(),
         [verb] if verb == "serve-raw-blobs" => raw_gpu::serve_blobs(),
         [verb] if verb == "blobs-until-refused" => blobs::until_refused(),
+        [verb] if verb == "shared-blobs" => shared::with_a_device(),
         [verb] if verb == "show-blob" => drm::show_blob(0x0000_c000),
         [verb] if verb == "show-red" => drm::show([1.0, 0.0, 0.0]),
         _ => Err(Failure(
@@ -92,7 +93,7 @@ fn act(arguments: &[String]) -> Result<String> {
              kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts KIND COUNT | \
              break VENDOR:DEVICE | screen IDS BAR OFFSET | buffers | listen | \
              paint WIDTH HEIGHT MICROSECONDS COLOUR | neighbours COUNT | gl | vulkan | blobs COUNT PAIRS | \
-             serve-blobs | serve-raw-blobs | blobs-until-refused | show-blob | show-red"
+             serve-blobs | serve-raw-blobs | blobs-until-refused | shared-blobs | show-blob | show-red"
                 .into(),
         )),
     }

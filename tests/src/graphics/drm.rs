@@ -12,6 +12,7 @@ use crate::{
 const CONTEXT_PARAM_CAPSET_ID: u64 = 1;
 const BLOB_MEM_HOST3D: u32 = 2;
 const BLOB_FLAG_USE_MAPPABLE: u32 = 1;
+const BLOB_FLAG_USE_SHAREABLE: u32 = 2;
 const CAPSET_VIRGL2: u64 = 2;
 const CAPSET_VENUS: u64 = 4;
 pub(super) const PAGE: u64 = 4096;
@@ -45,9 +46,19 @@ pub(super) struct Blob<'a> {
 impl<'a> Blob<'a> {
     /// One of so many bytes, which the driver shows at once.
     pub(super) fn new(device: &'a Device, size: u64) -> Result<Self> {
+        Self::with_flags(device, size, BLOB_FLAG_USE_MAPPABLE)
+    }
+
+    /// The same, to be shared with other devices.
+    pub(super) fn shareable(device: &'a Device, size: u64) -> Result<Self> {
+        let flags = BLOB_FLAG_USE_MAPPABLE | BLOB_FLAG_USE_SHAREABLE;
+        Self::with_flags(device, size, flags)
+    }
+
+    fn with_flags(device: &'a Device, size: u64, blob_flags: u32) -> Result<Self> {
         let mut create = VirtgpuResourceCreateBlob {
             blob_mem: BLOB_MEM_HOST3D,
-            blob_flags: BLOB_FLAG_USE_MAPPABLE,
+            blob_flags,
             size,
             ..Default::default()
         };
@@ -60,7 +71,7 @@ impl<'a> Blob<'a> {
         })
     }
 
-    fn map(&self) -> Result<Mmio> {
+    pub(super) fn map(&self) -> Result<Mmio> {
         let mut map = VirtgpuMap {
             handle: self.handle,
             ..Default::default()

@@ -3,4 +3,5 @@
 pub mod blobs;
 pub mod drm;
 pub mod gl;
+pub mod shared;
 pub mod vulkan;

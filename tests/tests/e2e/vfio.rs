@@ -155,11 +155,28 @@ fn igb_guest(assets: &Assets, script: &str) -> Result<GuestBuilder> {
     assets.guest(&script).modules(&["igbvf"])
 }
 
+/// Gives a guest that has the edu device a GPU whose blobs the two share.
+fn with_blobs(guest: GuestBuilder) -> Result<GuestBuilder> {
+    let guest = guest.modules(&["virtio_gpu"])?;
+    let guest = guest.option("--gpu", "outputs=640x480,renderer=venus");
+    guest.with_graphics()
+}
+
+/// Has the device copy in blobs.
+const SHARE: &str = "mount -t debugfs debugfs /sys/kernel/debug; guest-agent shared-blobs";
+
+/// What the guest and Fanlight said of it.
+fn check_shared(said: &str) -> Result<()> {
+    let copied = said.contains("agent: a device copied in blobs that are shared");
+    ensure(copied && !said.contains("cannot reach a blob"), said)
+}
+
 fn igb_data(assets: &Assets, iommufd: &str) -> Result<()> {
     let (physical, vf) = virtual_function(assets, IGB)?;
     interface_up(&physical, "10.9.0.1/24")?;
+    let share = if iommufd == "on" { ":" } else { SHARE };
     let script = format!(
-        "echo ready; until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done
+        "{share}; echo ready; until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done
          {UP}; echo capabilities: $(od -An -tx1 -j256 -N4 /sys/class/net/eth0/device/config)
          guest-agent call tcp:10.9.0.1:5000 {BYTES}
          guest-agent serve tcp:0.0.0.0:5001
@@ -171,7 +188,7 @@ fn igb_data(assets: &Assets, iommufd: &str) -> Result<()> {
         let device = format!("{vf},iommufd=on");
         guest.option("--vfio", device).start()?
     } else {
-        in_container(assets, guest, &vf)?
+        in_container(assets, with_blobs(guest)?, &vf)?
     };
     serve(&mut guest, 1)?;
     guest.converse(|| echo::call(&Address::Tcp("10.9.0.2:5001".into()), BYTES))?;
@@ -180,6 +197,7 @@ fn igb_data(assets: &Assets, iommufd: &str) -> Result<()> {
     let interface = if iommufd == "on" {
         "iommufd"
     } else {
+        check_shared(&said)?;
         "container"
     };
     ensure(said.contains(&format!("iommu=\"{interface}\"")), &said)?;
@@ -430,8 +448,11 @@ fn come_and_go(assets: &Assets) -> Result<()> {
     let (physical, vf) = virtual_function(assets, IGB)?;
     let edu = whole_function(assets, edu::IDS)?;
     interface_up(&physical, "10.9.0.1/24")?;
-    let script = "echo ready; while read -r line; do eval \"$line\"; done";
-    let guest = igb_guest(assets, script)?;
+    let script = format!(
+        "edu=$(dirname $(grep -l 0x11e8 /sys/bus/pci/devices/*/device))
+         {SHARE}; echo ready; while read -r line; do eval \"$line\"; done"
+    );
+    let guest = with_blobs(igb_guest(assets, &script)?)?;
     let socket = guest.path("api");
     let guest = guest
         .option("--api-socket", &socket)
@@ -502,9 +523,12 @@ fn come_and_go(assets: &Assets) -> Result<()> {
         let unbound = unbound.join().map_err(|_| Failure("a panic".into()))?;
         unbound.context(format!("cannot unbind {address}"))?;
     }
-    guest.send("echo left: $(ls /sys/class/net) $(head -c 2 /sys/bus/pci/devices/0000:00:01.0/config | od -An -tx1); poweroff -f\n")?;
+    guest.send(
+        "echo left: $(ls /sys/class/net) $(head -c 2 $edu/config | od -An -tx1); poweroff -f\n",
+    )?;
     guest.expect_exit(0)?;
     let said = guest.transcript();
+    check_shared(&said)?;
     ensure(value(&said, "left:")? == "lo ff ff", &said)
 }
 
