@@ -87,7 +87,7 @@ fn act(arguments: &[String]) -> Result<String> {
         [verb] if verb == "blobs-until-refused" => blobs::until_refused(),
         [verb] if verb == "shared-blobs" => shared::with_a_device(),
         [verb] if verb == "show-blob" => drm::show_blob(0x0000_c000),
-        [verb] if verb == "show-red" => drm::show([1.0, 0.0, 0.0]),
+        [verb] if verb == "show-red" => drm::show([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]),
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
              kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts KIND COUNT | \

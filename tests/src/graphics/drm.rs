@@ -3,7 +3,7 @@
 use crate::{
     Context, Failure, Result,
     drm::{
-        Card, Device, ModeInfo, VirtgpuContextInit, VirtgpuExecbuffer, VirtgpuMap,
+        Card, Device, ModeInfo, Shown, VirtgpuContextInit, VirtgpuExecbuffer, VirtgpuMap,
         VirtgpuResourceCreate, VirtgpuResourceCreateBlob, VirtgpuWait, address,
     },
     pci::Mmio,
@@ -110,8 +110,9 @@ const CCMD_CLEAR: u32 = 7;
 const OBJECT_SURFACE: u32 = 8;
 const PIPE_CLEAR_COLOR0: u32 = 4;
 
-/// Has the host fill a screen with a colour, and shows it until standard input ends.
-pub fn show(colour: [f32; 3]) -> Result<String> {
+/// Has the host fill a screen with a colour, and shows it until a line comes; then with the next one, of which nobody is
+/// told, until another line comes.
+pub fn show(colours: [[f32; 3]; 2]) -> Result<String> {
     let card = Card::of(with_context(CAPSET_VIRGL2)?)?;
     let mode = preferred(&card)?;
     let (width, height) = mode.size();
@@ -129,8 +130,13 @@ pub fn show(colour: [f32; 3]) -> Result<String> {
     };
     // SAFETY: the structure is the whole of the argument.
     unsafe { card.device().call(&mut texture) }.context("cannot make a texture")?;
-    fill(card.device(), &texture, colour)?;
-    present(&card, texture.bo_handle, mode)
+    fill(card.device(), &texture, colours[0])?;
+    let _shown = present(&card, texture.bo_handle, mode)?;
+    wait_for_line();
+    fill(card.device(), &texture, colours[1])?;
+    println!("agent: drawn again");
+    wait_for_line();
+    Ok("shown".into())
 }
 
 /// Draws a colour (0x00RRGGBB) into a blob of the renderer's, and shows it until standard input ends.
@@ -144,7 +150,9 @@ pub fn show_blob(colour: u32) -> Result<String> {
     for at in (0..size as usize).step_by(4) {
         memory.write(at, colour);
     }
-    present(&card, blob.handle, mode)
+    let _shown = present(&card, blob.handle, mode)?;
+    wait_for_line();
+    Ok("shown".into())
 }
 
 fn preferred(card: &Card) -> Result<ModeInfo> {
@@ -152,15 +160,18 @@ fn preferred(card: &Card) -> Result<ModeInfo> {
     mode.ok_or_else(|| Failure("the output has no modes".into()))
 }
 
-/// Shows a buffer in a mode of its size until standard input ends.
-fn present(card: &Card, handle: u32, mode: ModeInfo) -> Result<String> {
+/// Shows a buffer in a mode of its size.
+fn present(card: &Card, handle: u32, mode: ModeInfo) -> Result<Shown> {
     let (width, height) = mode.size();
     let shown = card.framebuffer(handle, width, height)?;
     card.set(&shown, mode)?;
     card.dirty(&shown)?;
     println!("agent: showing {width}x{height}");
+    Ok(shown)
+}
+
+fn wait_for_line() {
     let _ = std::io::stdin().read_line(&mut String::new());
-    Ok("shown".into())
 }
 
 /// Has the host fill a texture, and waits until it has.

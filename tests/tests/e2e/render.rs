@@ -10,11 +10,16 @@ use std::{
 };
 
 use fanlight::renderer::sandbox;
-use fanlight_api::{client::Client, display::Screenshot, methods::GpuScreenshot};
+use fanlight_api::{
+    client::Client,
+    display::{OutputIndex, Screenshot},
+    methods::{GpuExportScanout, GpuScreenshot},
+};
 use fanlight_tests::{
     Context, Failure, Result,
     display::Screen,
     guest::{Assets, Guest, GuestBuilder, ensure},
+    pci::Mmio,
 };
 use rustix::process::{Pid, Signal, kill_process};
 
@@ -225,6 +230,18 @@ fn killed(assets: &Assets) -> Result<()> {
     guest.send("\n")?;
     guest.wait_for_times("agent: showing 640x480", 2)?;
     shows([255, 0, 0])?;
+    // What is drawn next is there before anybody is told: an output shows the texture's own memory.
+    let mut other = Client::connect(&socket).context("cannot connect")?;
+    let (exported, fds) = other
+        .call_with::<GpuExportScanout>(&OutputIndex::default(), &[])
+        .context("gpu.export_scanout")?;
+    ensure(exported.offset == 0, format!("{exported:?}"))?;
+    let texture = Mmio::new(&one(fds)?.into(), 0, 4096).context("cannot map a texture")?;
+    guest.send("\n")?;
+    guest.wait_for("agent: drawn again")?;
+    let pixel = texture.read::<u32>(0).to_le_bytes();
+    ensure(pixel[..3] == [0, 255, 0], format!("{pixel:?}"))?;
+    drop(texture);
     guest.send("\n")?;
     guest.wait_for("agent: going on")?;
     let renderer = renderer(&guest)?;

@@ -7,9 +7,13 @@ use std::{
     ptr,
 };
 
-use fanlight_devices::virtio::gpu::protocol::{
-    Box3d, CtxCreate, ResourceCreate3d, ResourceCreateBlob, TransferHost3d,
-    VIRTIO_GPU_BLOB_FLAG_USE_MAPPABLE,
+use fanlight_devices::virtio::gpu::{
+    DRM_FORMAT_MOD_LINEAR,
+    protocol::{
+        Box3d, CtxCreate, ResourceCreate3d, ResourceCreateBlob, TransferHost3d,
+        VIRTIO_GPU_BLOB_FLAG_USE_MAPPABLE,
+    },
+    render::wire::TextureLayout,
 };
 use libc::iovec;
 
@@ -63,6 +67,37 @@ struct CreateArgs {
     last_level: u32,
     nr_samples: u32,
     flags: u32,
+}
+
+/// `VIRGL_RESOURCE_Y_0_TOP`: rows lie in memory in the other order than transfers have them.
+const RESOURCE_Y_0_TOP: u32 = 1;
+
+/// `struct virgl_renderer_resource_info`.
+#[repr(C)]
+#[derive(Default)]
+struct Info {
+    handle: u32,
+    virgl_format: u32,
+    width: u32,
+    height: u32,
+    depth: u32,
+    flags: u32,
+    tex_id: u32,
+    stride: u32,
+    drm_fourcc: u32,
+    fd: c_int,
+}
+
+/// `struct virgl_renderer_resource_info_ext`, with room for what a later library may add.
+#[repr(C)]
+#[derive(Default)]
+struct InfoExt {
+    version: c_int,
+    base: Info,
+    has_dmabuf_export: u8,
+    planes: c_int,
+    modifier: u64,
+    more: [u64; 16],
 }
 
 /// `struct virgl_renderer_resource_create_blob_args`.
@@ -140,6 +175,8 @@ functions! {
     transfer_write = "virgl_renderer_transfer_write_iov": fn(u32, u32, c_int, u32, u32, *mut VirglBox, u64, *mut iovec, u32) -> c_int;
     get_map_info = "virgl_renderer_resource_get_map_info": fn(u32, *mut u32) -> c_int;
     export_blob = "virgl_renderer_resource_export_blob": fn(u32, *mut u32, *mut c_int) -> c_int;
+    get_info_ext = "virgl_renderer_resource_get_info_ext": fn(c_int, *mut InfoExt) -> c_int;
+    get_fd_for_texture = "virgl_renderer_get_fd_for_texture2": fn(u32, *mut c_int, *mut c_int, *mut c_int) -> c_int;
     create_fence = "virgl_renderer_create_fence": fn(c_int, u32) -> c_int;
     context_create_fence = "virgl_renderer_context_create_fence": fn(u32, u32, u32, u64) -> c_int;
 }
@@ -425,6 +462,38 @@ impl Library {
         } else {
             Err(Refused)
         }
+    }
+
+    /// A texture's memory as a dma-buf, if its rows lie one behind the other in it, the first one first.
+    pub fn export_texture(&self, resource: u32) -> Result<(File, TextureLayout), Refused> {
+        let mut info = InfoExt::default();
+        // SAFETY: the structure is written, and has room for more than is known of it.
+        done(unsafe { (self.functions.get_info_ext)(resource.cast_signed(), &mut info) })?;
+        let base = &info.base;
+        if info.has_dmabuf_export == 0
+            || info.planes != 1
+            || info.modifier != DRM_FORMAT_MOD_LINEAR
+            || base.flags & RESOURCE_Y_0_TOP != 0
+        {
+            return Err(Refused);
+        }
+        let (mut fd, mut stride, mut offset) = (-1, 0, 0);
+        let texture = base.tex_id;
+        // SAFETY: what is pointed to is written.
+        done(unsafe {
+            (self.functions.get_fd_for_texture)(texture, &mut fd, &mut stride, &mut offset)
+        })?;
+        if fd < 0 {
+            return Err(Refused);
+        }
+        // SAFETY: the library has just made it, for us.
+        let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
+        let layout = TextureLayout {
+            fourcc: base.drm_fourcc,
+            stride: u32::try_from(stride).map_err(|_| Refused)?,
+            offset: u32::try_from(offset).map_err(|_| Refused)?,
+        };
+        Ok((file, layout))
     }
 
     pub fn fence(&self, number: u32) -> Result<(), Refused> {

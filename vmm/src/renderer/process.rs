@@ -20,9 +20,9 @@ use fanlight_devices::{
         render::{
             ReadBack,
             wire::{
-                CALL_EXPORT, CALL_FENCE, CALL_READ_BACK, CALL_START, Call, CapsetInfo, FAILED,
-                FAILED_NO_FILES, FenceAt, RamRange, SAY_DONE, SAY_FAILED, SAY_FENCE, SAY_READY,
-                Say, Start,
+                CALL_EXPORT, CALL_EXPORT_TEXTURE, CALL_FENCE, CALL_READ_BACK, CALL_START, Call,
+                CapsetInfo, FAILED, FAILED_NO_FILES, FenceAt, RamRange, SAY_DONE, SAY_FAILED,
+                SAY_FENCE, SAY_READY, Say, Start,
             },
         },
     },
@@ -327,6 +327,13 @@ impl Renderer {
                 let (file, info) = library.export(command.resource_id.get())?;
                 say.file = Some(file);
                 say.head.value = info;
+            }
+            CALL_EXPORT_TEXTURE => {
+                let command: ResourceId = body(&call)?;
+                if let Ok((file, layout)) = library.export_texture(command.resource_id.get()) {
+                    say.file = Some(file);
+                    say.data = layout.as_bytes().into();
+                }
             }
             CALL_READ_BACK => return self.read_back(&call),
             VIRTIO_GPU_CMD_GET_CAPSET => {

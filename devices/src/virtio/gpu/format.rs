@@ -72,6 +72,25 @@ impl Format {
         FORMATS.into_iter().find(|format| format.id == id)
     }
 
+    /// The format of DRM's name.
+    pub fn from_fourcc(fourcc: u32) -> Option<Self> {
+        FORMATS.into_iter().find(|format| format.fourcc() == fourcc)
+    }
+
+    /// The same where alpha has no meaning.
+    pub fn opaque(self) -> Self {
+        let rgb = |format: &Self| [format.red, format.green, format.blue];
+        let mut opaque = FORMATS.into_iter().filter(|format| format.alpha.is_none());
+        opaque
+            .find(|format| rgb(format) == rgb(&self))
+            .unwrap_or(self)
+    }
+
+    /// Whether alpha has a meaning.
+    pub fn has_alpha(self) -> bool {
+        self.alpha.is_some()
+    }
+
     /// The device's number for it.
     pub fn id(self) -> u32 {
         self.id
@@ -117,6 +136,10 @@ mod tests {
                 assert_eq!(alpha, at(b'a'));
             }
             assert_eq!(Format::from_id(format.id), Some(format));
+            assert_eq!(Format::from_fourcc(format.fourcc()), Some(format));
+            let opaque = format.opaque();
+            assert!(!opaque.has_alpha());
+            assert_eq!((opaque.red, opaque.blue), (format.red, format.blue));
         }
         assert_eq!(Format::from_id(5), None);
     }

@@ -1,55 +1,28 @@
 //! Commands that are, or may be, the renderer's: checked here, carried out there.
 
-use std::fs::File;
-
 use super::{
     super::{
-        commands::{Answer, CommandError, Input, area},
+        commands::{Answer, CommandError, Input},
         display::State,
         protocol::*,
         resources::Kind,
-        scanout::{Area, Scanout},
     },
     BlobFile, HostKind, Outcome, Places, Renderer, Then,
-    wire::{CALL_EXPORT, CALL_READ_BACK, Call, RamRange, Say},
+    outputs::{set_scanout_blob, show_blob, show_texture},
+    wire::{CALL_EXPORT, Call, RamRange, Say},
 };
 use crate::{
     dmabuf::{MemoryEntry, ScatterList},
     virtio::gpu::display::DisplayHandle,
 };
 use fanlight_arch::layout::PAGE_SIZE;
-use zerocopy::{Immutable, IntoBytes};
 
 /// Contexts at a time: the renderer may have a process for each.
 const MAX_CONTEXTS: usize = 1 << 10;
 /// The longest command stream. Mesa's are of some hundred KiB.
 const MAX_STREAM: u64 = 64 << 20;
 
-/// What [`CALL_READ_BACK`] is about.
-#[derive(
-    Clone, Copy, Debug, Default, zerocopy::FromBytes, Immutable, IntoBytes, zerocopy::KnownLayout,
-)]
-#[repr(C)]
-pub struct ReadBack {
-    /// The resource.
-    pub resource: u32,
-    /// Bytes from one row to the next in the file.
-    pub stride: u32,
-    /// Left edge.
-    pub x: u32,
-    /// Upper edge.
-    pub y: u32,
-    /// Pixels in a row.
-    pub width: u32,
-    /// Rows.
-    pub height: u32,
-    /// Where in the file the first pixel goes.
-    pub offset: u64,
-    /// Length of the file.
-    pub size: u64,
-}
-
-fn later(call: Call, then: Then) -> Result<Outcome, CommandError> {
+pub(super) fn later(call: Call, then: Then) -> Result<Outcome, CommandError> {
     Ok(Outcome::Later(Box::new(call), then))
 }
 
@@ -90,6 +63,7 @@ impl Renderer {
             VIRTIO_GPU_CMD_RESOURCE_UNREF => self.unref(input.take()?, places),
             VIRTIO_GPU_CMD_RESOURCE_ATTACH_BACKING => attach(input, places),
             VIRTIO_GPU_CMD_RESOURCE_DETACH_BACKING => self.detach(input.take()?, places),
+            VIRTIO_GPU_CMD_SET_SCANOUT => self.set_scanout(&input.take()?, places),
             VIRTIO_GPU_CMD_SET_SCANOUT_BLOB => set_scanout_blob(&input.take()?, places),
             VIRTIO_GPU_CMD_RESOURCE_FLUSH => self.flush(input.take()?, places),
             _ => {
@@ -145,6 +119,7 @@ impl Renderer {
                 let file = say.file.ok_or(CommandError::Renderer)?;
                 show_blob(&mut state, &command, file)
             }
+            Then::Texture(command) => show_texture(&mut state, &command, say),
         }
     }
 
@@ -172,7 +147,7 @@ impl Renderer {
         Ok(Answer::with(VIRTIO_GPU_RESP_OK_MAP_INFO, &info))
     }
 
-    fn is_gone(&self) -> bool {
+    pub(super) fn is_gone(&self) -> bool {
         self.process.is_none()
     }
 
@@ -429,45 +404,6 @@ impl Renderer {
             Then::Backed { id, backed: false },
         )
     }
-
-    /// A texture on an output is read back first. Without a renderer the picture stays as it is.
-    fn flush(&mut self, command: ResourceFlush, places: &Places) -> Result<Outcome, CommandError> {
-        let mut state = places.display.0.lock();
-        let id = command.resource_id.get();
-        let flushed = area(&command.r)?;
-        let visible = visible(&state, id, &flushed);
-        if !self.is_gone()
-            && let Some(visible) = visible
-            && let Ok(host) = state.resources.host_mut(id)
-            && let Some(shown) = &host.shown
-        {
-            let layout = shown.layout;
-            let row = u64::from(visible.y) * u64::from(layout.stride);
-            let body = ReadBack {
-                resource: id,
-                stride: layout.stride,
-                x: visible.x,
-                y: visible.y,
-                width: visible.width,
-                height: visible.height,
-                offset: row + u64::from(visible.x) * 4,
-                size: shown.surface.buffer.size(),
-            };
-            let mut call = Call::new(CALL_READ_BACK, 0, &body);
-            let file = shown.file.try_clone().map_err(CommandError::Host)?;
-            call.file = Some(file);
-            return later(call, Then::Flush(command));
-        }
-        Ok(state.flush(&command)?.into())
-    }
-}
-
-/// What of a flushed rectangle lies in the image and is on some output.
-fn visible(state: &State, id: u32, flushed: &Area) -> Option<Area> {
-    let shown = state.scanouts.iter().flatten();
-    let shown = shown.filter(|scanout: &&Scanout| scanout.resource == id);
-    let parts = shown.filter_map(|scanout| flushed.intersection(&scanout.area));
-    parts.reduce(|one, other| one.union(&other))
 }
 
 fn create_3d(command: ResourceCreate3d, places: &Places) -> Result<Outcome, CommandError> {
@@ -482,46 +418,6 @@ fn create_3d(command: ResourceCreate3d, places: &Places) -> Result<Outcome, Comm
         Call::new(VIRTIO_GPU_CMD_RESOURCE_CREATE_3D, 0, &command),
         Then::Created { id, kind },
     )
-}
-
-/// The memory of a blob of the renderer's is asked for when an output is to show it for the first time.
-fn set_scanout_blob(command: &SetScanoutBlob, places: &Places) -> Result<Outcome, CommandError> {
-    let mut state = places.display.0.lock();
-    let id = command.resource_id.get();
-    if state.features & VIRTIO_GPU_F_RESOURCE_BLOB == 0 {
-        return Err(CommandError::Unknown(VIRTIO_GPU_CMD_SET_SCANOUT_BLOB));
-    }
-    match state.resources.host_mut(id) {
-        Ok(host) if host.pixels.is_none() && matches!(host.kind, HostKind::Blob { .. }) => {
-            let file = host.memory.as_ref().map(|memory| memory.file.try_clone());
-            if let Some(file) = file.transpose().map_err(CommandError::Host)? {
-                return Ok(show_blob(&mut state, command, file)?.into());
-            }
-            let what = ResourceId {
-                resource_id: id.into(),
-                padding: 0.into(),
-            };
-            let call = Call::new(CALL_EXPORT, 0, &what);
-            later(call, Then::Scanout(*command))
-        }
-        _ => Ok(state.set_scanout_blob(command)?.into()),
-    }
-}
-
-fn show_blob(
-    state: &mut State,
-    command: &SetScanoutBlob,
-    file: File,
-) -> Result<Answer, CommandError> {
-    let State {
-        resources,
-        scanouts,
-        ..
-    } = state;
-    let is_on_output =
-        |id| (scanouts.iter().flatten()).any(|scanout: &Scanout| scanout.resource == id);
-    resources.show_blob(command.resource_id.get(), file, is_on_output)?;
-    state.set_scanout_blob(command)
 }
 
 fn attach(input: &mut Input, places: &Places) -> Result<Outcome, CommandError> {

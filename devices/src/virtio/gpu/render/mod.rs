@@ -10,6 +10,7 @@
 
 mod commands;
 mod host_memory;
+mod outputs;
 mod resource;
 #[cfg(test)]
 mod tests;
@@ -24,9 +25,9 @@ use std::{
 
 use rustix::net::RecvFlags;
 
-pub use commands::ReadBack;
 pub use host_memory::HostMemory;
-pub use resource::{BlobFile, HostKind, HostResource};
+pub use outputs::ReadBack;
+pub use resource::{BlobFile, CopyTo, HostKind, HostResource};
 
 use super::{
     commands::{Answer, CommandError},
@@ -85,6 +86,8 @@ pub(super) enum Then {
     Flush(ResourceFlush),
     /// The memory came of a blob that an output is to show.
     Scanout(SetScanoutBlob),
+    /// The memory came of a texture that an output is to show, or there is none.
+    Texture(SetScanout),
 }
 
 /// What became of a command.

@@ -14,6 +14,7 @@ use crate::{
         commands::CommandError,
         format::Format,
         output::Mode,
+        render::wire::TextureLayout,
         resources::{Kind, RESOURCE_COST, ROW_ALIGNMENT, Resources, Surface, host_memory},
         scanout::Layout,
     },
@@ -52,8 +53,10 @@ pub struct HostResource {
     pub mapped: Option<u64>,
     /// Whether it has guest memory.
     pub backed: bool,
-    /// A texture's pixels, as of the last flush, if it was ever on an output.
+    /// A texture's pixels, if it was on an output lately.
     pub shown: Option<Shown>,
+    /// Whether the renderer was asked for a texture's own memory, and has none.
+    pub no_export: bool,
     /// A blob's own memory, if it was on an output lately.
     pub pixels: Option<Arc<Surface>>,
     _charge: Charge,
@@ -68,15 +71,24 @@ pub struct BlobFile {
     pub cache: u32,
 }
 
-/// A copy of a texture's pixels.
+/// A texture's own memory, or a copy of its pixels as of the last flush.
 #[derive(Debug)]
 pub struct Shown {
     /// How they lie there.
     pub layout: Layout,
     /// The memory.
     pub surface: Arc<Surface>,
-    /// The same, for the renderer to write.
-    pub file: Arc<File>,
+    /// Where the renderer is to write what is flushed.
+    pub copy: CopyTo,
+}
+
+/// Where a texture's pixels are read back to when they are flushed.
+#[derive(Clone, Debug)]
+pub enum CopyTo {
+    /// The memory that outputs show.
+    Shown(Arc<File>),
+    /// A page of nobody's: reading a pixel is what has the renderer finish, and outputs show the texture's own memory.
+    Nowhere(Arc<File>),
 }
 
 impl HostResource {
@@ -87,12 +99,12 @@ impl HostResource {
     }
 }
 
-/// Blobs of which outputs can show the memory, each of which is a descriptor of this process's. Programs that draw
+/// Blobs and textures of which outputs can show the memory, each of which is a descriptor or two of this process's. Programs that draw
 /// take turns with two or three.
 const MAX_PIXELS: usize = 64;
 
 impl Resources {
-    /// Has outputs show a blob's memory, which is a dma-buf or a memory file. Blobs that are on no output make room.
+    /// Has outputs show a blob's memory, which is a dma-buf or a memory file.
     pub fn show_blob(
         &mut self,
         id: u32,
@@ -102,19 +114,75 @@ impl Resources {
         let HostKind::Blob { len, .. } = self.host_mut(id)?.kind else {
             return Err(CommandError::Resource(id));
         };
-        let is_dmabuf = FileKind::of(&file).is_ok_and(|kind| kind == FileKind::DmaBuf);
         let end = (&file).seek(SeekFrom::End(0)).map_err(CommandError::Host)?;
         if end < len {
             return Err(CommandError::Renderer);
         }
-        let mut with_pixels = 0;
+        let surface = self.renderer_memory(file, len, is_on_output)?;
+        self.host_mut(id)?.pixels = Some(surface);
+        Ok(())
+    }
+
+    /// Has outputs show a texture's own memory.
+    pub fn show_texture(
+        &mut self,
+        id: u32,
+        file: File,
+        found: TextureLayout,
+        is_on_output: impl Fn(u32) -> bool,
+    ) -> Result<(), CommandError> {
+        let HostKind::Texture {
+            width,
+            height,
+            format,
+        } = self.host_mut(id)?.kind
+        else {
+            return Err(CommandError::Resource(id));
+        };
+        let wanted = Format::from_id(format).ok_or(CommandError::Parameter("format"))?;
+        let format = Format::from_fourcc(found.fourcc).ok_or(CommandError::Renderer)?;
+        let layout = Layout {
+            format: if wanted.has_alpha() {
+                format
+            } else {
+                format.opaque()
+            },
+            width,
+            height,
+            stride: found.stride,
+            offset: found.offset,
+        };
+        let size = (&file).seek(SeekFrom::End(0)).map_err(CommandError::Host)?;
+        layout.check(size)?;
+        let surface = self.renderer_memory(file, size, is_on_output)?;
+        let (page, _) = host_memory(PAGE_SIZE).map_err(CommandError::Host)?;
+        self.host_mut(id)?.shown = Some(Shown {
+            layout,
+            surface,
+            copy: CopyTo::Nowhere(page),
+        });
+        Ok(())
+    }
+
+    /// Memory of the renderer's for outputs to show. What is on no output makes room.
+    fn renderer_memory(
+        &mut self,
+        file: File,
+        len: u64,
+        is_on_output: impl Fn(u32) -> bool,
+    ) -> Result<Arc<Surface>, CommandError> {
+        let is_dmabuf = FileKind::of(&file).is_ok_and(|kind| kind == FileKind::DmaBuf);
+        let mut with_memory = 0;
         for (other, resource) in self.iter_mut() {
-            if let Kind::Host(host) = &mut resource.kind
-                && host.pixels.is_some()
-            {
-                with_pixels += 1;
-                if with_pixels >= MAX_PIXELS && !is_on_output(other) {
+            let Kind::Host(host) = &mut resource.kind else {
+                continue;
+            };
+            let exported = |shown: &mut Shown| matches!(shown.copy, CopyTo::Nowhere(_));
+            if host.pixels.is_some() || host.shown.as_mut().is_some_and(exported) {
+                with_memory += 1;
+                if with_memory >= MAX_PIXELS && !is_on_output(other) {
                     host.pixels = None;
+                    host.shown.take_if(exported);
                 }
             }
         }
@@ -129,9 +197,7 @@ impl Resources {
             len,
         };
         let charge = self.charge(RESOURCE_COST)?;
-        let surface = Surface::new(vec![piece], Arc::new(charge));
-        self.host_mut(id)?.pixels = Some(surface);
-        Ok(())
+        Ok(Surface::new(vec![piece], Arc::new(charge)))
     }
 
     /// Enters a resource that the renderer has made.
@@ -148,6 +214,7 @@ impl Resources {
             mapped: None,
             backed: false,
             shown: None,
+            no_export: false,
             pixels: None,
             _charge: self.charge(RESOURCE_COST)?,
         };
@@ -163,7 +230,7 @@ impl Resources {
         }
     }
 
-    /// Gives a texture memory for what outputs show of it; how it lies there.
+    /// Gives a texture memory for what outputs show of it, unless it shows its own; how it lies there.
     pub fn show(&mut self, id: u32) -> Result<Layout, CommandError> {
         let host = self.host_mut(id)?;
         if let Some(shown) = &host.shown {
@@ -201,7 +268,7 @@ impl Resources {
         self.host_mut(id)?.shown = Some(Shown {
             layout,
             surface,
-            file,
+            copy: CopyTo::Shown(file),
         });
         Ok(layout)
     }

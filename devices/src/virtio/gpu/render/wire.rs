@@ -33,6 +33,9 @@ pub const CALL_READ_BACK: u32 = 2;
 pub const CALL_START: u32 = 4;
 /// Only the fence.
 pub const CALL_FENCE: u32 = 3;
+/// A texture's memory as a dma-buf, with its [`TextureLayout`]; without either if it cannot be had, or its rows are not one
+/// behind the other.
+pub const CALL_EXPORT_TEXTURE: u32 = 5;
 
 /// The renderer is there: the data are [`CapsetInfo`]s.
 pub const SAY_READY: u32 = 1;
@@ -72,6 +75,20 @@ pub struct CapsetInfo {
     pub max_version: u32,
     /// The longest content in bytes.
     pub max_size: u32,
+}
+
+/// How a texture lies in its memory.
+#[derive(
+    Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout, PartialEq, Eq,
+)]
+#[repr(C)]
+pub struct TextureLayout {
+    /// DRM's name for its format.
+    pub fourcc: u32,
+    /// Bytes from one row to the next.
+    pub stride: u32,
+    /// Where the first row starts.
+    pub offset: u32,
 }
 
 /// A place in the order of fences.

@@ -1,0 +1,196 @@
+//! What of the renderer's outputs show: textures and blobs.
+
+use std::fs::File;
+
+use fanlight_arch::layout::PAGE_SIZE;
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+use super::{
+    super::{
+        commands::{Answer, CommandError, area},
+        display::State,
+        format::Format,
+        protocol::*,
+        scanout::{Area, Scanout},
+    },
+    CopyTo, HostKind, Outcome, Places, Renderer, Then,
+    commands::later,
+    wire::{CALL_EXPORT, CALL_EXPORT_TEXTURE, CALL_READ_BACK, Call, Say, TextureLayout},
+};
+
+/// What [`CALL_READ_BACK`] is about.
+#[derive(Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, zerocopy::KnownLayout)]
+#[repr(C)]
+pub struct ReadBack {
+    /// The resource.
+    pub resource: u32,
+    /// Bytes from one row to the next in the file.
+    pub stride: u32,
+    /// Left edge.
+    pub x: u32,
+    /// Upper edge.
+    pub y: u32,
+    /// Pixels in a row.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
+    /// Where in the file the first pixel goes.
+    pub offset: u64,
+    /// Length of the file.
+    pub size: u64,
+}
+
+impl Renderer {
+    /// A texture's own memory is asked for when an output is to show it for the first time.
+    pub(super) fn set_scanout(
+        &self,
+        command: &SetScanout,
+        places: &Places,
+    ) -> Result<Outcome, CommandError> {
+        let mut state = places.display.0.lock();
+        let id = command.resource_id.get();
+        if !self.is_gone()
+            && let Ok(host) = state.resources.host_mut(id)
+            && let HostKind::Texture { .. } = host.kind
+            && host.shown.is_none()
+            && !host.no_export
+        {
+            let what = ResourceId {
+                resource_id: id.into(),
+                padding: 0.into(),
+            };
+            let call = Call::new(CALL_EXPORT_TEXTURE, 0, &what);
+            return later(call, Then::Texture(*command));
+        }
+        Ok(state.set_scanout_2d(command)?.into())
+    }
+
+    /// A texture on an output is finished first, and read back if it is not its own memory that is shown. Without a renderer the picture stays as it is.
+    pub(super) fn flush(
+        &mut self,
+        command: ResourceFlush,
+        places: &Places,
+    ) -> Result<Outcome, CommandError> {
+        let mut state = places.display.0.lock();
+        let id = command.resource_id.get();
+        let flushed = area(&command.r)?;
+        let visible = visible(&state, id, &flushed);
+        if !self.is_gone()
+            && let Some(visible) = visible
+            && let Ok(host) = state.resources.host_mut(id)
+            && let Some(shown) = &host.shown
+        {
+            let stride = shown.layout.stride;
+            let (file, body) = match &shown.copy {
+                CopyTo::Shown(file) => {
+                    let row = u64::from(visible.y) * u64::from(stride);
+                    let body = ReadBack {
+                        resource: id,
+                        stride,
+                        x: visible.x,
+                        y: visible.y,
+                        width: visible.width,
+                        height: visible.height,
+                        offset: row + u64::from(visible.x) * 4,
+                        size: shown.surface.buffer.size(),
+                    };
+                    (file, body)
+                }
+                CopyTo::Nowhere(file) => {
+                    let body = ReadBack {
+                        resource: id,
+                        stride: Format::BYTES,
+                        x: visible.x,
+                        y: visible.y,
+                        width: 1,
+                        height: 1,
+                        offset: 0,
+                        size: PAGE_SIZE,
+                    };
+                    (file, body)
+                }
+            };
+            let mut call = Call::new(CALL_READ_BACK, 0, &body);
+            call.file = Some(file.try_clone().map_err(CommandError::Host)?);
+            return later(call, Then::Flush(command));
+        }
+        Ok(state.flush(&command)?.into())
+    }
+}
+
+/// What of a flushed rectangle lies in the image and is on some output.
+fn visible(state: &State, id: u32, flushed: &Area) -> Option<Area> {
+    let shown = state.scanouts.iter().flatten();
+    let shown = shown.filter(|scanout: &&Scanout| scanout.resource == id);
+    let parts = shown.filter_map(|scanout| flushed.intersection(&scanout.area));
+    parts.reduce(|one, other| one.union(&other))
+}
+
+/// The memory of a blob of the renderer's is asked for when an output is to show it for the first time.
+pub(super) fn set_scanout_blob(
+    command: &SetScanoutBlob,
+    places: &Places,
+) -> Result<Outcome, CommandError> {
+    let mut state = places.display.0.lock();
+    let id = command.resource_id.get();
+    if state.features & VIRTIO_GPU_F_RESOURCE_BLOB == 0 {
+        return Err(CommandError::Unknown(VIRTIO_GPU_CMD_SET_SCANOUT_BLOB));
+    }
+    match state.resources.host_mut(id) {
+        Ok(host) if host.pixels.is_none() && matches!(host.kind, HostKind::Blob { .. }) => {
+            let file = host.memory.as_ref().map(|memory| memory.file.try_clone());
+            if let Some(file) = file.transpose().map_err(CommandError::Host)? {
+                return Ok(show_blob(&mut state, command, file)?.into());
+            }
+            let what = ResourceId {
+                resource_id: id.into(),
+                padding: 0.into(),
+            };
+            let call = Call::new(CALL_EXPORT, 0, &what);
+            later(call, Then::Scanout(*command))
+        }
+        _ => Ok(state.set_scanout_blob(command)?.into()),
+    }
+}
+
+pub(super) fn show_blob(
+    state: &mut State,
+    command: &SetScanoutBlob,
+    file: File,
+) -> Result<Answer, CommandError> {
+    let State {
+        resources,
+        scanouts,
+        ..
+    } = state;
+    let is_on_output =
+        |id| (scanouts.iter().flatten()).any(|scanout: &Scanout| scanout.resource == id);
+    resources.show_blob(command.resource_id.get(), file, is_on_output)?;
+    state.set_scanout_blob(command)
+}
+
+/// A texture whose own memory cannot be shown is copied each time that it is flushed.
+pub(super) fn show_texture(
+    state: &mut State,
+    command: &SetScanout,
+    say: Say,
+) -> Result<Answer, CommandError> {
+    let State {
+        resources,
+        scanouts,
+        ..
+    } = state;
+    let is_on_output =
+        |id| (scanouts.iter().flatten()).any(|scanout: &Scanout| scanout.resource == id);
+    let id = command.resource_id.get();
+    let layout = TextureLayout::read_from_bytes(&say.data);
+    let shown = match (say.file, layout) {
+        (Some(file), Ok(layout)) => resources.show_texture(id, file, layout, is_on_output),
+        _ => Err(CommandError::Renderer),
+    };
+    if let Err(error) = shown {
+        tracing::debug!(%error, id, "a texture is copied for outputs");
+        resources.host_mut(id)?.no_export = true;
+    }
+    state.set_scanout_2d(command)
+}
