@@ -497,7 +497,7 @@ impl Inventory {
             index: bar.index as u8,
             kind: match bar.kind {
                 BarKind::Io => "io",
-                BarKind::Memory32 => "memory32",
+                BarKind::Memory32 { .. } => "memory32",
                 BarKind::Memory64 { .. } => "memory64",
                 BarKind::Rom => "rom",
             }

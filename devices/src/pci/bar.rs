@@ -16,8 +16,11 @@ pub const ROM_INDEX: usize = 6;
 pub enum BarKind {
     /// Ports.
     Io,
-    /// 32-bit memory, not prefetchable.
-    Memory32,
+    /// 32-bit memory.
+    Memory32 {
+        /// See `Memory64`.
+        prefetchable: bool,
+    },
     /// 64-bit memory; takes two registers.
     Memory64 {
         /// Whether reads have no side effects, which is what bridges may forward above 4 GiB.
@@ -35,7 +38,7 @@ impl BarKind {
     pub fn min_size(self) -> u64 {
         match self {
             BarKind::Io => 4,
-            BarKind::Memory32 | BarKind::Memory64 { .. } => 16,
+            BarKind::Memory32 { .. } | BarKind::Memory64 { .. } => 16,
             BarKind::Rom => 1 << 11,
         }
     }
@@ -44,7 +47,11 @@ impl BarKind {
     fn flags(self) -> u32 {
         match self {
             BarKind::Io => 0b01,
-            BarKind::Memory32 | BarKind::Rom => 0b0000,
+            BarKind::Rom => 0b0000,
+            BarKind::Memory32 {
+                prefetchable: false,
+            } => 0b0000,
+            BarKind::Memory32 { prefetchable: true } => 0b1000,
             BarKind::Memory64 {
                 prefetchable: false,
             } => 0b0100,
@@ -291,7 +298,7 @@ impl Bar {
         let max32 = u64::from(u32::MAX);
         let (enable, limit, address) = match self.kind {
             BarKind::Io => (COMMAND_IO, 0xffff, low & !3),
-            BarKind::Memory32 => (COMMAND_MEMORY, max32, low & !0xf),
+            BarKind::Memory32 { .. } => (COMMAND_MEMORY, max32, low & !0xf),
             BarKind::Memory64 { .. } => (
                 COMMAND_MEMORY,
                 u64::MAX,
@@ -507,10 +514,12 @@ mod tests {
 
     #[test]
     fn sizing_while_decoding_maps_nothing_at_the_top() {
-        let mut s = setup(BarKind::Memory32, 0x1000);
+        let kind = BarKind::Memory32 { prefetchable: true };
+        let mut s = setup(kind, 0x1000);
         s.config.write(reg::COMMAND, &[COMMAND_MEMORY as u8]);
         s.config.write(0x10, &[0xff; 4]);
         s.bars.update(&s.config);
+        assert_eq!(s.config.u32(0x10), 0xffff_f008);
         assert!(s.memory.lookup(0xffff_f000).is_none());
     }
 

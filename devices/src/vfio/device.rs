@@ -202,14 +202,13 @@ fn bar_kinds(config: &[u8; CONFIG_SPACE_SIZE]) -> Vec<(usize, BarKind)> {
     while index < BARS {
         let at = reg::BASE_ADDRESS_0 + index * 4;
         let value = u32::from(config[at]);
+        let prefetchable = value & BAR_PREFETCHABLE != 0;
         let kind = if value & BAR_IO != 0 {
             BarKind::Io
         } else if value & BAR_TYPE == BAR_TYPE_64 && index + 1 < BARS {
-            BarKind::Memory64 {
-                prefetchable: value & BAR_PREFETCHABLE != 0,
-            }
+            BarKind::Memory64 { prefetchable }
         } else {
-            BarKind::Memory32
+            BarKind::Memory32 { prefetchable }
         };
         kinds.push((index, kind));
         index += if matches!(kind, BarKind::Memory64 { .. }) {
@@ -427,16 +426,16 @@ mod tests {
         config[0x18] = 0x01;
         config[0x1c] = 0x04;
         config[0x24] = 0x0c;
-        let prefetchable = |prefetchable| BarKind::Memory64 { prefetchable };
-        assert_eq!(
-            bar_kinds(&config),
-            [
-                (0, prefetchable(true)),
-                (2, BarKind::Io),
-                (3, prefetchable(false)),
-                (5, BarKind::Memory32),
-            ]
-        );
+        let wide = |prefetchable| BarKind::Memory64 { prefetchable };
+        let narrow = |prefetchable| BarKind::Memory32 { prefetchable };
+        let kinds = [
+            (0, wide(true)),
+            (2, BarKind::Io),
+            (3, wide(false)),
+            (5, narrow(true)),
+        ];
+        assert_eq!(bar_kinds(&config), kinds);
+        assert_eq!(bar_kinds(&[0; CONFIG_SPACE_SIZE])[5], (5, narrow(false)));
     }
 
     #[test]
