@@ -355,7 +355,7 @@ impl Machine {
     }
 
     /// Puts a device of the host's into the slot that it names, while the guest runs. The first one brings guest RAM
-    /// into the devices' reach.
+    /// into the devices' reach; what the guest has of it in small pages so far is moved into huge ones before.
     pub fn plug_passed_through(
         &mut self,
         passed: &PassedThrough,
@@ -364,6 +364,7 @@ impl Machine {
     ) -> Result<(), InventoryError> {
         if self.dma.is_empty() {
             self.kvm.honour_guest_pat().map_err(MachineError::from)?;
+            boot::populate_all(mem);
             self.dma = iommu.map_ram(mem).map_err(MachineError::from)?;
             self.reach.attach(iommu.clone());
         }

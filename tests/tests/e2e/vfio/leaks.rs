@@ -91,6 +91,13 @@ pub fn fifty_starts_leave_nothing(assets: &Assets) -> Result<()> {
             now > before + RAM_PAGES / 2,
             format!("round {round}: {now} pinned after {before}"),
         )?;
+        ensure(
+            running.huge > idle.huge + RAM_PAGES / 4 * 3,
+            format!(
+                "round {round}: {} pages are in huge ones after {}",
+                running.huge, idle.huge
+            ),
+        )?;
         let open = running.files.keys().filter(|name| name.contains("vfio"));
         ensure(open.count() > 0, format!("round {round}: {running:?}"))?;
         call("vm.stop", json!({}), &[])?;
@@ -132,6 +139,9 @@ struct Held {
     pinned: u64,
     /// What counts for the process's limits, in KiB.
     locked: u64,
+    /// Pages of memory files that are in huge ones, of the whole system: those of guest RAM, which stay as they are from
+    /// when devices may reach them.
+    huge: u64,
 }
 
 impl Held {
@@ -159,12 +169,14 @@ impl Held {
             word.and_then(|word| word.parse().ok()).unwrap_or(0)
         };
         let (status, vmstat) = (read(&format!("/proc/{pid}/status"))?, read("/proc/vmstat")?);
+        let meminfo = read("/proc/meminfo")?;
         let acquired = number(&vmstat, "nr_foll_pin_acquired");
         Ok(Self {
             files,
             mappings,
             pinned: acquired.saturating_sub(number(&vmstat, "nr_foll_pin_released")),
             locked: number(&status, "VmPin:") + number(&status, "VmLck:"),
+            huge: number(&meminfo, "ShmemHugePages:") / 4,
         })
     }
 
