@@ -230,20 +230,27 @@ fn export_bar(
     start: u64,
     pieces: &[Piece],
 ) -> Result<OwnedFd, ExportError> {
-    let failed = |error| ExportError::Bar(Arc::new(error));
-    let mut ranges = Vec::with_capacity(pieces.len());
-    for (index, piece) in pieces.iter().enumerate() {
+    /// Not at a page, and so in no dma-buf.
+    const NOWHERE: u64 = 1;
+    let other_kind = |(index, piece): (usize, &Piece)| {
         let kind = piece.kind;
-        if kind != first.kind {
-            return Err(ExportError::Kind { index, kind });
-        }
-        ranges.push(BarRange {
-            offset: piece.offset.saturating_sub(start),
-            len: piece.len,
-        });
+        (kind != first.kind).then_some(ExportError::Kind { index, kind })
+    };
+    let numbered = || pieces.iter().enumerate();
+    let mut other_files = numbered().filter(|(_, piece)| !Arc::ptr_eq(&piece.file, &first.file));
+    if let Some(error) = other_files.find_map(other_kind) {
+        return Err(error);
     }
+    // What is in another region of the device is outside of this one: that is refused, and looked at then.
+    let ranges = pieces.iter().map(|piece| BarRange {
+        offset: piece.offset.checked_sub(start).unwrap_or(NOWHERE),
+        len: piece.len,
+    });
     // Who shows a picture only reads it.
-    vfio::export(&*first.file, region, &ranges, Access::ReadOnly).map_err(failed)
+    vfio::export_each(&*first.file, region, ranges, Access::ReadOnly).map_err(|error| {
+        let other = numbered().find_map(other_kind);
+        other.unwrap_or_else(|| ExportError::Bar(Arc::new(error)))
+    })
 }
 
 #[cfg(test)]
@@ -257,6 +264,32 @@ mod tests {
         assert!(matches!(Open::new(&count), Err(ExportError::TooMany)));
         open.pop();
         assert!(Open::new(&count).is_ok());
+    }
+
+    #[test]
+    fn a_bar_is_exported_alone() {
+        let [one, other] = [0; 2].map(|_| Arc::new(tempfile::tempfile().unwrap()));
+        let piece = |file: &Arc<File>, device, region, offset| Piece {
+            kind: BackingKind::Bar {
+                device,
+                region,
+                start: u64::from(region) << 40,
+            },
+            file: file.clone(),
+            offset: u64::from(region) << 40 | offset,
+            len: 0x1000,
+        };
+        let first = piece(&one, 0, 2, 0);
+        for (second, is_other) in [
+            (piece(&one, 0, 2, 0x3000), false),
+            (piece(&one, 0, 0, 0), true),
+            (piece(&one, 0, 4, 0), true),
+            (piece(&other, 1, 2, 0), true),
+        ] {
+            let error = Exporter::none().export(&[first.clone(), second]).err();
+            let named = matches!(error, Some(ExportError::Kind { index: 1, .. }));
+            assert_eq!(named, is_other, "{error:?}");
+        }
     }
 
     #[test]

@@ -11,7 +11,6 @@ use std::{
 
 use fanlight_arch::layout::PAGE_SIZE;
 use thiserror::Error;
-use zerocopy::{Immutable, IntoBytes};
 
 use super::ioctls;
 
@@ -22,7 +21,7 @@ const MAX_RANGES: usize = 1 << 18;
 /// A part of a region.
 ///
 /// `struct vfio_region_dma_range`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, IntoBytes, Immutable)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(C)]
 pub struct BarRange {
     /// Bytes from the region's start, whole pages.
@@ -133,13 +132,24 @@ pub fn export(
     ranges: &[BarRange],
     access: Access,
 ) -> Result<OwnedFd, DmaBufError> {
+    export_each(device, region, ranges.iter().copied(), access)
+}
+
+/// The same of ranges that are in no list.
+pub fn export_each(
+    device: &impl AsRawFd,
+    region: u32,
+    ranges: impl ExactSizeIterator<Item = BarRange> + Clone,
+    access: Access,
+) -> Result<OwnedFd, DmaBufError> {
     /// The expansion ROM and what follows it are no BARs.
     const BARS: u32 = 6;
-    if ranges.is_empty() {
+    let count = ranges.len();
+    if count == 0 {
         return Err(DmaBufError::Empty);
     }
-    if ranges.len() > MAX_RANGES {
-        return Err(DmaBufError::TooMany(ranges.len()));
+    if count > MAX_RANGES {
+        return Err(DmaBufError::TooMany(count));
     }
     if region >= BARS {
         return Err(DmaBufError::NotMemory(region));
@@ -148,7 +158,7 @@ pub fn export(
         Access::ReadOnly => libc::O_RDONLY,
         Access::ReadWrite => libc::O_RDWR,
     };
-    ioctls::export_dma_buf(device, region, ranges, flags)
+    ioctls::export_dma_buf(device, region, ranges.clone(), flags)
         .map_err(|source| explain(device, region, ranges, source))
 }
 
@@ -157,22 +167,22 @@ pub fn export(
 fn explain(
     device: &impl AsRawFd,
     region: u32,
-    ranges: &[BarRange],
+    mut ranges: impl ExactSizeIterator<Item = BarRange>,
     source: io::Error,
 ) -> DmaBufError {
+    let count = ranges.len();
     let size = match ioctls::region(device, region) {
         Ok(info) => info.size,
         Err(source) => {
             return DmaBufError::Host {
                 region,
-                ranges: ranges.len(),
+                ranges: count,
                 source,
             };
         }
     };
-    let wrong = |range: &BarRange| check_range(region, size, *range).err();
-    let wrong = ranges.iter().find_map(wrong);
-    wrong.unwrap_or_else(|| support_error(source, region, ranges.len()))
+    let wrong = ranges.find_map(|range| check_range(region, size, range).err());
+    wrong.unwrap_or_else(|| support_error(source, region, count))
 }
 
 fn check_range(region: u32, size: u64, range: BarRange) -> Result<(), DmaBufError> {

@@ -206,10 +206,11 @@ struct Feature {
     flags: u32,
 }
 
-/// `struct vfio_device_feature_dma_buf` without its ranges.
+/// [`Feature`] with `struct vfio_device_feature_dma_buf`, without its ranges.
 #[derive(IntoBytes, Immutable)]
 #[repr(C)]
 struct FeatureDmaBuf {
+    feature: Feature,
     region_index: u32,
     open_flags: u32,
     flags: u32,
@@ -232,21 +233,27 @@ pub fn probe_dma_buf(device: &impl AsRawFd) -> io::Result<()> {
 pub fn export_dma_buf(
     device: &impl AsRawFd,
     region: u32,
-    ranges: &[BarRange],
+    ranges: impl ExactSizeIterator<Item = BarRange>,
     open_flags: libc::c_int,
 ) -> io::Result<OwnedFd> {
-    let payload = size_of::<FeatureDmaBuf>() + size_of_val(ranges);
-    let feature = Feature {
-        argsz: (size_of::<Feature>() + payload) as u32,
-        flags: VFIO_DEVICE_FEATURE_GET | VFIO_DEVICE_FEATURE_DMA_BUF,
-    };
+    const HEADER: usize = size_of::<FeatureDmaBuf>() / size_of::<u64>();
+    const RANGE: usize = size_of::<BarRange>() / size_of::<u64>();
+    let mut request = vec![0u64; HEADER + ranges.len() * RANGE];
     let header = FeatureDmaBuf {
+        feature: Feature {
+            argsz: size_of_val(&request[..]) as u32,
+            flags: VFIO_DEVICE_FEATURE_GET | VFIO_DEVICE_FEATURE_DMA_BUF,
+        },
         region_index: region,
         open_flags: (open_flags | libc::O_CLOEXEC) as u32,
         flags: 0,
         nr_ranges: ranges.len() as u32,
     };
-    let mut request = [feature.as_bytes(), header.as_bytes(), ranges.as_bytes()].concat();
+    let (first, rest) = request.split_at_mut(HEADER);
+    first.as_mut_bytes().copy_from_slice(header.as_bytes());
+    for (words, range) in rest.as_chunks_mut::<RANGE>().0.iter_mut().zip(ranges) {
+        *words = [range.offset, range.len];
+    }
     // SAFETY: the kernel reads `argsz` bytes, which is the length of `request`.
     let fd =
         check(unsafe { ioctl_with_mut_ptr(device, VFIO_DEVICE_FEATURE(), request.as_mut_ptr()) })?;
@@ -331,7 +338,8 @@ mod tests {
         assert_eq!(size_of::<IrqSet>(), 20);
         assert_eq!(size_of::<Feature>(), 8);
         assert_eq!(size_of::<RegionHeader>(), size_of::<vfio_region_info>());
-        assert_eq!(size_of::<FeatureDmaBuf>(), 16);
+        assert_eq!(size_of::<FeatureDmaBuf>(), 24);
+        assert_eq!(size_of::<BarRange>(), 16);
         assert_eq!(size_of::<IovaRanges>(), 32);
         assert_eq!(size_of::<IovaRange>(), 16);
     }
