@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use crate::{
     Context, Failure, Result,
     bed::{
-        ApiClients, Archive, BedKernel, DebianPrograms, Emulator, GraphicsStack, Modules,
+        ApiClients, Archive, BedKernel, DebianPrograms, Drivers, Emulator, GraphicsStack, Modules,
         StockKernel,
     },
     host,
@@ -54,6 +54,8 @@ pub struct Assets {
     pub fanlight: PathBuf,
     /// Debian's kernel.
     pub stock: StockKernel,
+    /// What its modules drive.
+    pub drivers: Drivers,
     /// The bed's kernel.
     pub bed: BedKernel,
     /// The module for the bed's kernel that exports dma-bufs.
@@ -180,9 +182,10 @@ impl GuestBuilder {
     }
 
     /// Gives the guest more drivers of Debian's kernel, with what they need.
-    pub fn modules(mut self, names: &[&str]) -> Result<Self> {
+    pub fn modules(mut self, names: &[impl AsRef<str>]) -> Result<Self> {
         let modules = Modules::find(&self.assets.stock.modules)?;
-        self.archive.modules(&modules, names)?;
+        let names: Vec<_> = names.iter().map(AsRef::as_ref).collect();
+        self.archive.modules(&modules, &names)?;
         Ok(self)
     }
 

@@ -3,6 +3,7 @@
 
 pub mod bed;
 pub mod bench;
+mod description;
 pub mod display;
 pub mod drm;
 pub mod echo;
@@ -19,6 +20,7 @@ pub mod raw_gpu;
 pub mod reader;
 pub mod rogue;
 pub mod screen;
+pub mod tryout;
 pub mod watcher;
 
 /// Any failure of this package, as one line for a person.

@@ -12,7 +12,10 @@ use std::{
 
 use fanlight_devices::{
     error_line,
-    vfio::dmabuf::{self, Access, BarRange},
+    vfio::{
+        dmabuf::{self, Access, BarRange},
+        sysfs::VFIO_PCI,
+    },
 };
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -68,9 +71,12 @@ impl NoIommu {
         };
         write(
             &format!("{}/driver_override", function.path().display()),
-            "vfio-pci",
+            VFIO_PCI,
         )?;
-        if !function.path().join("driver").exists() {
+        if function.driver().is_some_and(|driver| driver != VFIO_PCI) {
+            function.unbind()?;
+        }
+        if function.driver().is_none() {
             write("/sys/bus/pci/drivers_probe", &address)?;
         }
         let group = fs::read_link(function.path().join("iommu_group"));

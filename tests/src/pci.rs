@@ -20,17 +20,26 @@ const MEMORY_AND_MASTER: u16 = 0b110;
 pub struct Function(PathBuf);
 
 impl Function {
-    /// Functions with these ids, such as `1234:11e8`, by address.
-    pub fn find(ids: &str) -> Result<Vec<Self>> {
+    /// All functions, by address.
+    pub fn all() -> Result<Vec<Self>> {
         let list = "cannot list PCI devices";
         let mut found = Vec::new();
         for entry in fs::read_dir("/sys/bus/pci/devices").context(list)? {
-            let function = Self(entry.context(list)?.path());
-            if function.ids() == ids {
-                found.push(function);
-            }
+            found.push(Self(entry.context(list)?.path()));
         }
         found.sort_by(|a, b| a.0.cmp(&b.0));
+        Ok(found)
+    }
+
+    /// The function at an address that sysfs knows it by.
+    pub fn at(address: &str) -> Self {
+        Self(Path::new("/sys/bus/pci/devices").join(address))
+    }
+
+    /// Functions with these ids, such as `1234:11e8`, by address.
+    pub fn find(ids: &str) -> Result<Vec<Self>> {
+        let mut found = Self::all()?;
+        found.retain(|function| function.ids() == ids);
         Ok(found)
     }
 
@@ -46,7 +55,7 @@ impl Function {
     }
 
     /// Vendor and device id.
-    fn ids(&self) -> String {
+    pub fn ids(&self) -> String {
         let id = |name| {
             let text = fs::read_to_string(self.0.join(name)).unwrap_or_default();
             text.trim().trim_start_matches("0x").to_owned()
@@ -63,6 +72,25 @@ impl Function {
     pub fn address(&self) -> String {
         let name = self.0.file_name().unwrap_or_default();
         name.to_string_lossy().into_owned()
+    }
+
+    /// The driver that has it.
+    pub fn driver(&self) -> Option<String> {
+        let link = fs::read_link(self.0.join("driver")).ok()?;
+        Some(link.file_name()?.to_string_lossy().into_owned())
+    }
+
+    /// Takes it from its driver.
+    pub fn unbind(&self) -> Result<()> {
+        let file = self.0.join("driver/unbind");
+        fs::write(file, self.address()).context(format!("cannot unbind {}", self.address()))
+    }
+
+    /// Gives it to a driver.
+    pub fn bind(&self, driver: &str) -> Result<()> {
+        let file = format!("/sys/bus/pci/drivers/{driver}/bind");
+        let address = self.address();
+        fs::write(file, &address).context(format!("cannot bind {address} to {driver}"))
     }
 
     /// Lets it answer memory accesses and do DMA, or neither.

@@ -73,6 +73,11 @@ impl Reader {
         Ok(bytes)
     }
 
+    /// Has the device read where nothing is mapped.
+    pub fn reach_for_nothing(&self) -> Result<()> {
+        self.transfer(SOURCE, edu::BUFFER, 1)
+    }
+
     fn transfer(&self, from: u64, to: u64, command: u64) -> Result<()> {
         for (register, value) in [
             (edu::DMA_SOURCE, from),

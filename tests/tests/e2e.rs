@@ -32,12 +32,12 @@ use std::{
     sync::Arc,
 };
 
-use e2e::vfio::hardware::VARIABLE;
+use e2e::vfio::hardware::{self, VARIABLE};
 use fanlight_tests::{
     Context, Failure, Result,
     bed::{
-        ApiClients, Bed, Busybox, Cache, DebianPrograms, Emulator, GraphicsStack, L1Device,
-        L1Kernel, Modules, Share, StockKernel, bed_kernel, build_program, guest_archive,
+        ApiClients, Bed, Busybox, Cache, DebianPrograms, Drivers, Emulator, GraphicsStack,
+        L1Device, L1Kernel, Modules, Share, StockKernel, bed_kernel, build_program, guest_archive,
         guest_module, pulse,
     },
     guest::{Assets, HANG},
@@ -70,6 +70,7 @@ fn tests() -> Vec<(&'static str, Test)> {
         e2e::view::TESTS,
         e2e::window::TESTS,
         e2e::vfio::TESTS,
+        hardware::TESTS,
         e2e::vram::TESTS,
     ];
     groups.concat()
@@ -79,6 +80,7 @@ fn tests() -> Vec<(&'static str, Test)> {
 fn l1_devices(name: &str) -> Vec<L1Device> {
     [
         e2e::vfio::l1_devices(name),
+        hardware::l1_devices(name),
         e2e::dmabuf::l1_devices(name),
         e2e::vram::l1_devices(name),
     ]
@@ -88,24 +90,26 @@ fn l1_devices(name: &str) -> Vec<L1Device> {
 /// On this machine's own KVM: tests of the bed's devices are left out, and a device of this machine's is tried if
 /// one is named.
 fn trials_here(assets: Assets) -> Vec<Trial> {
-    let mut tests = tests();
-    if std::env::var_os(VARIABLE).is_some() {
-        tests.extend(e2e::vfio::hardware::TESTS);
-    } else {
+    let has_device = std::env::var_os(VARIABLE).is_some();
+    if !has_device {
         eprintln!(
             "fanlight: tests that pass devices through are left out: {}=force has them run in the bed, \
              {VARIABLE}=ADDRESS tries a device of this machine's",
             host::BED
         );
     }
-    tests
+    let is_left_out = move |name: &str| {
+        let tries_it = has_device && !hardware::l1_devices(name).is_empty();
+        !tries_it && !l1_devices(name).is_empty()
+    };
+    tests()
         .into_iter()
         .map(|(name, test)| {
             let assets = assets.clone();
             Trial::test(name, move || {
                 test(&assets).map_err(|error| error.to_string().into())
             })
-            .with_ignored_flag(!l1_devices(name).is_empty())
+            .with_ignored_flag(is_left_out(name))
         })
         .collect()
 }
@@ -209,9 +213,11 @@ fn graphics_tools(cache: &Cache) -> Result<DebianPrograms> {
 }
 
 fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets> {
+    let stock = StockKernel::get(cache)?;
     Ok(Assets {
         fanlight: fanlight.into(),
-        stock: StockKernel::get(cache)?,
+        drivers: Drivers::get(cache, &stock)?,
+        stock,
         bed: bed_kernel(cache)?,
         guest_module: guest_module(cache)?,
         emulator: Emulator::get(cache)?,
@@ -257,6 +263,7 @@ impl Beds {
         let this = std::env::current_exe().context("cannot find this program")?;
         let kernel = bed_kernel(cache)?;
         guest_module(cache)?;
+        Drivers::get(cache, &StockKernel::get(cache)?)?;
         ApiClients::get(cache)?;
         compositors(cache)?;
         graphics_tools(cache)?;

@@ -2,6 +2,7 @@
 //! (L1) has a real KVM, and runs the tests, whose guests are L2.
 
 mod cache;
+mod drivers;
 mod guest_module;
 mod initramfs;
 mod kernel;
@@ -11,6 +12,7 @@ mod packages;
 pub mod pulse;
 
 pub use cache::Cache;
+pub use drivers::Drivers;
 pub use guest_module::guest_module;
 pub use initramfs::{Archive, guest_archive};
 pub use kernel::{BedKernel, bed_kernel};

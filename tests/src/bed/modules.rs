@@ -33,6 +33,19 @@ impl Modules {
         Ok(Self { files })
     }
 
+    /// The PCI devices that each module drives, as its `alias=pci:` lines have them: pattern and module. Reads all
+    /// drivers there are, which takes some seconds.
+    pub(super) fn pci_aliases(&self) -> Result<Vec<(String, String)>> {
+        let mut aliases = Vec::new();
+        for (name, path) in &self.files {
+            if path.components().any(|part| part.as_os_str() == "drivers") {
+                let patterns = info(&read(path)?, "alias=pci:");
+                aliases.extend(patterns.into_iter().map(|pattern| (pattern, name.clone())));
+            }
+        }
+        Ok(aliases)
+    }
+
     /// The content of the named modules and of all that they need, each after what it needs. A module
     /// that this kernel has built in is left out.
     pub fn load_order(&self, names: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
@@ -84,16 +97,22 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     Ok(content)
 }
 
-/// The `depends=` line of the module's `.modinfo`.
+/// Those modules that the module's `.modinfo` says it needs.
 fn dependencies(module: &[u8]) -> Vec<String> {
-    module
-        .split(|&byte| byte == 0)
-        .find_map(|line| line.strip_prefix(b"depends="))
-        .map(|list| String::from_utf8_lossy(list).into_owned())
-        .unwrap_or_default()
-        .split(',')
+    let lists = info(module, "depends=");
+    let names = lists.iter().flat_map(|list| list.split(','));
+    names
         .filter(|name| !name.is_empty())
         .map(str::to_owned)
+        .collect()
+}
+
+/// The lines of the module's `.modinfo` that start with `prefix`, without it.
+fn info(module: &[u8], prefix: &str) -> Vec<String> {
+    let lines = module.split(|&byte| byte == 0);
+    lines
+        .filter_map(|line| line.strip_prefix(prefix.as_bytes()))
+        .map(|value| String::from_utf8_lossy(value).into_owned())
         .collect()
 }
 

@@ -7,7 +7,7 @@ use fanlight_tests::{
     Context, Failure, Result, echo, edu, evdev,
     graphics::{blobs, drm, gl, shared, vulkan},
     noiommu::Interrupt,
-    painting, raw_gpu, rogue, screen,
+    painting, raw_gpu, rogue, screen, tryout,
 };
 
 fn main() -> ExitCode {
@@ -73,6 +73,10 @@ fn act(arguments: &[String]) -> Result<String> {
             screen::show_bar(ids, number(bar)? as u32, number(offset)?)
         }
         [verb] if verb == "buffers" => screen::show_buffers(),
+        [verb, description, options @ ..] if verb == "try" => {
+            let has = |option: &str| options.iter().any(|other| other == option);
+            tryout::try_device(description, has("driver"), has("reset"))
+        }
         [verb] if verb == "listen" => evdev::listen(),
         [verb, count] if verb == "neighbours" => raw_gpu::blob_of_neighbours(number(count)? as usize),
         [verb, width, height, frame, colour] if verb == "paint" => {
@@ -91,7 +95,7 @@ fn act(arguments: &[String]) -> Result<String> {
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
              kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts KIND COUNT | \
-             break VENDOR:DEVICE | screen IDS BAR OFFSET | buffers | listen | \
+             break VENDOR:DEVICE | screen IDS BAR OFFSET | buffers | listen | try DESCRIPTION [driver] [reset] | \
              paint WIDTH HEIGHT MICROSECONDS COLOUR | neighbours COUNT | gl | vulkan | blobs COUNT PAIRS | \
              serve-blobs | serve-raw-blobs | blobs-until-refused | shared-blobs | show-blob | show-red"
                 .into(),

@@ -19,6 +19,7 @@ use fanlight_tests::{
     reader::Reader,
 };
 
+use super::vfio::hardware::faults::Faults;
 use crate::Test;
 
 pub const TESTS: &[(&str, Test)] = &[
@@ -86,7 +87,11 @@ fn pattern(seed: u64) -> Vec<u8> {
 
 fn another_device_reads(assets: &Assets) -> Result<()> {
     let [edu, memory] = open(assets, true)?;
-    let reader = Reader::new(edu)?;
+    let reader = Reader::new(edu.clone())?;
+    let (quiet, faulty) = (
+        Faults::of(&memory.address.to_string())?,
+        Faults::of(&edu.address.to_string())?,
+    );
     let offset = 0x12_3000;
     memory
         .write(BAR, offset, &pattern(1))
@@ -127,7 +132,13 @@ fn another_device_reads(assets: &Assets) -> Result<()> {
     ensure(
         copy()? == pattern(2),
         "other bytes came after the memory was off",
-    )
+    )?;
+    // What tests of devices are told of DMA that goes wrong.
+    Faults::of(&edu.address.to_string())?.none_since()?;
+    reader.reach_for_nothing()?;
+    quiet.none_since()?;
+    let told = faulty.none_since().err();
+    ensure(told.is_some(), "DMA to where nothing is mapped is no fault")
 }
 
 /// Its size, if it is a dma-buf: such a file is named so, and one of a device cannot be mapped here.

@@ -127,6 +127,32 @@ fn shows(client: &mut Client, number: u32) -> Result<()> {
     )
 }
 
+/// So much of a device's memory takes what [`shown_from`] draws.
+pub const ROOM: u64 = SIZE;
+
+/// A guest draws at `offset` of BAR `bar` of the function at `address` and shows it: a picture and a dma-buf are of that
+/// memory, there is neither while it is off, and both are there again after that and after a reset.
+pub fn shown_from(assets: &Assets, address: &str, ids: &str, bar: u32, offset: u64) -> Result<()> {
+    let script = format!("guest-agent screen {ids} {bar} {offset}");
+    let (mut guest, mut client) = guest(assets, &script, &[&format!("{address},port=1")])?;
+    shows(&mut client, 1)?;
+    does(&mut guest, "draw 2")?;
+    shows(&mut client, 2)?;
+    for way in ["memory", "force"] {
+        does(&mut guest, &format!("{way} off"))?;
+        ensure(take_picture(&mut client).is_err(), "there is a picture")?;
+        does(&mut guest, &format!("{way} on"))?;
+        shows(&mut client, 2)?;
+    }
+    does(&mut guest, "reset")?;
+    does(&mut guest, "draw 3")?;
+    shows(&mut client, 3)?;
+    let by = exporter(&export(&mut client, PixelsIn::Device)?)?;
+    ensure(by.contains("vfio"), format!("a dma-buf of {by}"))?;
+    guest.send("end\n")?;
+    guest.expect_exit(0)
+}
+
 fn shown(assets: &Assets) -> Result<()> {
     let edu = whole_function(assets, edu::IDS)?;
     let memory = whole_function(assets, edu::MEMORY_IDS)?;

@@ -1,14 +1,27 @@
-//! What any device must do, tried on one of this machine's: `FANLIGHT_TEST_VFIO` names it.
+//! What any device must do, whatever it is: tried on some of the bed's, and on one of this machine's if
+//! `FANLIGHT_TEST_VFIO` names it.
+//!
+//! What a device has not, or there is no way to try, is told and no failure; of the bed's devices all that they have
+//! is asked for by name.
 
-use std::fs;
+pub mod faults;
+mod memory;
 
-use fanlight_devices::vfio::sysfs::HostFunction;
-use fanlight_tests::{
-    Context, Failure, Result,
-    guest::{Assets, ensure, value},
+use std::{
+    fs,
+    sync::{Mutex, PoisonError},
 };
 
-use super::host_function;
+use fanlight_tests::{
+    Context, Failure, Result,
+    bed::L1Device,
+    guest::{Assets, ensure},
+    pci::Function,
+};
+
+use faults::Faults;
+
+use super::{AHCI, IGB, host_function, interface_up, virtual_function, whole_function};
 use crate::Test;
 
 /// Names the device, which is bound to vfio-pci.
@@ -16,91 +29,168 @@ pub const VARIABLE: &str = "FANLIGHT_TEST_VFIO";
 
 pub const TESTS: &[(&str, Test)] = &[
     ("hardware::a_device_through_iommufd", |assets| {
-        is_the_hosts(assets, "on")
+        devices(assets, true)
     }),
     ("hardware::a_device_through_a_container", |assets| {
-        is_the_hosts(assets, "off")
+        devices(assets, false)
     }),
 ];
 
-/// Prints ids and BARs of all that the guest has.
-pub const FUNCTIONS: &str = "for function in /sys/bus/pci/devices/*; do
-    echo function: $(cat $function/vendor $function/device) $(cat $function/resource)
-done";
+/// What a test's L1 has to pass through.
+pub fn l1_devices(name: &str) -> &'static [L1Device] {
+    match name {
+        "hardware::a_device_through_iommufd" => &[L1Device::Igb, L1Device::BochsDisplay],
+        "hardware::a_device_through_a_container" => &[L1Device::Ahci],
+        _ => &[],
+    }
+}
 
-/// The guest's function is the host's, before and after the guest restarts.
-fn is_the_hosts(assets: &Assets, iommufd: &str) -> Result<()> {
-    let address = std::env::var(VARIABLE).context(VARIABLE)?;
-    let function = host_function(&address)?;
+/// What Fanlight says where the host cannot map a BAR for other devices.
+const OUT_OF_REACH: &str = "other devices cannot reach this BAR";
+/// Vendor and device id of bochs-display.
+const DISPLAY: &str = "1234:1111";
+
+/// Tries the device that a person named; else those of the bed, of which everything is known.
+fn devices(assets: &Assets, iommufd: bool) -> Result<()> {
+    /// There is one such device, and tests run beside each other.
+    static DEVICE: Mutex<()> = Mutex::new(());
+    if let Ok(address) = std::env::var(VARIABLE) {
+        let _alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
+        return try_device(assets, &address, iommufd).map(drop);
+    }
+    if iommufd {
+        virtual_and_display(assets)
+    } else {
+        controller(assets)
+    }
+}
+
+fn virtual_and_display(assets: &Assets) -> Result<()> {
+    let (physical, vf) = virtual_function(assets, IGB)?;
+    // The virtual function has a carrier while the physical one is up.
+    interface_up(&physical, "10.9.0.1/24")?;
+    let done = [
+        "did: life 1: is 8086:10ca class 020000 bar0 0x4000 memory64 prefetchable bar3 0x4000 memory64 \
+         prefetchable msi 0 msix 3",
+        "did: life 1: driver igbvf",
+        "did: life 1: sent 32 packets",
+        "did: life 1: MSI-X with 3 vectors",
+        "did: life 1: reset by flr",
+        "did: life 2: driver igbvf",
+        "did: life 2: sent 32 packets",
+        "did: dma-buf of BAR 0, 0x4000 bytes, mapped for other devices",
+        "did: dma-buf of BAR 3, 0x4000 bytes, mapped for other devices",
+    ];
+    try_known(assets, &vf, true, &done, &[])?;
+    let display = whole_function(assets, DISPLAY)?;
+    let done = [
+        "did: life 1: is 1234:1111 class 038000 bar0 0x1000000 memory32 prefetchable bar2 0x1000 memory32 msi 0",
+        "did: life 1: driver bochs-drm",
+        "did: life 1: opened card0",
+        "did: life 2: opened card0",
+        "did: dma-buf of BAR 0, 0x1000000 bytes, mapped for other devices",
+        "did: dma-buf of BAR 2, 0x1000 bytes, mapped for other devices",
+        "did: a picture in BAR 0 was shown and exported",
+    ];
+    let not_done = ["interrupts, which it has none of", "a reset in the guest"];
+    try_known(assets, &display, true, &done, &not_done)
+}
+
+fn controller(assets: &Assets) -> Result<()> {
+    let controller = whole_function(assets, AHCI)?;
+    let done = [
+        "did: life 1: driver ahci",
+        "did: life 1: read 1048576 bytes of sda",
+        "did: life 1: MSI with 1 vectors",
+        "did: life 2: read 1048576 bytes of sda",
+        "did: dma-buf of BAR 5, 0x1000 bytes",
+    ];
+    try_known(assets, &controller, false, &done, &["a reset in the guest"])
+}
+
+/// Tries a device of which it is known what can be done with it, and what not.
+fn try_known(
+    assets: &Assets,
+    address: &str,
+    iommufd: bool,
+    done: &[&str],
+    not_done: &[&str],
+) -> Result<()> {
+    let report = try_device(assets, address, iommufd)?;
+    for known in done {
+        let found = report.iter().any(|line| line.starts_with(known));
+        ensure(found, format!("no {known:?} in {report:#?}"))?;
+    }
+    for line in report.iter().filter(|line| line.starts_with("not:")) {
+        let known = not_done.iter().any(|known| line.contains(known));
+        ensure(known, format!("{line:?} in {report:#?}"))?;
+    }
+    Ok(())
+}
+
+/// Does with the function of this machine's at `address` all that can be done with any. A line for each thing that was
+/// done (`did:`), and for each that could not be tried (`not:`).
+fn try_device(assets: &Assets, address: &str, iommufd: bool) -> Result<Vec<String>> {
+    let function = host_function(address).context(VARIABLE)?;
     function.check_usable().context(VARIABLE)?;
+    let address = function.address.to_string();
+    let faults = Faults::of(&address)?;
+    let mut report = in_a_guest(assets, &address, iommufd)?;
+    report.extend(memory::exported(&function, iommufd)?);
+    if iommufd {
+        report.extend(memory::shown(assets, &address)?);
+    }
+    faults.none_since()?;
+    report.push("did: DMA, without a fault of the host's IOMMU".into());
+    let interface = if iommufd { "iommufd" } else { "a container" };
+    println!("{address} through {interface}: {report:#?}");
+    Ok(report)
+}
+
+/// A stock guest with the driver that it has for the device uses it, resets it, uses it again, and restarts.
+fn in_a_guest(assets: &Assets, address: &str, iommufd: bool) -> Result<Vec<String>> {
+    let function = Function::at(address);
+    let mut modules = assets.drivers.of(&function.attribute("modalias")?)?;
+    let driver = if modules.is_empty() { "" } else { "driver" };
+    // What makes disks of what a controller finds.
+    modules.push("sd_mod".into());
+    let agent = format!("guest-agent try '{}' {driver}", function.describe()?);
     let script = format!(
-        "{FUNCTIONS}
-         mark=$(dd if=/dev/vda bs=4 count=1 2>/dev/null); echo mark: $mark
-         if [ \"$mark\" != seen ]; then
-             printf seen | dd of=/dev/vda conv=fsync,notrunc 2>/dev/null; reboot -f; sleep 100
-         fi"
+        "mark=$(dd if=/dev/vda bs=4 count=1 2>/dev/null)
+         if [ \"$mark\" = seen ]; then {agent}; exit; fi
+         {agent} reset; echo restarts
+         printf seen | dd of=/dev/vda conv=fsync,notrunc 2>/dev/null; reboot -f; sleep 100"
     );
-    let guest = assets.guest(&script);
+    let guest = assets.guest(&script).modules(&modules)?;
     let image = guest.path("disk");
     fs::write(&image, vec![0; 1 << 20]).context("cannot make a disk")?;
+    let iommufd = if iommufd { "on" } else { "off" };
+    // Drivers of GPUs are large.
+    let is_display = function.class()? >> 16 == 3;
+    let memory = if is_display { "512M" } else { "256M" };
     let said = guest
+        .option("--memory", memory)
         .option("--disk", format!("path={}", image.display()))
         .option("--vfio", format!("{address},iommufd={iommufd}"))
+        .option("--log", "info")
         .run()?;
-    let (first, second) = said
-        .split_once("mark:")
-        .ok_or_else(|| Failure(format!("no mark in {said}")))?;
-    ensure(value(second, "mark:")? == "seen", &said)?;
-    [first, second]
-        .into_iter()
-        .try_for_each(|life| is_among(&function, life))
-}
-
-/// One of the functions that a guest told of by [`FUNCTIONS`] has this one's ids and memory.
-pub fn is_among(function: &HostFunction, said: &str) -> Result<()> {
-    let id = |name| {
-        let id = function.attribute(name).context(name)?;
-        Ok::<_, Failure>(id)
-    };
-    let ids = [id("vendor")?, id("device")?];
-    let sizes = bar_sizes(function)?;
-    let theirs = said.lines().filter_map(|line| {
-        let mut words = line.trim().strip_prefix("function:")?.split_whitespace();
-        let theirs = [words.next()?, words.next()?];
-        let rest: Vec<_> = words.collect();
-        let lines: Vec<_> = rest.chunks(3).map(|line| line.join(" ")).collect();
-        Some((theirs.map(str::to_owned), lines.join("\n")))
-    });
-    let is_it =
-        |(other, resource): &([String; 2], String)| *other == ids && self::sizes(resource) == sizes;
-    let found = theirs.collect::<Vec<_>>().iter().any(is_it);
-    let address = function.address;
-    ensure(
-        found,
-        format!("no function is {address}, {ids:?} with {sizes:x?}: {said}"),
-    )
-}
-
-/// Sizes of a function's BARs, 0 for those that it has not.
-pub fn bar_sizes(function: &HostFunction) -> Result<Vec<u64>> {
-    function
-        .attribute("resource")
-        .map(|resource| sizes(&resource))
-        .context("resource")
-}
-
-/// The same of a `resource` file.
-fn sizes(resource: &str) -> Vec<u64> {
-    const BARS: usize = 6;
-    let hex = |word: &str| u64::from_str_radix(word.trim_start_matches("0x"), 16).ok();
-    let size = |line: &str| {
-        let mut words = line.split_whitespace();
-        let (start, last) = (hex(words.next()?)?, hex(words.next()?)?);
-        Some(if last == 0 {
-            0
-        } else {
-            last.checked_sub(start)?.checked_add(1)?
-        })
-    };
-    resource.lines().take(BARS).filter_map(size).collect()
+    let lives = said.split_once("restarts");
+    let (first, second) = lives.ok_or_else(|| Failure(format!("no restart in {said}")))?;
+    let mut report = Vec::new();
+    for (life, said) in (1..).zip([first, second]) {
+        ensure(said.contains("agent: tried the device"), said)?;
+        for line in said.lines().map(str::trim) {
+            for kind in ["did: ", "not: "] {
+                let rest = line.strip_prefix(kind);
+                report.extend(rest.map(|rest| format!("{kind}life {life}: {rest}")));
+            }
+        }
+    }
+    report.push(
+        match said.lines().find(|line| line.contains(OUT_OF_REACH)) {
+            Some(line) => format!("not: its memory for other devices of the guest's: {line}"),
+            None => "did: its memory is in reach of other devices of the guest's".into(),
+        },
+    );
+    Ok(report)
 }
