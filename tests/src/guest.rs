@@ -17,7 +17,7 @@ use tempfile::TempDir;
 use crate::{
     Context, Failure, Result,
     bed::{
-        ApiClients, Archive, BedKernel, DebianPrograms, Drivers, Emulator, GraphicsStack, Modules,
+        ApiClients, Archive, BedKernel, DebianPrograms, Drivers, Emulator, GraphicsStack,
         StockKernel,
     },
     host,
@@ -183,7 +183,7 @@ impl GuestBuilder {
 
     /// Gives the guest more drivers of Debian's kernel, with what they need.
     pub fn modules(mut self, names: &[impl AsRef<str>]) -> Result<Self> {
-        let modules = Modules::find(&self.assets.stock.modules)?;
+        let modules = self.assets.drivers.modules()?;
         let names: Vec<_> = names.iter().map(AsRef::as_ref).collect();
         self.archive.modules(&modules, &names)?;
         Ok(self)

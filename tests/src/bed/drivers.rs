@@ -1,38 +1,52 @@
-//! Which of Debian's modules drive a PCI device: what `depmod` would write into `modules.alias`.
+//! Which of Debian's modules drive a PCI device, and where all of them are: what `depmod` would write into
+//! `modules.alias` and `modules.dep`. Reading either out of thousands of files is slow, in the bed most of all.
 
 use std::{fs, path::PathBuf};
 
 use super::{Cache, Modules, StockKernel};
 use crate::{Context, Result};
 
-const FILE: &str = "aliases";
+const ALIASES: &str = "aliases";
+const FILES: &str = "files";
 
-/// The list of patterns of devices with the modules that drive them.
+/// The stock kernel's modules as two lists in files.
 #[derive(Clone, Debug)]
-pub struct Drivers(PathBuf);
+pub struct Drivers {
+    lists: PathBuf,
+    modules: PathBuf,
+}
 
 impl Drivers {
-    /// Of the stock kernel, from the cache or read out of its modules.
+    /// From the cache, or made.
     pub fn get(cache: &Cache, kernel: &StockKernel) -> Result<Self> {
-        let dir = cache.entry(
-            "stock-drivers-1",
-            "reading which devices Debian's modules drive",
-            |at| {
-                let aliases = Modules::find(&kernel.modules)?.pci_aliases()?;
-                let lines = aliases
-                    .iter()
-                    .map(|(pattern, name)| format!("{pattern} {name}\n"));
-                let text: String = lines.collect();
-                fs::write(at.join(FILE), text).context("cannot write the list")
-            },
-        )?;
-        Ok(Self(dir.join(FILE)))
+        let modules = kernel.modules.clone();
+        let what = "reading which devices Debian's modules drive";
+        let lists = cache.entry("stock-drivers-2", what, |at| {
+            let all = Modules::find(&modules)?;
+            let write = |name: &str, lines: Vec<String>| {
+                fs::write(at.join(name), lines.join("\n")).context("cannot write a list")
+            };
+            write(FILES, all.list(&modules))?;
+            let aliases = all.pci_aliases()?;
+            let lines = aliases.iter();
+            let lines = lines.map(|(pattern, name)| format!("{pattern} {name}"));
+            write(ALIASES, lines.collect())
+        })?;
+        Ok(Self { lists, modules })
+    }
+
+    /// All modules.
+    pub fn modules(&self) -> Result<Modules> {
+        Ok(Modules::listed(&self.modules, &self.read(FILES)?))
     }
 
     /// The modules that drive the device with this `modalias`.
     pub fn of(&self, modalias: &str) -> Result<Vec<String>> {
-        let text = fs::read_to_string(&self.0).context("cannot read the list of drivers")?;
-        Ok(fitting(&text, modalias))
+        Ok(fitting(&self.read(ALIASES)?, modalias))
+    }
+
+    fn read(&self, name: &str) -> Result<String> {
+        fs::read_to_string(self.lists.join(name)).context("cannot read a list of modules")
     }
 }
 

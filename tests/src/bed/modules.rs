@@ -33,6 +33,27 @@ impl Modules {
         Ok(Self { files })
     }
 
+    /// Names and places below `root`, a line for each.
+    pub(super) fn list(&self, root: &Path) -> Vec<String> {
+        let below = |path: &Path| {
+            let path = path.strip_prefix(root).unwrap_or(path);
+            path.to_string_lossy().into_owned()
+        };
+        let files = self.files.iter();
+        files
+            .map(|(name, path)| format!("{name} {}", below(path)))
+            .collect()
+    }
+
+    /// What [`Modules::list`] gave lines of, without a look at each directory.
+    pub(super) fn listed(root: &Path, list: &str) -> Self {
+        let lines = list.lines().filter_map(|line| line.split_once(' '));
+        let files = lines.map(|(name, path)| (name.to_owned(), root.join(path)));
+        Self {
+            files: files.collect(),
+        }
+    }
+
     /// The PCI devices that each module drives, as its `alias=pci:` lines have them: pattern and module. Reads all
     /// drivers there are, which takes some seconds.
     pub(super) fn pci_aliases(&self) -> Result<Vec<(String, String)>> {
@@ -132,7 +153,10 @@ mod tests {
         ] {
             fs::write(kernel.join(name), info).unwrap();
         }
-        let modules = Modules::find(dir.path()).unwrap();
+        let found = Modules::find(dir.path()).unwrap();
+        let list = found.list(dir.path()).join("\n");
+        let modules = Modules::listed(dir.path(), &list);
+        assert_eq!(modules.files, found.files);
         let order = modules.load_order(&["a", "d", "built_in"]).unwrap();
         let names: Vec<_> = order.iter().map(|(name, _)| name.as_str()).collect();
         assert_eq!(names, ["d", "b_c", "a"]);
