@@ -1,7 +1,9 @@
 //! A driver of a virtio GPU in a program, over what sysfs shows of the device: it asks for what Linux's driver
 //! never does, of the real transport and with real pages (Virtio 1.4, 4.1, 5.7).
 
+mod batch;
 mod blobs;
+mod thousands;
 
 use std::{
     fs::{self, File},
@@ -14,6 +16,7 @@ use std::{
 use rustix::mm::{MapFlags, ProtFlags, mlock, mmap_anonymous};
 
 pub use blobs::serve as serve_blobs;
+pub use thousands::at_once as blobs_at_once;
 
 use crate::{
     Context, Failure, Result,
@@ -130,15 +133,16 @@ impl Pages {
 
 /// Where things are in the first pages.
 const TABLE: usize = 0;
-const AVAILABLE: usize = 0x400;
-const USED: usize = 0x800;
+const AVAILABLE: usize = 0x800;
+const USED: usize = 0xa00;
 const REQUEST: usize = PAGE;
 const RESPONSE: usize = 2 * PAGE;
 const CURSOR_PAGE: usize = 3;
 /// Where a request goes on that is longer than a page.
 const MORE_PAGES: usize = 4;
 const REQUEST_PAGES: usize = 10;
-const QUEUE_SIZE: u16 = 16;
+const QUEUE_SIZE: u16 = 128;
+const CURSOR_QUEUE_SIZE: u16 = 16;
 
 /// The device with its control queue.
 struct Gpu {
@@ -210,9 +214,9 @@ impl Gpu {
         let status: u8 = registers.read(base + DEVICE_STATUS);
         ensure(status & 8 != 0, "the device refuses its own features")?;
         // The control queue last: its place for notifications is read then.
-        for (queue, page) in [(1u16, CURSOR_PAGE), (0, 0)] {
+        for (queue, size, page) in [(1u16, CURSOR_QUEUE_SIZE, CURSOR_PAGE), (0, QUEUE_SIZE, 0)] {
             registers.write(base + QUEUE_SELECT, queue);
-            registers.write(base + QUEUE_SIZE_AT, QUEUE_SIZE);
+            registers.write(base + QUEUE_SIZE_AT, size);
             for (index, place) in [TABLE, AVAILABLE, USED].into_iter().enumerate() {
                 let address = pages.physical[page] + place as u64;
                 let at = base + QUEUE_ADDRESSES + index * 8;
@@ -244,13 +248,6 @@ impl Gpu {
         let request: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
         ensure(request.len() <= REQUEST_PAGES * PAGE, "a command too long")?;
         let pages = &self.pages;
-        let descriptor = |page: usize, len: u32, flags: u16, next: u16| {
-            let mut bytes = pages.physical[page].to_le_bytes().to_vec();
-            bytes.extend(len.to_le_bytes());
-            bytes.extend(flags.to_le_bytes());
-            bytes.extend(next.to_le_bytes());
-            bytes
-        };
         let mut table = Vec::new();
         for (part, next) in request.chunks(PAGE).zip(1u16..) {
             let page = match next {
@@ -258,28 +255,45 @@ impl Gpu {
                 more => MORE_PAGES + usize::from(more) - 2,
             };
             pages.write(page * PAGE, part);
-            table.extend(descriptor(page, part.len() as u32, 1, next));
+            table.extend(self.descriptor(page * PAGE, part.len(), 1, next));
         }
-        table.extend(descriptor(RESPONSE / PAGE, PAGE as u32, 2, 0));
-        pages.write(TABLE, &table);
-        let slot = usize::from(self.submitted % QUEUE_SIZE);
-        pages.write(AVAILABLE + 4 + slot * 2, &0u16.to_le_bytes());
-        self.submitted = self.submitted.wrapping_add(1);
-        pages.write(AVAILABLE + 2, &self.submitted.to_le_bytes());
-        self.notify.0.write(self.notify.1, 0u16);
-        let start = Instant::now();
-        while pages.read::<u16>(USED + 2) != self.submitted {
-            ensure(
-                start.elapsed() < PATIENCE,
-                format!("{type_:#x} is never answered"),
-            )?;
-            thread::yield_now();
-        }
-        let answer: u32 = pages.read(RESPONSE);
+        table.extend(self.descriptor(RESPONSE, PAGE, 2, 0));
+        self.submit(&table, &[0])
+            .context(format!("{type_:#x} is not done"))?;
+        let answer: u32 = self.pages.read(RESPONSE);
         ensure(
             answer & !0xff == OK,
             format!("{type_:#x} is answered by {answer:#x}"),
         )
+    }
+
+    /// A descriptor of `len` bytes of one page (Virtio 1.4, 2.7.5).
+    fn descriptor(&self, at: usize, len: usize, flags: u16, next: u16) -> Vec<u8> {
+        let address = self.pages.physical[at / PAGE] + (at % PAGE) as u64;
+        let mut bytes = address.to_le_bytes().to_vec();
+        bytes.extend((len as u32).to_le_bytes());
+        bytes.extend(flags.to_le_bytes());
+        bytes.extend(next.to_le_bytes());
+        bytes
+    }
+
+    /// Gives the device the chains of a table that begin at `heads`, and waits until it is done with all.
+    fn submit(&mut self, table: &[u8], heads: &[u16]) -> Result<()> {
+        let pages = &self.pages;
+        pages.write(TABLE, table);
+        for head in heads {
+            let slot = usize::from(self.submitted % QUEUE_SIZE);
+            pages.write(AVAILABLE + 4 + slot * 2, &head.to_le_bytes());
+            self.submitted = self.submitted.wrapping_add(1);
+        }
+        pages.write(AVAILABLE + 2, &self.submitted.to_le_bytes());
+        self.notify.0.write(self.notify.1, 0u16);
+        let start = Instant::now();
+        while pages.read::<u16>(USED + 2) != self.submitted {
+            ensure(start.elapsed() < PATIENCE, "the device does not answer")?;
+            thread::yield_now();
+        }
+        Ok(())
     }
 }
 

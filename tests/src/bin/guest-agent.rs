@@ -88,6 +88,9 @@ fn act(arguments: &[String]) -> Result<String> {
         [verb, count, pairs] if verb == "blobs" => blobs::at_once(number(count)?, number(pairs)?),
         [verb] if verb == "serve-blobs" => blobs::serve(),
         [verb] if verb == "serve-raw-blobs" => raw_gpu::serve_blobs(),
+        [verb, count, pairs] if verb == "raw-blobs" => {
+            raw_gpu::blobs_at_once(number(count)? as usize, number(pairs)? as usize)
+        }
         [verb] if verb == "blobs-until-refused" => blobs::until_refused(),
         [verb] if verb == "shared-blobs" => shared::with_a_device(),
         [verb] if verb == "show-blob" => drm::show_blob(0x0000_c000),
@@ -97,7 +100,7 @@ fn act(arguments: &[String]) -> Result<String> {
              kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts KIND COUNT | \
              break VENDOR:DEVICE | screen IDS BAR OFFSET | buffers | listen | try DESCRIPTION [driver] [reset] | \
              paint WIDTH HEIGHT MICROSECONDS COLOUR | neighbours COUNT | gl | vulkan | blobs COUNT PAIRS | \
-             serve-blobs | serve-raw-blobs | blobs-until-refused | shared-blobs | show-blob | show-red"
+             serve-blobs | serve-raw-blobs | raw-blobs COUNT PAIRS | blobs-until-refused | shared-blobs | show-blob | show-red"
                 .into(),
         )),
     }

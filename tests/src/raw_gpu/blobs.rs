@@ -6,7 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Gpu, PAGE, capability};
+use super::{Gpu, PAGE, batch::Command, capability};
 use crate::{Context, Failure, Result, pci::Mmio};
 
 /// VIRGL, RESOURCE_BLOB, CONTEXT_INIT; VERSION_1.
@@ -26,14 +26,51 @@ const CONTEXT: u32 = 1;
 const GUEST: u32 = 1;
 
 /// The device with a context for Vulkan, whose blobs can be made without a command stream.
-struct Blobs {
-    gpu: Gpu,
-    region: Mmio,
+pub(super) struct Blobs {
+    pub(super) gpu: Gpu,
+    pub(super) region: Mmio,
     others: u32,
 }
 
+/// Makes a blob of a page.
+pub(super) fn create(id: u32) -> Command {
+    Command {
+        context: CONTEXT,
+        type_: CREATE_BLOB,
+        body: vec![id, HOST3D, USE_MAPPABLE, 0, 0, 0, PAGE as u32, 0],
+    }
+}
+
+/// Shows a blob at a page of the region.
+pub(super) fn map(id: u32, page: usize) -> Command {
+    let offset = (page * PAGE) as u64;
+    Command {
+        context: 0,
+        type_: MAP_BLOB,
+        body: vec![id, 0, offset as u32, (offset >> 32) as u32],
+    }
+}
+
+/// Takes it away.
+pub(super) fn unmap(id: u32) -> Command {
+    Command {
+        context: 0,
+        type_: UNMAP_BLOB,
+        body: vec![id, 0],
+    }
+}
+
+/// Lets it go.
+pub(super) fn unref(id: u32) -> Command {
+    Command {
+        context: 0,
+        type_: UNREF,
+        body: vec![id, 0],
+    }
+}
+
 impl Blobs {
-    fn open() -> Result<Self> {
+    pub(super) fn open() -> Result<Self> {
         let mut gpu = Gpu::open(FEATURES)?;
         let (region, ..) = capability(&gpu.function, SHARED_MEMORY)?;
         // No name, and the kind of context.
@@ -47,21 +84,18 @@ impl Blobs {
         })
     }
 
-    /// A blob of a page.
-    fn create(&mut self, id: u32) -> Result<()> {
-        let body = [id, HOST3D, USE_MAPPABLE, 0, 0, 0, PAGE as u32, 0];
-        self.gpu.command_of(CONTEXT, CREATE_BLOB, &body)
+    fn one(&mut self, command: &Command) -> Result<()> {
+        let Command {
+            context,
+            type_,
+            body,
+        } = command;
+        self.gpu.command_of(*context, *type_, body)
     }
 
     /// Shows a blob at the page of its number.
     fn map(&mut self, id: u32) -> Result<()> {
-        let offset = u64::from(id) * PAGE as u64;
-        let body = [id, 0, offset as u32, (offset >> 32) as u32];
-        self.gpu.command(MAP_BLOB, &body)
-    }
-
-    fn unmap(&mut self, id: u32) -> Result<()> {
-        self.gpu.command(UNMAP_BLOB, &[id, 0])
+        self.one(&map(id, id as usize))
     }
 
     /// Writes to a blob that is shown, and finds it there.
@@ -78,7 +112,7 @@ impl Blobs {
     fn others(&mut self, count: u32) -> Result<()> {
         while self.others < count {
             let id = GUEST + 1 + self.others;
-            self.create(id)?;
+            self.one(&create(id))?;
             self.map(id)?;
             self.touch(id)?;
             self.others += 1;
@@ -90,9 +124,9 @@ impl Blobs {
     fn pairs(&mut self, count: u32) -> Result<Duration> {
         let mut took = Duration::ZERO;
         for _ in 0..count {
-            self.create(GUEST)?;
+            self.one(&create(GUEST))?;
             took += self.pair()?;
-            self.gpu.command(UNREF, &[GUEST, 0])?;
+            self.one(&unref(GUEST))?;
         }
         Ok(took)
     }
@@ -100,11 +134,11 @@ impl Blobs {
     /// The same of one blob.
     fn again(&mut self, count: u32) -> Result<Duration> {
         let mut took = Duration::ZERO;
-        self.create(GUEST)?;
+        self.one(&create(GUEST))?;
         for _ in 0..count {
             took += self.pair()?;
         }
-        self.gpu.command(UNREF, &[GUEST, 0])?;
+        self.one(&unref(GUEST))?;
         Ok(took)
     }
 
@@ -115,7 +149,7 @@ impl Blobs {
         let map = start.elapsed();
         self.touch(GUEST)?;
         let start = Instant::now();
-        self.unmap(GUEST)?;
+        self.one(&unmap(GUEST))?;
         Ok(map + start.elapsed())
     }
 }
