@@ -8,7 +8,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{
         Arc, Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering},
+        atomic::{AtomicBool, AtomicU32, Ordering},
     },
     thread,
     time::{Duration, Instant},
@@ -215,7 +215,9 @@ impl Bed {
             .args(["-cpu", "EPYC-v4,+svm,+npt", "-smp", "2"])
             .args(["-m", &format!("{}M", self.memory)])
             .args(["-nodefaults", "-vga", "none", "-display", "none"])
-            .args(["-serial", "stdio", "-monitor", "none", "-no-reboot"])
+            .args(["-serial", "stdio", "-no-reboot"])
+            .arg("-monitor")
+            .arg(monitor())
             .arg("-kernel")
             .arg(image)
             .arg("-initrd")
@@ -243,6 +245,21 @@ impl Bed {
         }
         command
     }
+}
+
+/// A folder for sockets of the emulators' monitors, which tell where a machine hangs.
+const MONITORS: &str = "FANLIGHT_BED_MONITORS";
+
+/// Where this emulator's monitor is.
+fn monitor() -> String {
+    static NUMBER: AtomicU32 = AtomicU32::new(0);
+    let Some(folder) = std::env::var_os(MONITORS) else {
+        return "none".into();
+    };
+    let number = NUMBER.fetch_add(1, Ordering::Relaxed);
+    let name = format!("{}-{number}", std::process::id());
+    let path = Path::new(&folder).join(name);
+    format!("unix:{},server=on,wait=off", path.display())
 }
 
 /// Passes L1's output on until it ends; the status that its last line tells.
