@@ -293,7 +293,9 @@ impl MainLoop<'_> {
 
     fn take_events(&mut self) {
         let _ = self.wake.read();
-        while let Ok(event) = self.events.try_recv() {
+        while self.outcome.is_none()
+            && let Ok(event) = self.events.try_recv()
+        {
             match event {
                 Event::Ejected(slot) => {
                     if let Some(id) = self.machine.inventory.ejected(slot) {

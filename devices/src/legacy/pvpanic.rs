@@ -1,5 +1,7 @@
 //! pvpanic: the guest's kernel says that it panicked (QEMU `docs/specs/pvpanic`).
 
+use std::sync::atomic::{AtomicU8, Ordering};
+
 use super::{GuestRequest, RequestSink};
 use crate::memory::IoHandler;
 
@@ -9,12 +11,20 @@ const PANICKED: u8 = 1 << 0;
 const CRASH_LOADED: u8 = 1 << 1;
 
 /// The event register: reads tell the events that are supported, writes report one.
-pub struct PvPanic(RequestSink);
+///
+/// Each is passed on once: a guest that writes for ever keeps nobody busy.
+pub struct PvPanic {
+    requests: RequestSink,
+    reported: AtomicU8,
+}
 
 impl PvPanic {
     /// A device that reports to `requests`.
     pub fn new(requests: RequestSink) -> Self {
-        Self(requests)
+        Self {
+            requests,
+            reported: AtomicU8::new(0),
+        }
     }
 }
 
@@ -26,10 +36,13 @@ impl IoHandler for PvPanic {
     }
 
     fn write(&self, _offset: u64, data: &[u8]) {
-        match data.first() {
-            Some(byte) if byte & PANICKED != 0 => (self.0)(GuestRequest::Panicked),
-            Some(byte) if byte & CRASH_LOADED != 0 => (self.0)(GuestRequest::CrashLoaded),
-            _ => {}
+        let (event, request) = match data.first() {
+            Some(byte) if byte & PANICKED != 0 => (PANICKED, GuestRequest::Panicked),
+            Some(byte) if byte & CRASH_LOADED != 0 => (CRASH_LOADED, GuestRequest::CrashLoaded),
+            _ => return,
+        };
+        if self.reported.fetch_or(event, Ordering::Relaxed) & event == 0 {
+            (self.requests)(request);
         }
     }
 }
@@ -40,14 +53,18 @@ mod tests {
     use crate::legacy::test_util::requests;
 
     #[test]
-    fn reports_what_it_says_it_supports() {
+    fn reports_what_it_says_it_supports_once() {
         let (sink, seen) = requests();
         let device = PvPanic::new(sink);
         let mut byte = [0];
         device.read(0, &mut byte);
         device.write(0, &[4]);
-        device.write(0, &[byte[0] & CRASH_LOADED]);
-        device.write(0, &[byte[0] & PANICKED]);
+        for _ in 0..3 {
+            device.write(0, &[byte[0] & CRASH_LOADED]);
+        }
+        for _ in 0..3 {
+            device.write(0, &[byte[0] & PANICKED]);
+        }
         assert_eq!(
             *seen.lock().unwrap(),
             [GuestRequest::CrashLoaded, GuestRequest::Panicked]

@@ -65,7 +65,8 @@ impl Renderer {
         Ok(state.set_scanout_2d(command)?.into())
     }
 
-    /// A texture on an output is finished first, and read back if it is not its own memory that is shown. Without a renderer the picture stays as it is.
+    /// A texture on an output is finished first, and read back if it is not its own memory that is shown. Without a
+    /// renderer the picture stays as it is.
     pub(super) fn flush(
         &mut self,
         command: ResourceFlush,
@@ -118,6 +119,12 @@ impl Renderer {
     }
 }
 
+/// The resources that outputs show.
+fn on_outputs(state: &State) -> Vec<u32> {
+    let shown = state.scanouts.iter().flatten();
+    shown.map(|scanout: &Scanout| scanout.resource).collect()
+}
+
 /// What of a flushed rectangle lies in the image and is on some output.
 fn visible(state: &State, id: u32, flushed: &Area) -> Option<Area> {
     let shown = state.scanouts.iter().flatten();
@@ -158,14 +165,9 @@ pub(super) fn show_blob(
     command: &SetScanoutBlob,
     file: File,
 ) -> Result<Answer, CommandError> {
-    let State {
-        resources,
-        scanouts,
-        ..
-    } = state;
-    let is_on_output =
-        |id| (scanouts.iter().flatten()).any(|scanout: &Scanout| scanout.resource == id);
-    resources.show_blob(command.resource_id.get(), file, is_on_output)?;
+    let on_outputs = on_outputs(state);
+    let id = command.resource_id.get();
+    state.resources.show_blob(id, file, &on_outputs)?;
     state.set_scanout_blob(command)
 }
 
@@ -175,22 +177,16 @@ pub(super) fn show_texture(
     command: &SetScanout,
     say: Say,
 ) -> Result<Answer, CommandError> {
-    let State {
-        resources,
-        scanouts,
-        ..
-    } = state;
-    let is_on_output =
-        |id| (scanouts.iter().flatten()).any(|scanout: &Scanout| scanout.resource == id);
+    let on_outputs = on_outputs(state);
     let id = command.resource_id.get();
     let layout = TextureLayout::read_from_bytes(&say.data);
     let shown = match (say.file, layout) {
-        (Some(file), Ok(layout)) => resources.show_texture(id, file, layout, is_on_output),
+        (Some(file), Ok(layout)) => state.resources.show_texture(id, file, layout, &on_outputs),
         _ => Err(CommandError::Renderer),
     };
     if let Err(error) = shown {
         tracing::debug!(%error, id, "a texture is copied for outputs");
-        resources.host_mut(id)?.no_export = true;
+        state.resources.host_mut(id)?.no_export = true;
     }
     state.set_scanout_2d(command)
 }

@@ -99,8 +99,8 @@ impl HostResource {
     }
 }
 
-/// Blobs and textures of which outputs can show the memory, each of which is a descriptor or two of this process's. Programs that draw
-/// take turns with two or three.
+/// Blobs and textures of which outputs can show the memory, each of which is a descriptor or two of this process's.
+/// Programs that draw take turns with two or three.
 const MAX_PIXELS: usize = 64;
 
 impl Resources {
@@ -109,7 +109,7 @@ impl Resources {
         &mut self,
         id: u32,
         file: File,
-        is_on_output: impl Fn(u32) -> bool,
+        on_outputs: &[u32],
     ) -> Result<(), CommandError> {
         let HostKind::Blob { len, .. } = self.host_mut(id)?.kind else {
             return Err(CommandError::Resource(id));
@@ -118,7 +118,7 @@ impl Resources {
         if end < len {
             return Err(CommandError::Renderer);
         }
-        let surface = self.renderer_memory(file, len, is_on_output)?;
+        let surface = self.renderer_memory(file, len, on_outputs)?;
         self.host_mut(id)?.pixels = Some(surface);
         Ok(())
     }
@@ -129,7 +129,7 @@ impl Resources {
         id: u32,
         file: File,
         found: TextureLayout,
-        is_on_output: impl Fn(u32) -> bool,
+        on_outputs: &[u32],
     ) -> Result<(), CommandError> {
         let HostKind::Texture {
             width,
@@ -154,7 +154,7 @@ impl Resources {
         };
         let size = (&file).seek(SeekFrom::End(0)).map_err(CommandError::Host)?;
         layout.check(size)?;
-        let surface = self.renderer_memory(file, size, is_on_output)?;
+        let surface = self.renderer_memory(file, size, on_outputs)?;
         let (page, _) = host_memory(PAGE_SIZE).map_err(CommandError::Host)?;
         self.host_mut(id)?.shown = Some(Shown {
             layout,
@@ -169,7 +169,7 @@ impl Resources {
         &mut self,
         file: File,
         len: u64,
-        is_on_output: impl Fn(u32) -> bool,
+        on_outputs: &[u32],
     ) -> Result<Arc<Surface>, CommandError> {
         let is_dmabuf = FileKind::of(&file).is_ok_and(|kind| kind == FileKind::DmaBuf);
         let mut with_memory = 0;
@@ -180,7 +180,7 @@ impl Resources {
             let exported = |shown: &mut Shown| matches!(shown.copy, CopyTo::Nowhere(_));
             if host.pixels.is_some() || host.shown.as_mut().is_some_and(exported) {
                 with_memory += 1;
-                if with_memory >= MAX_PIXELS && !is_on_output(other) {
+                if with_memory >= MAX_PIXELS && !on_outputs.contains(&other) {
                     host.pixels = None;
                     host.shown.take_if(exported);
                 }
