@@ -30,7 +30,7 @@ use fanlight_tests::{
 };
 use rustix::{
     process::{Pid, Signal},
-    thread::{CpuSet, sched_setaffinity},
+    thread::{CpuSet, sched_getaffinity, sched_setaffinity},
 };
 
 use export::Export;
@@ -98,7 +98,8 @@ fn measure(paths: &Paths, rounds: usize) -> Result<()> {
     let memory = bind(paths, &Function::only(edu::MEMORY_IDS)?.address(), &[])?;
     let exports = export::measure(&memory)?;
     // From the next one that is asked for on; the vCPUs will be there too.
-    fs::write("/proc/irq/default_smp_affinity", "1").context("cannot bind interrupts")?;
+    let mask = format!("{:x}", 1_u64 << processor()?);
+    fs::write("/proc/irq/default_smp_affinity", mask).context("cannot bind interrupts")?;
     let interface = run(Command::new("ls").arg(format!("/sys/bus/pci/devices/{physical}/net")))?;
     for arguments in [
         ["addr", "add", "10.9.0.1/24", "dev", &interface].as_slice(),
@@ -259,6 +260,14 @@ fn transfers(vmm: Vmm, command: Command) -> Result<(f64, Cost, Cost)> {
     Ok((boot, small, large))
 }
 
+/// The first processor that this program may run on.
+fn processor() -> Result<usize> {
+    let all = sched_getaffinity(None).context("cannot ask for the processors")?;
+    let mut numbers = 0..u64::BITS as usize;
+    let first = numbers.find(|&number| all.is_set(number));
+    first.ok_or_else(|| Failure("none of the first 64 processors may be used".into()))
+}
+
 /// Interrupts a second that a guest hears, of [`KINDS`].
 ///
 /// The vCPU is on the processor that the host's interrupts come to: whether they have to go on to another one would be
@@ -267,11 +276,11 @@ fn interrupts(vmm: Vmm, command: Command) -> Result<[f64; 2]> {
     let dir = tempfile::tempdir().context("cannot make a directory")?;
     let mut guest = Guest::spawn(command, dir)?;
     guest.wait_for("ready")?;
-    let mut processor = CpuSet::new();
-    processor.set(0);
+    let mut only = CpuSet::new();
+    only.set(processor()?);
     for thread in threads(vmm, guest.pid())? {
         if thread.is_vcpu(vmm) {
-            sched_setaffinity(Some(thread.id), &processor).context("cannot bind a vCPU")?;
+            sched_setaffinity(Some(thread.id), &only).context("cannot bind a vCPU")?;
         }
     }
     let mut rates = [0.0; 2];

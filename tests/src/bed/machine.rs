@@ -30,6 +30,16 @@ const L1_MODULES: &[&str] = &[
     "9pnet_virtio",
     "9p",
 ];
+/// L1's processors: two that run guests, and the first one, which must not.
+///
+/// QEMU clears a bit of the *first* processor's state (`hflags2`) when any processor loads an x87 state
+/// (`cpu_clear_ignne`, from XRSTOR and the like, at nearly each change of threads), by reading, changing and writing back
+/// without a lock. What the first one changes meanwhile is undone: that it is in a guest's page tables, on which L1's
+/// next instruction is looked up in those, or the guest's in L1's; or that its interrupts are on. L1 ended without a
+/// word, guests restarted, or hung. Nothing of this matters to a processor that never enters a guest.
+const PROCESSORS: u32 = 3;
+/// Those that guests, and all else that L1 is there for, run on (`resources/bed/init`): a mask.
+const GUESTS_PROCESSORS: u32 = (1 << PROCESSORS) - 2;
 /// L1's clock ticks: the emulator now and then loses a one-shot timer while a nested guest runs, after
 /// which a tickless L1, or a guest in it, sleeps until something else happens. Its time stamp counters are all
 /// this machine's one: a busy machine must not have L1's watchdog doubt them, and KVM with it. Nor must KVM
@@ -212,7 +222,8 @@ impl Bed {
                 "tcg,thread=multi",
             ])
             .args(["-device", "intel-iommu,intremap=on"])
-            .args(["-cpu", "EPYC-v4,+svm,+npt", "-smp", "2"])
+            .args(["-cpu", "EPYC-v4,+svm,+npt"])
+            .args(["-smp", &PROCESSORS.to_string()])
             .args(["-m", &format!("{}M", self.memory)])
             .args(["-nodefaults", "-vga", "none", "-display", "none"])
             .args(["-serial", "stdio", "-no-reboot"])
@@ -222,7 +233,11 @@ impl Bed {
             .arg(image)
             .arg("-initrd")
             .arg(initrd)
-            .args(["-append", L1_CMDLINE]);
+            .arg("-append")
+            .arg(format!(
+                "{L1_CMDLINE} irqaffinity=1-{} fanlight.processors={GUESTS_PROCESSORS:x}",
+                PROCESSORS - 1
+            ));
         for share in shares {
             command.arg("-virtfs").arg(format!(
                 "local,path={},mount_tag={},security_model=none{}",

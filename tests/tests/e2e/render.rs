@@ -98,8 +98,8 @@ fn mesa(assets: &Assets) -> Result<()> {
 
 /// In tens of thousands: those that are shown at once, and pairs meanwhile. 5 and 10 pass too, in two minutes, but the
 /// emulator spoils two of five runs of a guest with so much to map and unmap.
-const BLOBS: u32 = 2;
-const PAIRS: u32 = 3;
+const BLOBS: u32 = 5;
+const PAIRS: u32 = 10;
 
 /// By Linux's driver, and then by one of ours, which need not make a blob for each that it shows.
 fn blobs(assets: &Assets) -> Result<()> {
