@@ -21,6 +21,7 @@ use fanlight_tests::{
     bench::{self, CMDLINE, Paths, median},
     guest::{Guest, bed_clock},
     painting::Painter,
+    raw_gpu::MOST,
 };
 use rustix::process::{Resource, Rlimit, Signal};
 
@@ -30,7 +31,7 @@ const STEP: u32 = 100;
 /// Pairs before those that count.
 const WARM_UP: u32 = 10;
 /// Whoever takes longer for all of them is measured with those that it has.
-const SETUP: Duration = Duration::from_secs(40);
+const SETUP: Duration = Duration::from_secs(60);
 /// The renderer has a descriptor for each.
 const FILES: u64 = 1 << 16;
 
@@ -47,16 +48,25 @@ const VMMS: [(Vmm, &str); 3] = [
     (Vmm::Qemu, "QEMU `virtio-gpu-gl-pci`"),
 ];
 
+/// What pairs can be.
+#[derive(Clone, Copy)]
+struct Kind {
+    /// How they are asked for.
+    verb: &'static str,
+    title: &'static str,
+    /// So many times a round.
+    times: u32,
+    /// Pairs each time.
+    pairs: u32,
+}
+
 /// What measures in the guest.
 struct Program {
     /// What of `guest-agent`.
     verb: &'static str,
     /// What its pairs are.
     title: &'static str,
-    /// How pairs are asked for, and what those are.
-    pairs: &'static [(&'static str, &'static str)],
-    /// Pairs of a round.
-    count: u32,
+    kinds: &'static [Kind],
     /// Others that are shown meanwhile. Linux's driver needs minutes for thousands.
     others: [u32; 2],
 }
@@ -65,15 +75,37 @@ const PROGRAMS: [Program; 2] = [
     Program {
         verb: "serve-raw-blobs",
         title: "MAP_BLOB and UNMAP_BLOB alone",
-        pairs: &[("pairs", "a new blob"), ("again", "the same blob")],
-        count: 50,
+        kinds: &[
+            Kind {
+                verb: "pairs",
+                title: "a new blob",
+                times: 50,
+                pairs: 1,
+            },
+            Kind {
+                verb: "again",
+                title: "the same blob",
+                times: 50,
+                pairs: 1,
+            },
+            Kind {
+                verb: "batches",
+                title: "64 blobs for one notification",
+                times: 5,
+                pairs: MOST as u32,
+            },
+        ],
         others: [1, 10_000],
     },
     Program {
         verb: "serve-blobs",
         title: "by the guest's driver",
-        pairs: &[("pairs", "made, shown and let go")],
-        count: 30,
+        kinds: &[Kind {
+            verb: "pairs",
+            title: "made, shown and let go",
+            times: 30,
+            pairs: 1,
+        }],
         others: [1, 10_000],
     },
 ];
@@ -196,14 +228,15 @@ impl Run {
         Ok(())
     }
 
-    fn round(&mut self, what: &'static str, count: u32, others: u32) -> Result<()> {
-        let said = self.painter.ask(&format!("{what} {count}"))?;
-        let rate = f64::from(count) / said[0] * 1e6;
+    fn round(&mut self, kind: &Kind, others: u32) -> Result<()> {
+        let Kind { verb, times, .. } = kind;
+        let said = self.painter.ask(&format!("{verb} {times}"))?;
+        let rate = f64::from(times * kind.pairs) / said[0] * 1e6;
         eprintln!(
-            "{}, {what}, {others} others: {rate:.0} pairs a second",
+            "{}, {verb}, {others} others: {rate:.0} pairs a second",
             self.name
         );
-        self.rates.entry((what, others)).or_default().push(rate);
+        self.rates.entry((verb, others)).or_default().push(rate);
         Ok(())
     }
 
@@ -250,16 +283,17 @@ fn measure_program(program: &Program, rounds: usize, paths: &Paths, stacks: &Sta
         for run in &mut runs {
             run.go_on(|run| {
                 run.have_others(others)?;
-                for (what, _) in program.pairs {
-                    run.painter.ask(&format!("{what} {WARM_UP}"))?;
+                for Kind { verb, pairs, .. } in program.kinds {
+                    let times = WARM_UP.div_ceil(*pairs);
+                    run.painter.ask(&format!("{verb} {times}"))?;
                 }
                 Ok(())
             });
         }
         for _ in 0..rounds {
             for run in &mut runs {
-                for (what, _) in program.pairs {
-                    run.go_on(|run| run.round(what, program.count, others));
+                for kind in program.kinds {
+                    run.go_on(|run| run.round(kind, others));
                 }
             }
         }
@@ -270,19 +304,19 @@ fn measure_program(program: &Program, rounds: usize, paths: &Paths, stacks: &Sta
         "| {title} | a second, {few} other | {many} others | {many} of {few} | of the slots', {many} others |"
     );
     println!("|---|---|---|---|---|");
-    for (what, name) in program.pairs {
+    for Kind { verb, title, .. } in program.kinds {
         for run in &runs {
             println!(
-                "| {name}: {} | {:.0} | {:.0}{} | {:.2} | {:.2} |",
+                "| {title}: {} | {:.0} | {:.0}{} | {:.2} | {:.2} |",
                 run.name,
-                run.rate(what, few),
-                run.rate(what, many),
+                run.rate(verb, few),
+                run.rate(verb, many),
                 match run.others {
                     all if all == many => String::new(),
                     fewer => format!(" (with {fewer})"),
                 },
-                run.rate(what, many) / run.rate(what, few),
-                run.rate(what, many) / runs[1].rate(what, many)
+                run.rate(verb, many) / run.rate(verb, few),
+                run.rate(verb, many) / runs[1].rate(verb, many)
             );
         }
     }

@@ -15,6 +15,7 @@ use std::{
 
 use rustix::mm::{MapFlags, ProtFlags, mlock, mmap_anonymous};
 
+pub use batch::MOST;
 pub use blobs::serve as serve_blobs;
 pub use thousands::at_once as blobs_at_once;
 

@@ -1,25 +1,41 @@
 //! A range of the guest's addresses into which files are mapped as they come and go, in one memory slot.
 //!
 //! The range is reserved once, without access. What is mapped lies over the reservation (`MAP_FIXED`), and what
-//! is unmapped gets the reservation back: at every moment each page is the arena's, and a guest that touches a
-//! page without a file gets an error from KVM, never somebody else's memory. KVM follows both by itself, through
-//! its notifier of the host's page tables, so that neither waits for a vCPU or a memory slot.
+//! is unmapped gets the reservation back: at every moment each page is the arena's or nobody's, and a guest that
+//! touches a page without a file gets an error from KVM, never somebody else's memory. KVM follows both by itself,
+//! through its notifier of the host's page tables, so that neither waits for a vCPU or a memory slot.
+//!
+//! A page is nobody's when a file refuses to be mapped: Linux takes the reservation away before it asks the file. So
+//! the range lies where Linux puts nothing that does not ask for the place ([`PLACES`]), and no other mapping can come
+//! to lie in it before the reservation is back.
 
 use std::{
     collections::BTreeMap,
     ffi::c_void,
     fs::File,
-    io::{self, Seek, SeekFrom},
-    ops::Bound,
+    io,
+    ops::{Bound, Range},
     os::fd::AsFd,
     ptr,
 };
 
 use fanlight_arch::layout::PAGE_SIZE;
-use rustix::mm::{
-    Advice, MapFlags, MremapFlags, ProtFlags, madvise, mmap, mmap_anonymous, mremap_fixed, munmap,
+use rustix::{
+    fs::{SeekFrom, seek},
+    io::Errno,
+    mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap},
+    rand::{GetRandomFlags, getrandom},
 };
 use thiserror::Error;
+
+/// Addresses that are given to nobody who does not ask for them: Linux takes the highest room below the stack, or, if
+/// there is none or the stack has no limit, the lowest above a third of the address space, 43 TiB
+/// (`arch/x86/mm/mmap.c`, `TASK_UNMAPPED_BASE`). Programs and their heaps are above that or far below.
+const PLACES: Range<u64> = 16 << 40..32 << 40;
+/// As the largest pages of most files, which can be the guest's only where both addresses are aligned.
+const ALIGN: u64 = 2 << 20;
+/// So many places are tried, of millions.
+const TRIES: usize = 16;
 
 /// Why something could not be mapped or unmapped.
 #[derive(Debug, Error)]
@@ -119,18 +135,9 @@ impl Arena {
         if len == 0 || !len.is_multiple_of(PAGE_SIZE) {
             return Err(ArenaError::Unaligned { offset: 0, len });
         }
-        // SAFETY: a new mapping at an address of the kernel's choice, which nothing can access.
-        let start = unsafe {
-            mmap_anonymous(
-                ptr::null_mut(),
-                len as usize,
-                ProtFlags::empty(),
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
-            )
-        };
-        let start = start.map_err(|error| ArenaError::Host {
+        let start = reserve_somewhere(len).map_err(|source| ArenaError::Host {
             action: "reserve addresses for the GPU's memory",
-            source: error.into(),
+            source,
         })?;
         Ok(Self {
             start,
@@ -171,12 +178,9 @@ impl Arena {
             return Err(ArenaError::TooMany(self.mapped.len()));
         }
         // For dma-bufs too, whose size `fstat` does not tell. Who made the file may have its position.
-        let size = file
-            .try_clone()
-            .and_then(|mut file| file.seek(SeekFrom::End(0)));
-        let size = size.map_err(|source| ArenaError::Host {
+        let size = seek(file, SeekFrom::End(0)).map_err(|error| ArenaError::Host {
             action: "find the size of the GPU's memory",
-            source,
+            source: error.into(),
         })?;
         if size < len {
             return Err(ArenaError::Short { len, size });
@@ -186,44 +190,23 @@ impl Arena {
         } else {
             ProtFlags::READ
         };
-        let refused = |source: rustix::io::Errno| ArenaError::Host {
-            action: "map the GPU's memory",
-            source: source.into(),
-        };
-        let bytes = len as usize;
-        // Elsewhere first, then moved: asked for in place, Linux up to 6.11 takes the reservation away before the
-        // file refuses, and another thread's mapping could come to lie there.
-        // SAFETY: a new mapping at an address of the kernel's choice.
-        let elsewhere = unsafe {
+        // SAFETY: within the reservation, checked above, which only the guest accesses.
+        let mapped = unsafe {
             mmap(
-                ptr::null_mut(),
-                bytes,
+                self.at(offset),
+                len as usize,
                 access,
-                MapFlags::SHARED,
+                MapFlags::SHARED | MapFlags::FIXED,
                 file.as_fd(),
                 0,
             )
         };
-        let elsewhere = elsewhere.map_err(refused)?;
-        // SAFETY: from the mapping just made, of which nobody else knows, to within the reservation, checked above,
-        // which only the guest accesses.
-        let moved = unsafe {
-            mremap_fixed(
-                elsewhere,
-                bytes,
-                bytes,
-                MremapFlags::MAYMOVE,
-                self.at(offset),
-            )
-        };
-        if let Err(error) = moved {
-            // SAFETY: it is still there, and still nobody else's.
-            let _ = unsafe { munmap(elsewhere, bytes) };
-            // Changes nothing, and fails where nothing is mapped.
-            // SAFETY: the advice is what holds already.
-            let reserved = unsafe { madvise(self.at(offset), bytes, Advice::Normal) };
-            self.lost |= reserved.is_err();
-            return Err(refused(error));
+        if let Err(error) = mapped {
+            self.reserve(offset, len)?;
+            return Err(ArenaError::Host {
+                action: "map the GPU's memory",
+                source: error.into(),
+            });
         }
         self.mapped.insert(offset, len);
         self.gaps = gaps;
@@ -303,6 +286,31 @@ impl Arena {
             ArenaError::Lost
         })
     }
+}
+
+/// Reserves `len` bytes in [`PLACES`].
+fn reserve_somewhere(len: u64) -> io::Result<*mut c_void> {
+    let room = PLACES.end - PLACES.start;
+    let choices = room.checked_sub(len).ok_or(Errno::NOMEM)? / ALIGN + 1;
+    for _ in 0..TRIES {
+        let mut random = [0; 8];
+        getrandom(&mut random, GetRandomFlags::empty())?;
+        let place = PLACES.start + u64::from_ne_bytes(random) % choices * ALIGN;
+        // SAFETY: a new mapping where there is none, which nothing can access.
+        let start = unsafe {
+            mmap_anonymous(
+                ptr::without_provenance_mut(place as usize),
+                len as usize,
+                ProtFlags::empty(),
+                MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED_NOREPLACE,
+            )
+        };
+        match start {
+            Err(Errno::EXIST) => {}
+            start => return Ok(start?),
+        }
+    }
+    Err(Errno::EXIST.into())
 }
 
 impl Drop for Arena {
@@ -452,6 +460,27 @@ mod tests {
         ));
         arena.map(0, PAGE_SIZE, &readonly, false).unwrap();
         assert_eq!(seen(&arena, 0), Some(1));
+    }
+
+    #[test]
+    fn linux_puts_nothing_where_an_arena_lost_a_page() {
+        let arena = Arena::new(PAGES * PAGE_SIZE).unwrap();
+        let map = |at| {
+            let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
+            // SAFETY: new mappings, which nothing can access.
+            let new = unsafe { mmap_anonymous(at, PAGE_SIZE as usize, ProtFlags::empty(), flags) };
+            new.unwrap().addr() as u64
+        };
+        let all = arena.host_address()..arena.host_address() + arena.len();
+        assert!(PLACES.start <= all.start && all.end <= PLACES.end);
+        // SAFETY: the arena's, and put back below.
+        unsafe { munmap(arena.at(PAGE_SIZE), PAGE_SIZE as usize) }.unwrap();
+        for _ in 0..1000 {
+            assert!(!all.contains(&map(ptr::null_mut())));
+        }
+        // There was room.
+        let lost = arena.at(PAGE_SIZE);
+        assert_eq!(map(lost), lost.addr() as u64);
     }
 
     #[derive(Clone, Debug)]

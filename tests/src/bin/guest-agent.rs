@@ -86,6 +86,7 @@ fn act(arguments: &[String]) -> Result<String> {
         [verb] if verb == "gl" => gl::draw(),
         [verb] if verb == "vulkan" => vulkan::work(),
         [verb, count, pairs] if verb == "blobs" => blobs::at_once(number(count)?, number(pairs)?),
+        [verb] if verb == "outlive" => blobs::outlive(),
         [verb] if verb == "serve-blobs" => blobs::serve(),
         [verb] if verb == "serve-raw-blobs" => raw_gpu::serve_blobs(),
         [verb, count, pairs] if verb == "raw-blobs" => {
@@ -100,7 +101,7 @@ fn act(arguments: &[String]) -> Result<String> {
              kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts KIND COUNT | \
              break VENDOR:DEVICE | screen IDS BAR OFFSET | buffers | listen | try DESCRIPTION [driver] [reset] | \
              paint WIDTH HEIGHT MICROSECONDS COLOUR | neighbours COUNT | gl | vulkan | blobs COUNT PAIRS | \
-             serve-blobs | serve-raw-blobs | raw-blobs COUNT PAIRS | blobs-until-refused | shared-blobs | show-blob | show-red"
+             outlive | serve-blobs | serve-raw-blobs | raw-blobs COUNT PAIRS | blobs-until-refused | shared-blobs | show-blob | show-red"
                 .into(),
         )),
     }

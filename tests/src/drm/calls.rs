@@ -35,6 +35,7 @@ macro_rules! calls {
 calls! {
     0xc040_6400 Version { numbers: [i32; 3], name_len: u64, name: u64, rest: [u64; 4] }
     0x4008_6409 GemClose { handle: u32, pad: u32 }
+    0xc00c_642d PrimeHandleToFd { handle: u32, flags: u32, fd: i32 }
     0xc00c_642e PrimeFdToHandle { handle: u32, flags: u32, fd: i32 }
 
     0xc010_6441 VirtgpuMap { offset: u64, handle: u32, pad: u32 }

@@ -7,7 +7,7 @@ mod card;
 use std::{
     env,
     fs::File,
-    os::fd::{AsFd, AsRawFd},
+    os::fd::{AsFd, AsRawFd, FromRawFd},
 };
 
 pub use card::{Card, Shown};
@@ -16,7 +16,7 @@ pub(crate) use calls::{
     Call, ModeInfo, VirtgpuContextInit, VirtgpuExecbuffer, VirtgpuMap, VirtgpuResourceCreate,
     VirtgpuResourceCreateBlob, VirtgpuResourceInfo, VirtgpuTransferToHost, VirtgpuWait,
 };
-use calls::{GemClose, PrimeFdToHandle, Version};
+use calls::{GemClose, PrimeFdToHandle, PrimeHandleToFd, Version};
 
 use crate::{Context, Failure, Result};
 
@@ -97,6 +97,19 @@ impl Device {
         // SAFETY: the structure is the whole of the argument.
         unsafe { self.call(&mut prime) }?;
         Ok(prime.handle)
+    }
+
+    /// Gives a buffer out as a dma-buf.
+    pub(crate) fn export(&self, handle: u32) -> Result<File> {
+        let mut prime = PrimeHandleToFd {
+            handle,
+            flags: (libc::O_RDWR | libc::O_CLOEXEC) as u32,
+            fd: -1,
+        };
+        // SAFETY: the structure is the whole of the argument.
+        unsafe { self.call(&mut prime) }?;
+        // SAFETY: it was made just now, and nobody else knows of it.
+        Ok(unsafe { File::from_raw_fd(prime.fd) })
     }
 
     /// Lets a buffer go.

@@ -3,7 +3,7 @@
 use std::{io::BufRead, time::Instant};
 
 use super::drm::{Blob, PAGE, with_venus};
-use crate::{Context, Failure, Result};
+use crate::{Context, Failure, Result, guest::ensure};
 
 /// Makes `count` blobs, which are there at once, writes to each and finds in each what was written there; then
 /// makes `pairs` more, one after the other.
@@ -31,6 +31,24 @@ pub fn at_once(count: u64, pairs: u64) -> Result<String> {
     }
     let took = start.elapsed().as_micros();
     Ok(format!("{count} blobs and {pairs} pairs in {took} us"))
+}
+
+/// Keeps a blob when the context is gone that it was made in, as a program does that another one gave a picture to.
+pub fn outlive() -> Result<String> {
+    const WORD: u64 = 0x1234_5678_9abc_def0;
+    let gpu = with_venus()?;
+    let blob = Blob::shareable(&gpu, PAGE)?;
+    blob.write(WORD)?;
+    let memory = blob.map_shared()?;
+    drop(blob);
+    drop(gpu);
+    // The device is told of one after the other: when the other blob is there, the context is gone.
+    let other = with_venus()?;
+    let other = Blob::new(&other, PAGE)?;
+    other.write(!WORD)?;
+    let found = [memory.read(0), other.read()?];
+    ensure(found == [WORD, !WORD], format!("found {found:x?}"))?;
+    Ok("a blob outlived its context".into())
 }
 
 /// Makes blobs until one cannot be used any more; what came of it.

@@ -81,6 +81,12 @@ impl<'a> Blob<'a> {
         Mmio::new(self.device.file(), map.offset, self.size).context("cannot map a blob")
     }
 
+    /// Its memory by way of a dma-buf, which stays when the blob and the device are gone.
+    pub(super) fn map_shared(&self) -> Result<Mmio> {
+        let dmabuf = self.device.export(self.handle)?;
+        Mmio::new(&dmabuf, 0, self.size).context("cannot map a blob's dma-buf")
+    }
+
     /// Writes its first word.
     pub(super) fn write(&self, word: u64) -> Result<()> {
         self.map()?.write(0, word);

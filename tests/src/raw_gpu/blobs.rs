@@ -6,7 +6,11 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Gpu, PAGE, batch::Command, capability};
+use super::{
+    Gpu, PAGE,
+    batch::{Command, MOST},
+    capability,
+};
 use crate::{Context, Failure, Result, pci::Mmio};
 
 /// VIRGL, RESOURCE_BLOB, CONTEXT_INIT; VERSION_1.
@@ -142,6 +146,27 @@ impl Blobs {
         Ok(took)
     }
 
+    /// Shows as many blobs at once as can be told for one notification, and takes them away together, so many times.
+    fn batches(&mut self, count: u32) -> Result<Duration> {
+        let mut took = Duration::ZERO;
+        let first = GUEST + 1 + self.others;
+        let ids = first..first + MOST as u32;
+        let all = |command: fn(u32) -> Command| ids.clone().map(command).collect::<Vec<_>>();
+        let shown = |id| map(id, id as usize);
+        self.gpu.batch(&all(create))?;
+        for _ in 0..count {
+            let start = Instant::now();
+            self.gpu.batch(&all(shown))?;
+            took += start.elapsed();
+            ids.clone().try_for_each(|id| self.touch(id))?;
+            let start = Instant::now();
+            self.gpu.batch(&all(unmap))?;
+            took += start.elapsed();
+        }
+        self.gpu.batch(&all(unref))?;
+        Ok(took)
+    }
+
     /// Between the two the guest writes to it, so that there is something to take away.
     fn pair(&mut self) -> Result<Duration> {
         let start = Instant::now();
@@ -155,8 +180,8 @@ impl Blobs {
 }
 
 /// Does what the lines of standard input say: `others N` has N blobs shown; `pairs N` shows N more, each a new one, and
-/// takes them away, one after the other; `again N` does that with one blob. Each is answered by a line
-/// `agent: did NUMBER: … us.`, counted from 1.
+/// takes them away, one after the other; `again N` does that with one blob; `batches N` does it N times with many, whose
+/// commands come together. Each is answered by a line `agent: did NUMBER: … us.`, counted from 1.
 pub fn serve() -> Result<String> {
     let mut blobs = Blobs::open()?;
     println!("agent: ready");
@@ -172,6 +197,7 @@ pub fn serve() -> Result<String> {
                 start.elapsed()
             }
             "again" => blobs.again(count)?,
+            "batches" => blobs.batches(count)?,
             _ => blobs.pairs(count)?,
         };
         println!("agent: did {number}: {} us.", took.as_micros());

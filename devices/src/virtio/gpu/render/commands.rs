@@ -7,8 +7,9 @@ use super::{
         protocol::*,
         resources::Kind,
     },
-    BlobFile, HostKind, Outcome, Places, Renderer, Then,
-    outputs::{set_scanout_blob, show_blob, show_texture},
+    HostKind, Outcome, Places, Renderer, Then,
+    blob_files::BlobFile,
+    outputs::{show_blob, show_texture},
     wire::{CALL_EXPORT, Call, RamRange, Say},
 };
 use crate::{
@@ -64,7 +65,7 @@ impl Renderer {
             VIRTIO_GPU_CMD_RESOURCE_ATTACH_BACKING => attach(input, places),
             VIRTIO_GPU_CMD_RESOURCE_DETACH_BACKING => self.detach(input.take()?, places),
             VIRTIO_GPU_CMD_SET_SCANOUT => self.set_scanout(&input.take()?, places),
-            VIRTIO_GPU_CMD_SET_SCANOUT_BLOB => set_scanout_blob(&input.take()?, places),
+            VIRTIO_GPU_CMD_SET_SCANOUT_BLOB => self.set_scanout_blob(&input.take()?, places),
             VIRTIO_GPU_CMD_RESOURCE_FLUSH => self.flush(input.take()?, places),
             _ => {
                 let mut state = places.display.0.lock();
@@ -90,10 +91,7 @@ impl Renderer {
                 hold: None,
             }),
             Then::Created { id, kind } => {
-                let cache = say.head.value;
-                let memory = say.file.map(|file| BlobFile { file, cache });
-                self.made_last = memory.is_some().then_some(id);
-                let entered = state.resources.create_host(id, kind, memory);
+                let entered = state.resources.create_host(id, kind);
                 if entered.is_err() {
                     // Lest the renderer keep what nobody can name.
                     let what = ResourceId {
@@ -102,6 +100,9 @@ impl Renderer {
                     };
                     let call = Call::new(VIRTIO_GPU_CMD_RESOURCE_UNREF, 0, &what);
                     let _ = self.tell(Box::new(call));
+                } else if let Some(file) = say.file {
+                    let cache = say.head.value;
+                    self.files.keep(id, BlobFile { file, cache });
                 }
                 entered.map(|()| Answer::OK)
             }
@@ -112,7 +113,8 @@ impl Renderer {
             Then::Map { id, offset } => {
                 let file = say.file.ok_or(CommandError::Renderer)?;
                 let cache = say.head.value;
-                self.show(&mut state, id, offset, BlobFile { file, cache })
+                self.files.keep(id, BlobFile { file, cache });
+                self.show(&mut state, id, offset)
             }
             Then::Flush(command) => state.flush(&command),
             Then::Scanout(command) => {
@@ -123,14 +125,9 @@ impl Renderer {
         }
     }
 
-    /// Shows a blob's memory to the guest.
-    fn show(
-        &self,
-        state: &mut State,
-        id: u32,
-        offset: u64,
-        memory: BlobFile,
-    ) -> Result<Answer, CommandError> {
+    /// Shows a blob's memory, which is at hand, to the guest.
+    fn show(&self, state: &mut State, id: u32, offset: u64) -> Result<Answer, CommandError> {
+        let memory = self.files.get(id).ok_or(CommandError::Renderer)?;
         let host = state.resources.host_mut(id)?;
         let HostKind::Blob { len, shareable } = host.kind else {
             return Err(CommandError::Resource(id));
@@ -224,6 +221,8 @@ impl Renderer {
         )
     }
 
+    /// What it made stays where it is shown: Linux's driver shows a blob until nobody has it, and a picture that a program
+    /// gave to another one outlives the program.
     fn destroy_context(&mut self, id: u32) -> Result<Outcome, CommandError> {
         if self.is_gone() {
             return Ok(Answer::OK.into());
@@ -307,12 +306,6 @@ impl Renderer {
             return Err(CommandError::Parameter("number of entries"));
         }
         state.resources.check_new(id)?;
-        // Linux's driver shows a blob at once. One that it does not show keeps no descriptor open.
-        if let Some(last) = self.made_last.take()
-            && let Ok(host) = state.resources.host_mut(last)
-        {
-            host.memory = None;
-        }
         let shared = VIRTIO_GPU_BLOB_FLAG_USE_SHAREABLE | VIRTIO_GPU_BLOB_FLAG_USE_CROSS_DEVICE;
         let kind = HostKind::Blob {
             len: size,
@@ -340,8 +333,8 @@ impl Renderer {
         }
         // Place and length are checked where they are mapped.
         let offset = command.offset.get();
-        if let Some(memory) = host.memory.take() {
-            return Ok(self.show(&mut state, id, offset, memory)?.into());
+        if self.files.get(id).is_some() {
+            return Ok(self.show(&mut state, id, offset)?.into());
         }
         let what = ResourceId {
             resource_id: id.into(),
@@ -379,6 +372,7 @@ impl Renderer {
             }
         }
         let answer = state.unref(command)?;
+        self.files.forget(command.resource_id.get());
         if is_host && !self.is_gone() {
             let call = Call::new(VIRTIO_GPU_CMD_RESOURCE_UNREF, 0, &command);
             return Ok(Outcome::Told(Box::new(call), answer));

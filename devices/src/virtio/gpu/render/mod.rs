@@ -8,6 +8,7 @@
 //! A renderer that ends is not started again while the driver lives: its contexts are lost, and all that
 //! needs it is answered with an error. The next driver gets a new one.
 
+mod blob_files;
 mod commands;
 mod host_memory;
 mod outputs;
@@ -27,7 +28,7 @@ use rustix::net::RecvFlags;
 
 pub use host_memory::HostMemory;
 pub use outputs::ReadBack;
-pub use resource::{BlobFile, CopyTo, HostKind, HostResource};
+pub use resource::{CopyTo, HostKind, HostResource};
 
 use super::{
     commands::{Answer, CommandError},
@@ -35,6 +36,7 @@ use super::{
     protocol::*,
 };
 use crate::{memory::AddressSpace, virtio::queue::Buffers};
+use blob_files::BlobFiles;
 use wire::{
     CALL_FENCE, Call, CapsetInfo, FAILED_NO_FILES, FenceAt, SAY_DONE, SAY_FENCE, SAY_READY, Say,
 };
@@ -159,8 +161,7 @@ pub(super) struct Renderer {
     fences: Vec<Fenced>,
     /// Of the last fence.
     number: u32,
-    /// The blob that was made last, while it has its memory.
-    made_last: Option<u32>,
+    files: BlobFiles,
     /// Calls that went without an answer since the last one that has one.
     told: usize,
 }
@@ -176,7 +177,7 @@ impl Renderer {
             asked: None,
             fences: Vec::new(),
             number: 0,
-            made_last: None,
+            files: BlobFiles::default(),
             told: 0,
         })
     }
@@ -331,6 +332,7 @@ impl Renderer {
     fn died(&mut self) -> Heard {
         self.process = None;
         self.contexts.clear();
+        self.files.clear();
         tracing::warn!(
             "the GPU's renderer has ended: the guest's 3D is lost until its driver is bound again; 2D goes on"
         );

@@ -65,6 +65,35 @@ impl Renderer {
         Ok(state.set_scanout_2d(command)?.into())
     }
 
+    /// The memory of a blob of the renderer's is asked for when an output is to show it for the first time, unless it is
+    /// at hand.
+    pub(super) fn set_scanout_blob(
+        &self,
+        command: &SetScanoutBlob,
+        places: &Places,
+    ) -> Result<Outcome, CommandError> {
+        let mut state = places.display.0.lock();
+        let id = command.resource_id.get();
+        if state.features & VIRTIO_GPU_F_RESOURCE_BLOB == 0 {
+            return Err(CommandError::Unknown(VIRTIO_GPU_CMD_SET_SCANOUT_BLOB));
+        }
+        match state.resources.host_mut(id) {
+            Ok(host) if host.pixels.is_none() && matches!(host.kind, HostKind::Blob { .. }) => {
+                let file = self.files.get(id).map(|memory| memory.file.try_clone());
+                if let Some(file) = file.transpose().map_err(CommandError::Host)? {
+                    return Ok(show_blob(&mut state, command, file)?.into());
+                }
+                let what = ResourceId {
+                    resource_id: id.into(),
+                    padding: 0.into(),
+                };
+                let call = Call::new(CALL_EXPORT, 0, &what);
+                later(call, Then::Scanout(*command))
+            }
+            _ => Ok(state.set_scanout_blob(command)?.into()),
+        }
+    }
+
     /// A texture on an output is finished first, and read back if it is not its own memory that is shown. Without a
     /// renderer the picture stays as it is.
     pub(super) fn flush(
@@ -131,33 +160,6 @@ fn visible(state: &State, id: u32, flushed: &Area) -> Option<Area> {
     let shown = shown.filter(|scanout: &&Scanout| scanout.resource == id);
     let parts = shown.filter_map(|scanout| flushed.intersection(&scanout.area));
     parts.reduce(|one, other| one.union(&other))
-}
-
-/// The memory of a blob of the renderer's is asked for when an output is to show it for the first time.
-pub(super) fn set_scanout_blob(
-    command: &SetScanoutBlob,
-    places: &Places,
-) -> Result<Outcome, CommandError> {
-    let mut state = places.display.0.lock();
-    let id = command.resource_id.get();
-    if state.features & VIRTIO_GPU_F_RESOURCE_BLOB == 0 {
-        return Err(CommandError::Unknown(VIRTIO_GPU_CMD_SET_SCANOUT_BLOB));
-    }
-    match state.resources.host_mut(id) {
-        Ok(host) if host.pixels.is_none() && matches!(host.kind, HostKind::Blob { .. }) => {
-            let file = host.memory.as_ref().map(|memory| memory.file.try_clone());
-            if let Some(file) = file.transpose().map_err(CommandError::Host)? {
-                return Ok(show_blob(&mut state, command, file)?.into());
-            }
-            let what = ResourceId {
-                resource_id: id.into(),
-                padding: 0.into(),
-            };
-            let call = Call::new(CALL_EXPORT, 0, &what);
-            later(call, Then::Scanout(*command))
-        }
-        _ => Ok(state.set_scanout_blob(command)?.into()),
-    }
 }
 
 pub(super) fn show_blob(

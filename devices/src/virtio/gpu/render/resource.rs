@@ -47,8 +47,6 @@ pub enum HostKind {
 pub struct HostResource {
     /// What it is.
     pub kind: HostKind,
-    /// Its memory and how that is cached, from when it was made until it is shown.
-    pub memory: Option<BlobFile>,
     /// Where the guest sees it, in the host-visible region.
     pub mapped: Option<u64>,
     /// Whether it has guest memory.
@@ -60,15 +58,6 @@ pub struct HostResource {
     /// A blob's own memory, if it was on an output lately.
     pub pixels: Option<Arc<Surface>>,
     _charge: Charge,
-}
-
-/// A blob's memory.
-#[derive(Debug)]
-pub struct BlobFile {
-    /// The memory.
-    pub file: File,
-    /// How the guest is to cache it (`VIRTIO_GPU_MAP_CACHE_*`).
-    pub cache: u32,
 }
 
 /// A texture's own memory, or a copy of its pixels as of the last flush.
@@ -201,16 +190,10 @@ impl Resources {
     }
 
     /// Enters a resource that the renderer has made.
-    pub fn create_host(
-        &mut self,
-        id: u32,
-        kind: HostKind,
-        memory: Option<BlobFile>,
-    ) -> Result<(), CommandError> {
+    pub fn create_host(&mut self, id: u32, kind: HostKind) -> Result<(), CommandError> {
         self.check_new(id)?;
         let resource = HostResource {
             kind,
-            memory,
             mapped: None,
             backed: false,
             shown: None,

@@ -3,21 +3,43 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::virtio::gpu::render::blob_files::MOST;
 
 #[test]
-fn a_blob_s_memory_is_asked_for_once() {
+fn a_blob_s_memory_is_not_asked_for_while_it_is_at_hand() {
     let mut m = machine();
     m.create_context();
     let create = VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB;
+    let unmap = VIRTIO_GPU_CMD_RESOURCE_UNMAP_BLOB;
     for id in [1, 3] {
         assert_eq!(m.command(create, &blob(id, 1)), OK);
     }
-    assert_eq!(m.map(3, PAGE), VIRTIO_GPU_RESP_OK_MAP_INFO);
+    for _ in 0..2 {
+        assert_eq!(m.map(3, PAGE), VIRTIO_GPU_RESP_OK_MAP_INFO);
+        assert_eq!(m.map(1, 0), VIRTIO_GPU_RESP_OK_MAP_INFO);
+        assert_eq!([m.seen(0), m.seen(1)], [Some(1), Some(3)]);
+        assert_eq!(m.command(unmap, &resource(3)), OK);
+        assert_eq!(m.command(unmap, &resource(1)), OK);
+    }
     assert_eq!(m.fake.calls_of(CALL_EXPORT), 0);
-    // Only the last one that was made is kept open.
-    assert_eq!(m.map(1, 0), VIRTIO_GPU_RESP_OK_MAP_INFO);
+    // Those that came before many others are asked for, once. Every other one comes with its memory.
+    let others = 100..100 + 2 * MOST as u32;
+    for id in others {
+        assert_eq!(m.command(create, &blob(id, 1)), OK);
+    }
+    for _ in 0..2 {
+        assert_eq!(m.map(1, 0), VIRTIO_GPU_RESP_OK_MAP_INFO);
+        assert_eq!(m.seen(0), Some(1));
+        assert_eq!(m.command(unmap, &resource(1)), OK);
+    }
     assert_eq!(m.fake.calls_of(CALL_EXPORT), 1);
-    assert_eq!([m.seen(0), m.seen(1)], [Some(1), Some(3)]);
+    // Another one of the same number is another one.
+    let unref = VIRTIO_GPU_CMD_RESOURCE_UNREF;
+    assert_eq!(m.command(unref, &resource(1)), OK);
+    assert_eq!(m.map(1, 0), VIRTIO_GPU_RESP_ERR_INVALID_RESOURCE_ID);
+    assert_eq!(m.command(create, &blob(1, 2)), OK);
+    assert_eq!(m.map(1, 0), VIRTIO_GPU_RESP_OK_MAP_INFO);
+    assert_eq!([m.seen(0), m.seen(1)], [Some(1), Some(1)]);
 }
 
 #[test]

@@ -1,0 +1,80 @@
+//! Descriptors of blobs' memory that are at hand.
+//!
+//! The renderer sends a blob's memory when it has made it, for Linux's driver shows it at once, and again when it is
+//! asked to. What is shown stays without its descriptor; but drivers that show the same few blobs again and again need
+//! not ask for each.
+
+use std::{collections::VecDeque, fs::File};
+
+/// A blob's memory.
+#[derive(Debug)]
+pub struct BlobFile {
+    /// The memory.
+    pub file: File,
+    /// How the guest is to cache it (`VIRTIO_GPU_MAP_CACHE_*`).
+    pub cache: u32,
+}
+
+/// So many are kept: as many commands as a queue takes at once make or show no more, and a process may have a thousand
+/// files.
+pub const MOST: usize = 128;
+
+/// The memory of the blobs that were made or shown last.
+#[derive(Debug, Default)]
+pub struct BlobFiles(VecDeque<(u32, BlobFile)>);
+
+impl BlobFiles {
+    /// Keeps the memory of blob `id`, of which there is none yet, and lets that go which was kept first.
+    pub fn keep(&mut self, id: u32, memory: BlobFile) {
+        if self.0.len() == MOST {
+            self.0.pop_front();
+        }
+        self.0.push_back((id, memory));
+    }
+
+    /// The memory of blob `id`, if it is kept.
+    pub fn get(&self, id: u32) -> Option<&BlobFile> {
+        let found = self.0.iter().rev().find(|(other, _)| *other == id);
+        found.map(|(_, memory)| memory)
+    }
+
+    /// Lets the memory of blob `id` go, which is there no longer.
+    pub fn forget(&mut self, id: u32) {
+        self.0.retain(|(other, _)| *other != id);
+    }
+
+    /// Lets all go.
+    pub fn clear(&mut self) {
+        self.0.clear();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use rustix::fs::{MemfdFlags, memfd_create};
+
+    use super::*;
+
+    fn memory(cache: u32) -> BlobFile {
+        let file = File::from(memfd_create("blob", MemfdFlags::CLOEXEC).unwrap());
+        BlobFile { file, cache }
+    }
+
+    #[test]
+    fn the_last_ones_are_kept() {
+        let mut files = BlobFiles::default();
+        let last = MOST as u32 + 1;
+        (0..=last).for_each(|id| files.keep(id, memory(id)));
+        for id in 0..=last {
+            let kept = files.get(id).map(|memory| memory.cache);
+            assert_eq!(kept, (id > 1).then_some(id));
+        }
+        files.forget(last);
+        assert!(files.get(last).is_none());
+        // Another blob of the same number.
+        files.keep(last, memory(7));
+        assert_eq!(files.get(last).map(|memory| memory.cache), Some(7));
+        files.clear();
+        assert!(files.get(last).is_none());
+    }
+}
