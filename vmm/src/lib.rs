@@ -5,7 +5,7 @@ pub mod console;
 pub mod desk;
 pub mod display;
 pub mod doctor;
-mod files;
+pub mod files;
 mod footprint;
 pub mod graphics;
 pub mod host_devices;

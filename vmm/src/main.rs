@@ -10,6 +10,7 @@ use clap::{CommandFactory, Parser};
 use fanlight::{
     desk::{Desk, SetLog},
     doctor::Report,
+    files,
     host_devices::{self, HostDeviceError},
     lifecycle::{self, LifeError},
     renderer,
@@ -69,6 +70,7 @@ fn failed(error: &dyn std::error::Error) -> Ending {
 }
 
 fn run(mut options: RunOptions, started: Instant) -> Ending {
+    files::allow_all();
     let set_log = log::start(&options.log.level);
     let socket = options.api_socket.take();
     let settings = socket.map(|path| (path, options.api.clone()));
@@ -88,6 +90,7 @@ fn run(mut options: RunOptions, started: Instant) -> Ending {
 }
 
 fn serve(options: ServeOptions) -> Ending {
+    files::allow_all();
     let set_log = log::start(&options.log.level);
     let settings = (options.api_socket, options.api);
     with_desk(set_log, Some(settings), serve::serve)

@@ -5,9 +5,9 @@
 //! touches a page without a file gets an error from KVM, never somebody else's memory. KVM follows both by itself,
 //! through its notifier of the host's page tables, so that neither waits for a vCPU or a memory slot.
 //!
-//! A page is nobody's when a file refuses to be mapped: Linux takes the reservation away before it asks the file. So
-//! the range lies where Linux puts nothing that does not ask for the place ([`PLACES`]), and no other mapping can come
-//! to lie in it before the reservation is back.
+//! A page can be nobody's when a file refuses to be mapped: Linux up to 6.11 takes the reservation away before it asks
+//! the file. So the range lies where Linux puts nothing that does not ask for the place ([`PLACES`]), and no other
+//! mapping can come to lie in it before the reservation is back.
 
 use std::{
     collections::BTreeMap,
@@ -17,21 +17,25 @@ use std::{
     ops::{Bound, Range},
     os::fd::AsFd,
     ptr,
+    sync::{
+        Arc, LazyLock,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use fanlight_arch::layout::PAGE_SIZE;
 use rustix::{
     fs::{SeekFrom, seek},
     io::Errno,
-    mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap},
+    mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap},
     rand::{GetRandomFlags, getrandom},
 };
 use thiserror::Error;
 
-/// Addresses that are given to nobody who does not ask for them: Linux takes the highest room below the stack, or, if
-/// there is none or the stack has no limit, the lowest above a third of the address space, 43 TiB
-/// (`arch/x86/mm/mmap.c`, `TASK_UNMAPPED_BASE`). Programs and their heaps are above that or far below.
-const PLACES: Range<u64> = 16 << 40..32 << 40;
+/// Addresses that are given to nobody who does not ask for them (Linux `arch/x86/mm/mmap.c`): mappings get the highest
+/// room below the stack, or, where the stack has no limit, below a sixth of the address space, 21.3 TiB; if that is full,
+/// or by the legacy layout, the lowest above a third, 42.7 TiB. Programs and their heaps are above that or far below.
+const PLACES: Range<u64> = 24 << 40..40 << 40;
 /// As the largest pages of most files, which can be the guest's only where both addresses are aligned.
 const ALIGN: u64 = 2 << 20;
 /// So many places are tried, of millions.
@@ -93,7 +97,7 @@ pub enum ArenaError {
         #[source]
         source: io::Error,
     },
-    /// A mapping failed and left a page that is not the arena's: it must not be the guest's any more.
+    /// A page is nobody's and cannot be had back: it must not be the guest's any more.
     #[error("the host lost a part of the arena")]
     Lost,
 }
@@ -107,9 +111,36 @@ pub struct Arena {
     mapped: BTreeMap<u64, u64>,
     /// Runs of the reservation between them: to the host's kernel each is a mapping too.
     gaps: usize,
-    /// The most mappings.
-    most: usize,
+    budget: Arc<Budget>,
     lost: bool,
+}
+
+/// How many mappings arenas may be made of. There is one for all of a process, whose limit it is.
+#[derive(Debug)]
+struct Budget {
+    most: usize,
+    used: AtomicUsize,
+}
+
+static BUDGET: LazyLock<Arc<Budget>> = LazyLock::new(|| Arc::new(Budget::new(most_mappings())));
+
+impl Budget {
+    fn new(most: usize) -> Self {
+        let used = AtomicUsize::new(0);
+        Self { most, used }
+    }
+
+    /// Takes so many more, if there are so many.
+    fn take(&self, more: usize) -> bool {
+        let taken = |used: usize| used.checked_add(more).filter(|used| *used <= self.most);
+        let order = Ordering::Relaxed;
+        self.used.fetch_update(order, order, taken).is_ok()
+    }
+
+    /// So many are free again.
+    fn give(&self, fewer: usize) {
+        self.used.fetch_sub(fewer, Ordering::Relaxed);
+    }
 }
 
 /// Mappings of a process that are not for an arena: whoever cannot map any more cannot allocate memory either, and
@@ -118,7 +149,7 @@ const KEPT_MAPPINGS: usize = 8192;
 /// Linux's own limit.
 const DEFAULT_MAX_MAP_COUNT: usize = 65530;
 
-/// How many mappings an arena may be made of.
+/// How many mappings the arenas of this process may be made of.
 fn most_mappings() -> usize {
     let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok();
     let limit = limit.and_then(|limit| limit.trim().parse().ok());
@@ -135,16 +166,25 @@ impl Arena {
         if len == 0 || !len.is_multiple_of(PAGE_SIZE) {
             return Err(ArenaError::Unaligned { offset: 0, len });
         }
+        Self::within(len, BUDGET.clone())
+    }
+
+    fn within(len: u64, budget: Arc<Budget>) -> Result<Self, ArenaError> {
         let start = reserve_somewhere(len).map_err(|source| ArenaError::Host {
             action: "reserve addresses for the GPU's memory",
             source,
         })?;
+        if !budget.take(1) {
+            // SAFETY: it was made just now, and nobody else knows of it.
+            let _ = unsafe { munmap(start, len as usize) };
+            return Err(ArenaError::TooMany(0));
+        }
         Ok(Self {
             start,
             len,
             mapped: BTreeMap::new(),
             gaps: 1,
-            most: most_mappings(),
+            budget,
             lost: false,
         })
     }
@@ -174,9 +214,6 @@ impl Arena {
     ) -> Result<(), ArenaError> {
         let end = self.check(offset, len)?;
         let gaps = self.gaps - 1 + self.gaps_beside(offset, end);
-        if self.mapped.len() + 1 + gaps > self.most {
-            return Err(ArenaError::TooMany(self.mapped.len()));
-        }
         // For dma-bufs too, whose size `fstat` does not tell. Who made the file may have its position.
         let size = seek(file, SeekFrom::End(0)).map_err(|error| ArenaError::Host {
             action: "find the size of the GPU's memory",
@@ -190,6 +227,11 @@ impl Arena {
         } else {
             ProtFlags::READ
         };
+        // Never fewer than before: a run of the reservation is cut at most once on each side.
+        let more = 1 + gaps - self.gaps;
+        if !self.budget.take(more) {
+            return Err(ArenaError::TooMany(self.mapped.len()));
+        }
         // SAFETY: within the reservation, checked above, which only the guest accesses.
         let mapped = unsafe {
             mmap(
@@ -202,7 +244,12 @@ impl Arena {
             )
         };
         if let Err(error) = mapped {
-            self.reserve(offset, len)?;
+            self.budget.give(more);
+            // Changes nothing, and fails where nothing is mapped.
+            // SAFETY: the advice is what holds already.
+            if unsafe { madvise(self.at(offset), len as usize, Advice::Normal) }.is_err() {
+                self.reserve(offset, len)?;
+            }
             return Err(ArenaError::Host {
                 action: "map the GPU's memory",
                 source: error.into(),
@@ -221,7 +268,9 @@ impl Arena {
             .ok_or(ArenaError::NotMapped(offset))?;
         self.reserve(offset, len)?;
         self.mapped.remove(&offset);
-        self.gaps = self.gaps + 1 - self.gaps_beside(offset, offset + len);
+        let gaps = self.gaps + 1 - self.gaps_beside(offset, offset + len);
+        self.budget.give(1 + self.gaps - gaps);
+        self.gaps = gaps;
         Ok(())
     }
 
@@ -229,6 +278,7 @@ impl Arena {
     pub fn clear(&mut self) -> Result<(), ArenaError> {
         if !self.mapped.is_empty() {
             self.reserve(0, self.len)?;
+            self.budget.give(self.mapped.len() + self.gaps - 1);
             self.mapped.clear();
             self.gaps = 1;
         }
@@ -316,6 +366,7 @@ fn reserve_somewhere(len: u64) -> io::Result<*mut c_void> {
 impl Drop for Arena {
     fn drop(&mut self) {
         if !self.lost {
+            self.budget.give(self.mapped.len() + self.gaps);
             // SAFETY: the whole range is this value's; memory slots that show it are gone before it is.
             let _ = unsafe { munmap(self.start, self.len as usize) };
         }
@@ -324,7 +375,7 @@ impl Drop for Arena {
 
 #[cfg(test)]
 mod tests {
-    use std::io::Write;
+    use std::{io::Write, process::Command};
 
     use proptest::prelude::*;
     use rustix::fs::{MemfdFlags, memfd_create};
@@ -432,8 +483,8 @@ mod tests {
 
     #[test]
     fn the_last_mappings_of_the_process_are_left_alone() {
-        let mut arena = Arena::new(PAGES * PAGE_SIZE).unwrap();
-        arena.most = 6;
+        let budget = Arc::new(Budget::new(6));
+        let mut arena = Arena::within(PAGES * PAGE_SIZE, budget.clone()).unwrap();
         let one = file(1, 1);
         let mut map = |page: u64| arena.map(page * PAGE_SIZE, PAGE_SIZE, &one, true);
         // Two and three runs of the reservation.
@@ -446,6 +497,15 @@ mod tests {
         arena.unmap(2 * PAGE_SIZE).unwrap();
         arena.map(0, PAGE_SIZE, &one, true).unwrap();
         assert_eq!(arena.mapped.len() + arena.gaps, mappings(&arena));
+        // Others have what is left.
+        let other = Arena::within(PAGE_SIZE, budget.clone());
+        assert!(matches!(other, Err(ArenaError::TooMany(0))));
+        arena.unmap(3 * PAGE_SIZE).unwrap();
+        arena.unmap(4 * PAGE_SIZE).unwrap();
+        assert!(Arena::within(PAGE_SIZE, budget.clone()).is_ok());
+        arena.clear().unwrap();
+        drop(arena);
+        assert_eq!(budget.used.load(Ordering::Relaxed), 0);
     }
 
     #[test]
@@ -462,25 +522,37 @@ mod tests {
         assert_eq!(seen(&arena, 0), Some(1));
     }
 
+    /// Where a program's mappings are, told by itself.
+    fn places_of(command: &str) -> Vec<u64> {
+        let output = Command::new("sh").args(["-c", command]).output().unwrap();
+        assert!(output.status.success(), "{command}: {output:?}");
+        let maps = String::from_utf8(output.stdout).unwrap();
+        let starts = maps.lines().filter_map(|line| line.split('-').next());
+        let starts = starts.map(|start| u64::from_str_radix(start, 16).unwrap());
+        starts.collect()
+    }
+
     #[test]
-    fn linux_puts_nothing_where_an_arena_lost_a_page() {
+    fn linux_puts_nothing_where_arenas_are() {
         let arena = Arena::new(PAGES * PAGE_SIZE).unwrap();
-        let map = |at| {
-            let flags = MapFlags::PRIVATE | MapFlags::NORESERVE;
-            // SAFETY: new mappings, which nothing can access.
-            let new = unsafe { mmap_anonymous(at, PAGE_SIZE as usize, ProtFlags::empty(), flags) };
-            new.unwrap().addr() as u64
-        };
-        let all = arena.host_address()..arena.host_address() + arena.len();
-        assert!(PLACES.start <= all.start && all.end <= PLACES.end);
-        // SAFETY: the arena's, and put back below.
-        unsafe { munmap(arena.at(PAGE_SIZE), PAGE_SIZE as usize) }.unwrap();
-        for _ in 0..1000 {
-            assert!(!all.contains(&map(ptr::null_mut())));
+        let end = arena.host_address() + arena.len();
+        assert!(PLACES.contains(&arena.host_address()) && PLACES.contains(&(end - 1)));
+        // Without a right to it, the second is the first again.
+        let layouts = [
+            "cat /proc/self/maps",
+            "ulimit -s unlimited 2>/dev/null; cat /proc/self/maps",
+            "setarch -L cat /proc/self/maps",
+        ];
+        for command in layouts {
+            for _ in 0..8 {
+                let places = places_of(command);
+                assert!(places.len() > 4);
+                // Below what is there is what comes next.
+                let near = PLACES.start..PLACES.end + (1 << 40);
+                let found = places.iter().find(|place| near.contains(place));
+                assert_eq!(found, None, "{command}: {found:x?}");
+            }
         }
-        // There was room.
-        let lost = arena.at(PAGE_SIZE);
-        assert_eq!(map(lost), lost.addr() as u64);
     }
 
     #[derive(Clone, Debug)]

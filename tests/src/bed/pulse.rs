@@ -2,7 +2,7 @@
 //! guest on it hangs, and that says nothing of the program under test.
 
 use std::{
-    process, thread,
+    fs, process, thread,
     time::{Duration, Instant},
 };
 
@@ -11,7 +11,7 @@ use std::sync::{
     atomic::{AtomicU64, Ordering},
 };
 
-use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
+use rustix::thread::{CpuSet, sched_setaffinity};
 
 /// What is said when a processor stands still; the run is void.
 pub const STANDSTILL: &str = "a processor of L1 stands still";
@@ -21,17 +21,17 @@ const BEAT: Duration = Duration::from_millis(500);
 /// What the process ends with when its run is void.
 const VOID: i32 = 3;
 
-/// Watches every processor from a thread on each, and ends the process when one stands still.
+/// Watches every processor from a thread on each, and ends the process when one stands still. The first one, on which no
+/// guest runs, has interrupts and threads of the kernel's.
 pub fn watch() {
     let start = Instant::now();
-    let Ok(all) = sched_getaffinity(None) else {
+    let Ok(processors) = fs::read_to_string("/proc/cpuinfo") else {
         return;
     };
-    let cpus: Vec<usize> = (0..CpuSet::MAX_CPU)
-        .filter(|&cpu| all.is_set(cpu))
-        .collect();
-    let beats: Arc<Vec<_>> = Arc::new(cpus.iter().map(|_| AtomicU64::new(0)).collect());
-    for (index, cpu) in cpus.into_iter().enumerate() {
+    let lines = processors.lines();
+    let count = lines.filter(|line| line.starts_with("processor")).count();
+    let beats: Arc<Vec<_>> = Arc::new((0..count).map(|_| AtomicU64::new(0)).collect());
+    for cpu in 0..count {
         let beats = beats.clone();
         thread::spawn(move || {
             let mut only = CpuSet::new();
@@ -41,7 +41,7 @@ pub fn watch() {
             }
             loop {
                 let now = start.elapsed();
-                beats[index].store(now.as_millis() as u64, Ordering::Relaxed);
+                beats[cpu].store(now.as_millis() as u64, Ordering::Relaxed);
                 let oldest = beats
                     .iter()
                     .map(|beat| Duration::from_millis(beat.load(Ordering::Relaxed)))

@@ -111,13 +111,7 @@ fn confine() {
         maximum: Some(0),
     };
     let _ = rustix::process::setrlimit(Resource::Core, none);
-    // A blob may be a descriptor.
-    let most = rustix::process::getrlimit(Resource::Nofile).maximum;
-    let files = Rlimit {
-        current: most,
-        maximum: most,
-    };
-    let _ = rustix::process::setrlimit(Resource::Nofile, files);
+    crate::files::allow_all();
 }
 
 /// Ends the process when the socket's other end goes, whatever the library does then.

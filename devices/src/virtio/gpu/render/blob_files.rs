@@ -15,16 +15,15 @@ pub struct BlobFile {
     pub cache: u32,
 }
 
-/// So many are kept: as many commands as a queue takes at once make or show no more, and a process may have a thousand
-/// files.
-pub const MOST: usize = 128;
+/// So many are kept of a GPU's: a process may have a thousand files, or a few thousand.
+pub const MOST: usize = 64;
 
-/// The memory of the blobs that were made or shown last.
+/// The memory of the blobs that were made or asked for last; the newest is last.
 #[derive(Debug, Default)]
 pub struct BlobFiles(VecDeque<(u32, BlobFile)>);
 
 impl BlobFiles {
-    /// Keeps the memory of blob `id`, of which there is none yet, and lets that go which was kept first.
+    /// Keeps the memory of blob `id`, of which there is none yet, and lets that go which nobody has asked for longest.
     pub fn keep(&mut self, id: u32, memory: BlobFile) {
         if self.0.len() == MOST {
             self.0.pop_front();
@@ -33,9 +32,11 @@ impl BlobFiles {
     }
 
     /// The memory of blob `id`, if it is kept.
-    pub fn get(&self, id: u32) -> Option<&BlobFile> {
-        let found = self.0.iter().rev().find(|(other, _)| *other == id);
-        found.map(|(_, memory)| memory)
+    pub fn get(&mut self, id: u32) -> Option<&BlobFile> {
+        let place = self.0.iter().rposition(|(other, _)| *other == id)?;
+        let found = self.0.remove(place)?;
+        self.0.push_back(found);
+        self.0.back().map(|(_, memory)| memory)
     }
 
     /// Lets the memory of blob `id` go, which is there no longer.
@@ -69,6 +70,10 @@ mod tests {
             let kept = files.get(id).map(|memory| memory.cache);
             assert_eq!(kept, (id > 1).then_some(id));
         }
+        // What was asked for stays.
+        assert!(files.get(2).is_some());
+        files.keep(last + 1, memory(0));
+        assert!(files.get(2).is_some() && files.get(3).is_none());
         files.forget(last);
         assert!(files.get(last).is_none());
         // Another blob of the same number.

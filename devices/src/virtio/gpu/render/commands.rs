@@ -1,5 +1,7 @@
 //! Commands that are, or may be, the renderer's: checked here, carried out there.
 
+use std::fs::File;
+
 use super::{
     super::{
         commands::{Answer, CommandError, Input},
@@ -7,7 +9,7 @@ use super::{
         protocol::*,
         resources::Kind,
     },
-    HostKind, Outcome, Places, Renderer, Then,
+    HostKind, HostMemory, Outcome, Places, Renderer, Then,
     blob_files::BlobFile,
     outputs::{show_blob, show_texture},
     wire::{CALL_EXPORT, Call, RamRange, Say},
@@ -111,37 +113,31 @@ impl Renderer {
                 Ok(Answer::OK)
             }
             Then::Map { id, offset } => {
-                let file = say.file.ok_or(CommandError::Renderer)?;
                 let cache = say.head.value;
-                self.files.keep(id, BlobFile { file, cache });
-                self.show(&mut state, id, offset)
+                let memory = BlobFile {
+                    file: self.memory_of(say)?,
+                    cache,
+                };
+                let answer = show(&self.rendering.memory, &mut state, id, offset, &memory);
+                self.files.keep(id, memory);
+                answer
             }
             Then::Flush(command) => state.flush(&command),
             Then::Scanout(command) => {
-                let file = say.file.ok_or(CommandError::Renderer)?;
+                let file = self.memory_of(say)?;
                 show_blob(&mut state, &command, file)
             }
             Then::Texture(command) => show_texture(&mut state, &command, say),
         }
     }
 
-    /// Shows a blob's memory, which is at hand, to the guest.
-    fn show(&self, state: &mut State, id: u32, offset: u64) -> Result<Answer, CommandError> {
-        let memory = self.files.get(id).ok_or(CommandError::Renderer)?;
-        let host = state.resources.host_mut(id)?;
-        let HostKind::Blob { len, shareable } = host.kind else {
-            return Err(CommandError::Resource(id));
-        };
-        let region = &self.rendering.memory;
-        region
-            .map(offset, len, &memory.file, shareable)
-            .map_err(CommandError::Map)?;
-        host.mapped = Some(offset);
-        let info = RespMapInfo {
-            map_info: memory.cache.into(),
-            padding: 0.into(),
-        };
-        Ok(Answer::with(VIRTIO_GPU_RESP_OK_MAP_INFO, &info))
+    /// What the renderer sent of a blob. If this process may not open more files, those that are at hand make room.
+    fn memory_of(&mut self, say: Say) -> Result<File, CommandError> {
+        if say.lost_file {
+            self.files.clear();
+            return Err(CommandError::RendererFiles);
+        }
+        say.file.ok_or(CommandError::Renderer)
     }
 
     pub(super) fn is_gone(&self) -> bool {
@@ -249,7 +245,11 @@ impl Renderer {
         self.context(context)?;
         let state = places.display.0.lock();
         match state.resources.get(command.resource_id.get())?.kind {
-            Kind::Host(_) => later(Call::new(type_, context, &command), Then::Answer),
+            // The library has no answer to it.
+            Kind::Host(_) => {
+                let call = Call::new(type_, context, &command);
+                Ok(Outcome::Told(Box::new(call), Answer::OK))
+            }
             // Linux attaches whatever a program opens. The renderer has no use for what it does not know.
             Kind::Image(_) | Kind::Blob(_) => Ok(Answer::OK.into()),
         }
@@ -318,7 +318,7 @@ impl Renderer {
     }
 
     fn map_blob(
-        &self,
+        &mut self,
         command: &ResourceMapBlob,
         places: &Places,
     ) -> Result<Outcome, CommandError> {
@@ -333,8 +333,9 @@ impl Renderer {
         }
         // Place and length are checked where they are mapped.
         let offset = command.offset.get();
-        if self.files.get(id).is_some() {
-            return Ok(self.show(&mut state, id, offset)?.into());
+        if let Some(memory) = self.files.get(id) {
+            let region = &self.rendering.memory;
+            return Ok(show(region, &mut state, id, offset, memory)?.into());
         }
         let what = ResourceId {
             resource_id: id.into(),
@@ -398,6 +399,29 @@ impl Renderer {
             Then::Backed { id, backed: false },
         )
     }
+}
+
+/// Shows a blob's memory to the guest.
+fn show(
+    region: &HostMemory,
+    state: &mut State,
+    id: u32,
+    offset: u64,
+    memory: &BlobFile,
+) -> Result<Answer, CommandError> {
+    let host = state.resources.host_mut(id)?;
+    let HostKind::Blob { len, shareable } = host.kind else {
+        return Err(CommandError::Resource(id));
+    };
+    region
+        .map(offset, len, &memory.file, shareable)
+        .map_err(CommandError::Map)?;
+    host.mapped = Some(offset);
+    let info = RespMapInfo {
+        map_info: memory.cache.into(),
+        padding: 0.into(),
+    };
+    Ok(Answer::with(VIRTIO_GPU_RESP_OK_MAP_INFO, &info))
 }
 
 fn create_3d(command: ResourceCreate3d, places: &Places) -> Result<Outcome, CommandError> {

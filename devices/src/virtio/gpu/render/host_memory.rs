@@ -193,11 +193,11 @@ impl HostMemory {
     }
 }
 
-/// The guest may see a page that is not the region's, and there is no way to take it away: nothing of the
-/// machine may go on.
+/// A page that the guest sees is nobody's, and there is no way to have it back: nothing of the machine may go on, lest
+/// something come to lie there.
 fn stop_if_lost(error: &ArenaError) {
     if matches!(error, ArenaError::Lost) {
-        tracing::error!(%error, "the guest might see the host's memory: stopping at once");
+        tracing::error!(%error, "the guest might come to see the host's memory: stopping at once");
         std::process::abort();
     }
 }

@@ -68,7 +68,7 @@ impl Renderer {
     /// The memory of a blob of the renderer's is asked for when an output is to show it for the first time, unless it is
     /// at hand.
     pub(super) fn set_scanout_blob(
-        &self,
+        &mut self,
         command: &SetScanoutBlob,
         places: &Places,
     ) -> Result<Outcome, CommandError> {

@@ -14,7 +14,7 @@ use std::{
 use rustix::{
     fs::MemfdFlags,
     net::{
-        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+        RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, ReturnFlags, SendAncillaryBuffer,
         SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
     },
 };
@@ -190,7 +190,12 @@ impl Call {
 
     /// Takes one packet; nothing once the other end has gone.
     pub fn receive(socket: impl AsFd, flags: RecvFlags) -> io::Result<Option<Self>> {
-        let Some((packet, mut file)) = receive(socket, flags)? else {
+        let Some(Packet {
+            bytes: packet,
+            mut file,
+            ..
+        }) = receive(socket, flags)?
+        else {
             return Ok(None);
         };
         let bad = || io::Error::from(io::ErrorKind::InvalidData);
@@ -239,6 +244,8 @@ pub struct Say {
     pub data: Vec<u8>,
     /// A blob's memory.
     pub file: Option<File>,
+    /// It came, and this process may not open more files.
+    pub lost_file: bool,
 }
 
 impl Say {
@@ -262,13 +269,17 @@ impl Say {
 
     /// Takes one packet; nothing once the other end has gone.
     pub fn receive(socket: impl AsFd, flags: RecvFlags) -> io::Result<Option<Self>> {
-        let Some((packet, file)) = receive(socket, flags)? else {
+        let Some(packet) = receive(socket, flags)? else {
             return Ok(None);
         };
-        let (head, data) = SayHead::read_from_prefix(&packet)
+        let (head, data) = SayHead::read_from_prefix(&packet.bytes)
             .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
-        let data = data.into();
-        Ok(Some(Self { head, data, file }))
+        Ok(Some(Self {
+            head,
+            data: data.into(),
+            file: packet.file,
+            lost_file: packet.lost_file,
+        }))
     }
 }
 
@@ -292,7 +303,15 @@ fn send(socket: impl AsFd, packet: &[u8], file: Option<BorrowedFd<'_>>) -> io::R
     }
 }
 
-fn receive(socket: impl AsFd, flags: RecvFlags) -> io::Result<Option<(Vec<u8>, Option<File>)>> {
+/// What came at once.
+struct Packet {
+    bytes: Vec<u8>,
+    file: Option<File>,
+    /// There was one that this process may not open.
+    lost_file: bool,
+}
+
+fn receive(socket: impl AsFd, flags: RecvFlags) -> io::Result<Option<Packet>> {
     let mut packet = vec![0; MAX_PACKET];
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
     let mut control = RecvAncillaryBuffer::new(&mut space);
@@ -314,7 +333,11 @@ fn receive(socket: impl AsFd, flags: RecvFlags) -> io::Result<Option<(Vec<u8>, O
     });
     let file = files.flatten().next().map(|fd: OwnedFd| File::from(fd));
     packet.truncate(received.bytes);
-    Ok((received.bytes > 0).then_some((packet, file)))
+    Ok((received.bytes > 0).then_some(Packet {
+        bytes: packet,
+        file,
+        lost_file: received.flags.contains(ReturnFlags::CTRUNC),
+    }))
 }
 
 #[cfg(test)]

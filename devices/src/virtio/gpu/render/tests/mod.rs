@@ -482,6 +482,27 @@ fn what_needs_no_answer_does_not_fill_the_socket() {
 }
 
 #[test]
+fn what_a_context_has_needs_no_answer() {
+    let mut m = machine();
+    m.create_context();
+    assert_eq!(m.create_3d(1, 2), OK);
+    for type_ in [
+        VIRTIO_GPU_CMD_CTX_ATTACH_RESOURCE,
+        VIRTIO_GPU_CMD_CTX_DETACH_RESOURCE,
+    ] {
+        assert_eq!(m.command(type_, &resource(1)), OK);
+        let nothing = VIRTIO_GPU_RESP_ERR_INVALID_RESOURCE_ID;
+        assert_eq!(m.command(type_, &resource(2)), nothing);
+        m.wait_calls(type_, 1);
+        let script = m.fake.0.lock().unwrap();
+        let call = script.calls.iter().find(|call| call.head.what == type_);
+        let (head, body) = call.map(|call| (&call.head, &call.body)).unwrap();
+        assert_eq!((head.context, head.unanswered), (7, 1));
+        assert_eq!(body, resource(1).as_bytes());
+    }
+}
+
+#[test]
 fn answers_wait_for_their_fences_in_order() {
     let mut m = machine();
     m.create_context();
