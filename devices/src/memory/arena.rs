@@ -6,40 +6,19 @@
 //! through its notifier of the host's page tables, so that neither waits for a vCPU or a memory slot.
 //!
 //! A page can be nobody's when a file refuses to be mapped: Linux up to 6.11 takes the reservation away before it asks
-//! the file. So the range lies where Linux puts nothing that does not ask for the place ([`PLACES`]), and no other
+//! the file. So the range lies where Linux puts nothing that does not ask for the place ([`quiet_place`]), and no other
 //! mapping can come to lie in it before the reservation is back.
 
-use std::{
-    collections::BTreeMap,
-    ffi::c_void,
-    fs::File,
-    io,
-    ops::{Bound, Range},
-    os::fd::AsFd,
-    ptr,
-    sync::{
-        Arc, LazyLock,
-        atomic::{AtomicUsize, Ordering},
-    },
-};
+use std::{collections::BTreeMap, ffi::c_void, fs::File, io, ops::Bound, os::fd::AsFd, sync::Arc};
 
 use fanlight_arch::layout::PAGE_SIZE;
 use rustix::{
     fs::{SeekFrom, seek},
-    io::Errno,
     mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap},
-    rand::{GetRandomFlags, getrandom},
 };
 use thiserror::Error;
 
-/// Addresses that are given to nobody who does not ask for them (Linux `arch/x86/mm/mmap.c`): mappings get the highest
-/// room below the stack, or, where the stack has no limit, below a sixth of the address space, 21.3 TiB; if that is full,
-/// or by the legacy layout, the lowest above a third, 42.7 TiB. Programs and their heaps are above that or far below.
-const PLACES: Range<u64> = 24 << 40..40 << 40;
-/// As the largest pages of most files, which can be the guest's only where both addresses are aligned.
-const ALIGN: u64 = 2 << 20;
-/// So many places are tried, of millions.
-const TRIES: usize = 16;
+use super::{budget::Budget, quiet_place};
 
 /// Why something could not be mapped or unmapped.
 #[derive(Debug, Error)]
@@ -115,48 +94,6 @@ pub struct Arena {
     lost: bool,
 }
 
-/// How many mappings arenas may be made of. There is one for all of a process, whose limit it is.
-#[derive(Debug)]
-struct Budget {
-    most: usize,
-    used: AtomicUsize,
-}
-
-static BUDGET: LazyLock<Arc<Budget>> = LazyLock::new(|| Arc::new(Budget::new(most_mappings())));
-
-impl Budget {
-    fn new(most: usize) -> Self {
-        let used = AtomicUsize::new(0);
-        Self { most, used }
-    }
-
-    /// Takes so many more, if there are so many.
-    fn take(&self, more: usize) -> bool {
-        let taken = |used: usize| used.checked_add(more).filter(|used| *used <= self.most);
-        let order = Ordering::Relaxed;
-        self.used.fetch_update(order, order, taken).is_ok()
-    }
-
-    /// So many are free again.
-    fn give(&self, fewer: usize) {
-        self.used.fetch_sub(fewer, Ordering::Relaxed);
-    }
-}
-
-/// Mappings of a process that are not for an arena: whoever cannot map any more cannot allocate memory either, and
-/// ends.
-const KEPT_MAPPINGS: usize = 8192;
-/// Linux's own limit.
-const DEFAULT_MAX_MAP_COUNT: usize = 65530;
-
-/// How many mappings the arenas of this process may be made of.
-fn most_mappings() -> usize {
-    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok();
-    let limit = limit.and_then(|limit| limit.trim().parse().ok());
-    let limit: usize = limit.unwrap_or(DEFAULT_MAX_MAP_COUNT);
-    limit.saturating_sub(KEPT_MAPPINGS)
-}
-
 // SAFETY: the mapping belongs to the value, which never reads or writes through the pointer.
 unsafe impl Send for Arena {}
 
@@ -166,11 +103,11 @@ impl Arena {
         if len == 0 || !len.is_multiple_of(PAGE_SIZE) {
             return Err(ArenaError::Unaligned { offset: 0, len });
         }
-        Self::within(len, BUDGET.clone())
+        Self::within(len, Budget::of_process())
     }
 
     fn within(len: u64, budget: Arc<Budget>) -> Result<Self, ArenaError> {
-        let start = reserve_somewhere(len).map_err(|source| ArenaError::Host {
+        let start = quiet_place::reserve(len).map_err(|source| ArenaError::Host {
             action: "reserve addresses for the GPU's memory",
             source,
         })?;
@@ -338,31 +275,6 @@ impl Arena {
     }
 }
 
-/// Reserves `len` bytes in [`PLACES`].
-fn reserve_somewhere(len: u64) -> io::Result<*mut c_void> {
-    let room = PLACES.end - PLACES.start;
-    let choices = room.checked_sub(len).ok_or(Errno::NOMEM)? / ALIGN + 1;
-    for _ in 0..TRIES {
-        let mut random = [0; 8];
-        getrandom(&mut random, GetRandomFlags::empty())?;
-        let place = PLACES.start + u64::from_ne_bytes(random) % choices * ALIGN;
-        // SAFETY: a new mapping where there is none, which nothing can access.
-        let start = unsafe {
-            mmap_anonymous(
-                ptr::without_provenance_mut(place as usize),
-                len as usize,
-                ProtFlags::empty(),
-                MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED_NOREPLACE,
-            )
-        };
-        match start {
-            Err(Errno::EXIST) => {}
-            start => return Ok(start?),
-        }
-    }
-    Err(Errno::EXIST.into())
-}
-
 impl Drop for Arena {
     fn drop(&mut self) {
         if !self.lost {
@@ -375,7 +287,7 @@ impl Drop for Arena {
 
 #[cfg(test)]
 mod tests {
-    use std::{io::Write, process::Command};
+    use std::{io::Write, ptr};
 
     use proptest::prelude::*;
     use rustix::fs::{MemfdFlags, memfd_create};
@@ -505,7 +417,7 @@ mod tests {
         assert!(Arena::within(PAGE_SIZE, budget.clone()).is_ok());
         arena.clear().unwrap();
         drop(arena);
-        assert_eq!(budget.used.load(Ordering::Relaxed), 0);
+        assert_eq!(budget.used(), 0);
     }
 
     #[test]
@@ -520,39 +432,6 @@ mod tests {
         ));
         arena.map(0, PAGE_SIZE, &readonly, false).unwrap();
         assert_eq!(seen(&arena, 0), Some(1));
-    }
-
-    /// Where a program's mappings are, told by itself.
-    fn places_of(command: &str) -> Vec<u64> {
-        let output = Command::new("sh").args(["-c", command]).output().unwrap();
-        assert!(output.status.success(), "{command}: {output:?}");
-        let maps = String::from_utf8(output.stdout).unwrap();
-        let starts = maps.lines().filter_map(|line| line.split('-').next());
-        let starts = starts.map(|start| u64::from_str_radix(start, 16).unwrap());
-        starts.collect()
-    }
-
-    #[test]
-    fn linux_puts_nothing_where_arenas_are() {
-        let arena = Arena::new(PAGES * PAGE_SIZE).unwrap();
-        let end = arena.host_address() + arena.len();
-        assert!(PLACES.contains(&arena.host_address()) && PLACES.contains(&(end - 1)));
-        // Without a right to it, the second is the first again.
-        let layouts = [
-            "cat /proc/self/maps",
-            "ulimit -s unlimited 2>/dev/null; cat /proc/self/maps",
-            "setarch -L cat /proc/self/maps",
-        ];
-        for command in layouts {
-            for _ in 0..8 {
-                let places = places_of(command);
-                assert!(places.len() > 4);
-                // Below what is there is what comes next.
-                let near = PLACES.start..PLACES.end + (1 << 40);
-                let found = places.iter().find(|place| near.contains(place));
-                assert_eq!(found, None, "{command}: {found:x?}");
-            }
-        }
     }
 
     #[derive(Clone, Debug)]

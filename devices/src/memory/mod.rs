@@ -3,7 +3,9 @@
 mod address_space;
 mod aligned_hole;
 mod arena;
+mod budget;
 mod file_kind;
+mod quiet_place;
 mod ram;
 
 pub use address_space::{
