@@ -1,12 +1,13 @@
-//! Files of the host's, opened by names that clients give.
+//! Files of the host's: how those are opened whose names clients give, and how many there may be.
 
-use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 use std::{
     fs::{File, OpenOptions},
     io,
     os::unix::fs::OpenOptionsExt,
     path::Path,
 };
+
+use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
 /// Opens without waiting, which for a FIFO would be until somebody opens its other end: the thread that
 /// opens has others to serve.

@@ -164,7 +164,7 @@ impl Arena {
         } else {
             ProtFlags::READ
         };
-        // Never fewer than before: a run of the reservation is cut at most once on each side.
+        // Never below zero: what is mapped takes the place of one run of the reservation at most.
         let more = 1 + gaps - self.gaps;
         if !self.budget.take(more) {
             return Err(ArenaError::TooMany(self.mapped.len()));
