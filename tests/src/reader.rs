@@ -73,9 +73,9 @@ impl Reader {
         Ok(bytes)
     }
 
-    /// Has the device read where nothing is mapped.
-    pub fn reach_for_nothing(&self) -> Result<()> {
-        self.transfer(SOURCE, edu::BUFFER, 1)
+    /// Has the device read at an address of its own, mapped or not.
+    pub fn reach_for(&self, iova: u64) -> Result<()> {
+        self.transfer(iova, edu::BUFFER, 1)
     }
 
     fn transfer(&self, from: u64, to: u64, command: u64) -> Result<()> {

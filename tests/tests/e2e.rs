@@ -312,7 +312,10 @@ impl Beds {
                     _ => return Err(Failure(output.into_owned())),
                 },
                 Err(error) if tries == TRIES => return Err(Failure::new(error, output)),
-                Err(error) => eprintln!("fanlight: {name}: {error}; tried again"),
+                Err(error) => {
+                    let log = keep(name, tries, &output)?;
+                    eprintln!("fanlight: {name}: {error}; tried again ({log})");
+                }
             }
         }
     }

@@ -45,9 +45,10 @@ const GUESTS_PROCESSORS: u32 = (1 << PROCESSORS) - 2;
 /// this machine's one: a busy machine must not have L1's watchdog doubt them, and KVM with it. Nor must KVM
 /// doubt what Linux first took for their rate: where that was 250 ppm from what a second look finds, and the
 /// processor cannot scale, `kvm_set_tsc_khz` fails half way and leaves guests a scale of zero, by which their
-/// clocks leap at each change. A page of 1 GiB can only be had at the start.
-const L1_CMDLINE: &str = "console=ttyS0 panic=-1 loglevel=1 intel_iommu=on nohz=off highres=off tsc=reliable \
-     default_hugepagesz=2M hugepagesz=1G hugepages=1 kvm.tsc_tolerance_ppm=20000";
+/// clocks leap at each change. On a busy machine the emulated PIT may not tick ten times while L1 looks whether it
+/// does at all, which is a panic; `no_timer_check` believes it. A page of 1 GiB can only be had at the start.
+const L1_CMDLINE: &str = "console=ttyS0 panic=-1 loglevel=1 intel_iommu=on nohz=off highres=off no_timer_check \
+     tsc=reliable default_hugepagesz=2M hugepagesz=1G hugepages=1 kvm.tsc_tolerance_ppm=20000";
 /// L1 gives a sign of life every ten seconds (`resources/bed/init`), which is [`ALIVE`]: one that is silent
 /// for so long hangs.
 const SILENCE: Duration = Duration::from_secs(120);

@@ -4,9 +4,16 @@ use std::{
     fs::File,
     io::{Read, Seek, SeekFrom},
     os::unix::fs::OpenOptionsExt,
+    thread,
+    time::{Duration, Instant},
 };
 
 use fanlight_tests::{Context, Result, guest::ensure};
+
+/// The IOMMU tells of a fault by an interrupt, which comes when it comes: the DMA may be over before.
+const SETTLING: Duration = Duration::from_millis(500);
+/// Far more than that takes.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// A place in the kernel's log, from which on a device's faults are looked for.
 pub struct Faults {
@@ -28,8 +35,31 @@ impl Faults {
         })
     }
 
+    /// Waits until the device's try to reach `iova` is told of. Fails if it tried to reach anything else before: faults
+    /// are told of in their order.
+    pub fn comes_at(&mut self, iova: u64) -> Result<()> {
+        let (start, iova) = (Instant::now(), format!("{iova:#x}"));
+        loop {
+            let faults = self.told()?;
+            if !faults.is_empty() {
+                let expected = faults.iter().all(|fault| fault.contains(&iova));
+                return ensure(expected, format!("not only faults at {iova}: {faults:#?}"));
+            }
+            let what = "DMA to where nothing is mapped is no fault";
+            ensure(start.elapsed() < PATIENCE, what)?;
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
     /// Fails if the device tried to reach what it may not.
     pub fn none_since(mut self) -> Result<()> {
+        thread::sleep(SETTLING);
+        let faults = self.told()?;
+        ensure(faults.is_empty(), format!("DMA went wrong: {faults:#?}"))
+    }
+
+    /// The device's faults that were told of since this was asked last.
+    fn told(&mut self) -> Result<Vec<String>> {
         /// The longest record.
         const RECORD: usize = 8192;
         let mut record = [0; RECORD];
@@ -44,11 +74,10 @@ impl Faults {
                 }
                 // Records were overwritten before they were read.
                 Err(error) if error.raw_os_error() == Some(libc::EPIPE) => {}
-                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => break,
+                Err(error) if error.raw_os_error() == Some(libc::EAGAIN) => return Ok(faults),
                 Err(error) => return Err(error).context("cannot read the kernel's log"),
             }
         }
-        ensure(faults.is_empty(), format!("DMA went wrong: {faults:#?}"))
     }
 }
 
