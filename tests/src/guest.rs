@@ -15,7 +15,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::{
-    Context, Failure, Result,
+    Context, Failure, Result, activity,
     bed::{
         ApiClients, Archive, BedKernel, DebianPrograms, Drivers, Emulator, GraphicsStack,
         StockKernel,
@@ -340,60 +340,10 @@ impl Guest {
     /// A failure of a guest that does not go on, with what tells one that waits from one that spins: what
     /// its threads do, twice within a second.
     fn hang(&self, what: impl std::fmt::Display) -> Failure {
-        let mut doing = self.threads() + &self.exits();
+        let mut doing = activity::of(self.pid());
         thread::sleep(Duration::from_secs(1));
-        doing += &(self.threads() + &self.exits());
+        doing += &activity::of(self.pid());
         self.failure(format!("{HANG}: {what}; its threads:\n{doing}"))
-    }
-
-    /// KVM's counts of the machine (`/sys/kernel/debug/kvm/PID-FD`), where those can be seen.
-    fn exits(&self) -> String {
-        let machines = fs::read_dir("/sys/kernel/debug/kvm");
-        let mut text = String::new();
-        for machine in machines.into_iter().flatten().flatten() {
-            let name = machine.file_name().to_string_lossy().into_owned();
-            if !name.starts_with(&format!("{}-", self.pid())) {
-                continue;
-            }
-            for file in fs::read_dir(machine.path()).into_iter().flatten().flatten() {
-                let value = fs::read_to_string(file.path()).unwrap_or_default();
-                if !matches!(value.trim(), "" | "0") {
-                    text += &format!("{}={} ", file.file_name().display(), value.trim());
-                }
-            }
-        }
-        text + "\n"
-    }
-
-    /// A line for each thread: name, `/proc/PID/task/TID/stat` from the state on, where it waits, and how often it was
-    /// scheduled.
-    fn threads(&self) -> String {
-        let mut text = String::new();
-        let tasks = fs::read_dir(format!("/proc/{}/task", self.pid()));
-        for task in tasks.into_iter().flatten().flatten() {
-            let read = |name: &str| fs::read_to_string(task.path().join(name)).unwrap_or_default();
-            let (stat, status) = (read("stat"), read("status"));
-            let times: Vec<_> = stat
-                .rsplit(')')
-                .next()
-                .into_iter()
-                .flat_map(str::split_whitespace)
-                .enumerate()
-                .filter(|(field, _)| matches!(field, 0 | 11 | 12 | 40))
-                .map(|(_, value)| value)
-                .collect();
-            let switches: Vec<_> = status
-                .lines()
-                .filter_map(|line| line.split_once("_switches:"))
-                .map(|(_, count)| count.trim())
-                .collect();
-            let (name, waits) = (read("comm"), read("wchan"));
-            text += &format!(
-                "{} state and ticks {times:?} in {waits:?}, switches {switches:?}\n",
-                name.trim()
-            );
-        }
-        text
     }
 
     /// Waits until `text` has been said `count` times.

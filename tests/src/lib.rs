@@ -1,6 +1,7 @@
 //! What end-to-end tests, benchmarks and the demo are built of: the bed (a KVM host that Fanlight brings
 //! along), guests, and the host they run on.
 
+mod activity;
 pub mod bed;
 pub mod bench;
 mod description;
