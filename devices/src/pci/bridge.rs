@@ -112,6 +112,8 @@ struct State {
     card: Vec<Arc<dyn PciFunction>>,
     /// The guest was asked to give the card up.
     removing: bool,
+    /// The button was pressed, and nothing was done about it yet: Linux clears the event first.
+    pressed: bool,
     /// An event is set and enabled: the next interrupt comes when that was not so in between.
     asserted: bool,
 }
@@ -187,6 +189,7 @@ impl Port {
                 express,
                 card: Vec::new(),
                 removing: false,
+                pressed: false,
                 asserted: false,
             }),
             bus: Arc::default(),
@@ -264,12 +267,12 @@ impl Port {
             return Ok(());
         }
         // A second press would take the first one back.
-        let pressed = state.slot_status() & ATTENTION_BUTTON_PRESSED != 0;
         let blinks = state.slot_control() & POWER_INDICATOR == POWER_INDICATOR_BLINK;
-        if pressed || blinks {
+        if state.pressed || blinks {
             return Err(SlotError::Busy(self.slot));
         }
         state.removing = true;
+        state.pressed = true;
         state.set_status(ATTENTION_BUTTON_PRESSED, 0);
         state.interrupt();
         Ok(())
@@ -285,6 +288,7 @@ impl Port {
         self.bus.clear();
         state.card.clear();
         state.removing = false;
+        state.pressed = false;
         state.set_register(LINK_STATUS, LINK_SPEED_WIDTH);
         if self.slot == 0 {
             return;
@@ -476,6 +480,7 @@ impl PciFunction for Port {
             state.set_status(0, clear & SLOT_EVENTS);
         }
         if written.contains(&control) || written.contains(&(control + 1)) {
+            state.pressed = false;
             match (powered, state.slot_control() & POWER_OFF == 0) {
                 (false, true) => self.power_on(state),
                 (true, false) => self.power_off(state),
