@@ -7,7 +7,7 @@ use std::{
     path::{Path, PathBuf},
     process::{Child, ChildStdin, Command, Stdio},
     sync::{Arc, Condvar, Mutex, PoisonError},
-    thread,
+    thread::{self, JoinHandle},
     time::{Duration, Instant},
 };
 
@@ -24,7 +24,9 @@ use crate::{
 };
 
 /// A guest that says nothing for so long hangs. Not a measure of speed.
-pub(crate) const PATIENCE: Duration = Duration::from_secs(120);
+pub(crate) const PATIENCE: Duration = Duration::from_secs(240);
+/// What a process and its pipes need at the end, generously.
+const LEAVE: Duration = Duration::from_secs(5);
 /// What is said of it.
 pub const HANG: &str = "it hangs";
 
@@ -247,6 +249,7 @@ pub struct Guest {
     child: Child,
     stdin: Option<ChildStdin>,
     heard: Arc<Heard>,
+    readers: Vec<JoinHandle<()>>,
     dir: TempDir,
 }
 
@@ -270,19 +273,22 @@ impl Guest {
             child.stdout.take().map(|o| Box::new(o) as Box<_>),
             child.stderr.take().map(|o| Box::new(o) as Box<_>),
         ];
-        for mut output in outputs.into_iter().flatten() {
+        let outputs = outputs.into_iter().flatten();
+        let readers = outputs.map(|mut output| {
             let heard = heard.clone();
             thread::spawn(move || {
                 let mut bytes = [0; 4096];
                 while let Ok(read @ 1..) = output.read(&mut bytes) {
                     heard.add(&bytes[..read]);
                 }
-            });
-        }
+            })
+        });
+        let readers = readers.collect();
         Ok(Self {
             stdin: child.stdin.take(),
             child,
             heard,
+            readers,
             dir,
         })
     }
@@ -298,7 +304,6 @@ impl Guest {
         &mut self,
         conversation: impl FnOnce() -> Result<T> + Send + 'static,
     ) -> Result<T> {
-        const LEAVE: Duration = Duration::from_secs(5);
         let talk = thread::spawn(conversation);
         let mut ended = None;
         while !talk.is_finished() {
@@ -396,8 +401,7 @@ impl Guest {
         let start = Instant::now();
         while start.elapsed() < PATIENCE {
             if let Some(status) = self.child.try_wait().context("cannot wait")? {
-                // Whatever is still in the pipes.
-                thread::sleep(Duration::from_millis(100));
+                self.hear_all();
                 return status
                     .code()
                     .ok_or_else(|| self.failure(format!("ended by {status}")));
@@ -405,6 +409,15 @@ impl Guest {
             thread::sleep(Duration::from_millis(20));
         }
         Err(self.hang("never ended"))
+    }
+
+    /// Takes what is still in the pipes of a process that has ended.
+    fn hear_all(&self) {
+        let start = Instant::now();
+        // What it started may have one open for longer.
+        while start.elapsed() < LEAVE && !self.readers.iter().all(JoinHandle::is_finished) {
+            thread::sleep(Duration::from_millis(10));
+        }
     }
 
     /// Waits for the end, which must have the given exit status.

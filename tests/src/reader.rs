@@ -6,7 +6,7 @@ use std::{
     os::{fd::AsRawFd, unix::fs::FileExt},
     sync::Arc,
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use fanlight_devices::{
@@ -26,6 +26,9 @@ const MEMORY_AND_MASTER: [u8; 2] = [0b110, 0];
 /// Where edu finds what it reads, and the file.
 const SOURCE: u64 = 0x1000_0000;
 const SINK: u64 = 0x2000_0000;
+
+/// Far more than a transfer takes.
+const PATIENCE: Duration = Duration::from_secs(60);
 
 /// An edu device of the host's.
 pub struct Reader {
@@ -89,7 +92,8 @@ impl Reader {
                 .write(0, register as u64, &u64::to_le_bytes(value))
                 .context("cannot write a register")?;
         }
-        for _ in 0..1000 {
+        let start = Instant::now();
+        while start.elapsed() < PATIENCE {
             let mut status = [0; 8];
             self.edu
                 .read(0, edu::DMA_COMMAND as u64, &mut status)

@@ -18,7 +18,7 @@ use crate::{Context, Failure, Result, guest::ensure, pci::Function};
 /// Far longer than a driver takes to begin. Not a measure of speed.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// A cable, or a disk, that is not there by then is not there.
-const MEDIUM: Duration = Duration::from_secs(15);
+const MEDIUM: Duration = Duration::from_secs(60);
 /// Base classes (PCI Code and ID Assignment 1.11, 1).
 const STORAGE: u32 = 0x01;
 const NETWORK: u32 = 0x02;

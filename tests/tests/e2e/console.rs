@@ -81,6 +81,7 @@ fn socket_and_file(assets: &Assets) -> Result<()> {
     let mut bytes = [0; 256];
     while !said.contains("ready") {
         let read = stream.read(&mut bytes).context("cannot read the console")?;
+        ensure(read > 0, &said)?;
         said += &String::from_utf8_lossy(&bytes[..read]);
     }
     stream.write_all(b"by socket\n").context("cannot type")?;

@@ -4,7 +4,6 @@ use std::{
     os::fd::OwnedFd,
     os::unix::net::UnixStream,
     path::PathBuf,
-    thread,
     time::{Duration, Instant},
 };
 
@@ -190,15 +189,14 @@ fn stream(assets: &Assets) -> Result<()> {
     let say = |stream: &mut MessageStream, says| stream.send(&says, vec![]).context("cannot say");
     say(&mut stream, WatcherSays::Release { serial })?;
 
-    guest.send("echo liste''ning; for e in /dev/input/event*; do grep -q keyboard /sys/class/input/${e##*/}/device/name && dd if=$e bs=24 count=1 2>/dev/null | od -An -tu2 -j 16 -N 8 | sed 's/^/key: /'; done\n")?;
+    // The input device keeps events for those who have it open.
+    guest.send("for e in /dev/input/event*; do grep -q keyboard /sys/class/input/${e##*/}/device/name || continue; exec 3< $e; echo liste''ning; dd bs=24 count=1 <&3 2>/dev/null | od -An -tu2 -j 16 -N 8 | sed 's/^/key: /'; echo hea''rd; done\n")?;
     guest.wait_for("listening")?;
-    thread::sleep(Duration::from_secs(1));
     // KEY_K.
     for pressed in [true, false] {
         say(&mut stream, WatcherSays::Key { code: 37, pressed })?;
     }
-    guest.wait_for("key:")?;
-    thread::sleep(Duration::from_millis(500));
+    guest.wait_for("heard")?;
     let said = guest.transcript();
     let key: Vec<_> = value(&said, "key:")?.split_whitespace().collect();
     ensure(key == ["1", "37", "1", "0"], &said)?;

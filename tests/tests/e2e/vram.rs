@@ -7,6 +7,8 @@ use std::{
         unix::net::UnixStream,
     },
     path::Path,
+    thread,
+    time::{Duration, Instant},
 };
 
 use fanlight_api::{
@@ -27,7 +29,7 @@ use fanlight_tests::{
 use super::{
     compositor::{Compositor, take_picture},
     vfio::whole_function,
-    view::{one, wait_for},
+    view::{PATIENCE, one, wait_for},
 };
 use crate::Test;
 
@@ -121,10 +123,14 @@ fn read_by_device(reader: &Reader, dmabuf: &OwnedFd, number: u32) -> Result<()> 
 }
 
 fn shows(client: &mut Client, number: u32) -> Result<()> {
-    ensure(
-        take_picture(client)? == picture(number),
-        format!("the screenshot is not picture {number}"),
-    )
+    // The guest's driver waits 50 ms at most for what it tells the device.
+    let start = Instant::now();
+    while !take_picture(client).is_ok_and(|seen| seen == picture(number)) {
+        let late = format!("the screenshot is not picture {number}");
+        ensure(start.elapsed() < PATIENCE, late)?;
+        thread::sleep(Duration::from_millis(50));
+    }
+    Ok(())
 }
 
 /// So much of a device's memory takes what [`shown_from`] draws.
