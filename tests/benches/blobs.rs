@@ -15,11 +15,11 @@ use std::{
 
 use fanlight_tests::{
     Context, Result,
-    bed::{
+    bench::{self, CMDLINE, Paths, median},
+    guest::{Guest, nested_host_clock},
+    nested_host::{
         Archive, Busybox, Cache, GraphicsStack, Modules, StockKernel, build_program, guest_archive,
     },
-    bench::{self, CMDLINE, Paths, median},
-    guest::{Guest, bed_clock},
     painting::Painter,
     raw_gpu::MOST,
 };
@@ -144,7 +144,7 @@ struct Stacks {
 }
 
 fn command(vmm: Vmm, program: &Program, paths: &Paths, stacks: &Stacks) -> Command {
-    let cmdline = format!("{CMDLINE}{} {}", bed_clock(), program.verb);
+    let cmdline = format!("{CMDLINE}{} {}", nested_host_clock(), program.verb);
     let mut command = match vmm {
         Vmm::Arena | Vmm::Slots => {
             let slots = matches!(vmm, Vmm::Slots);
@@ -196,7 +196,7 @@ struct Run {
     painter: Painter,
     /// Others that are shown.
     others: u32,
-    /// The emulator of the bed now and then ends a guest; what it showed before counts.
+    /// The emulator of the nested host now and then ends a guest; what it showed before counts.
     is_lost: bool,
     /// Pairs a second, by what they are and how many others were wanted.
     rates: BTreeMap<(&'static str, u32), Vec<f64>>,

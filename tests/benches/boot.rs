@@ -9,9 +9,9 @@ use std::{
 
 use fanlight_tests::{
     Context, Failure, Result,
-    bed::{Archive, Busybox, Cache, guest_archive},
     bench::{self, CMDLINE, Paths, median},
     guest::Guest,
+    nested_host::{Archive, Busybox, Cache, guest_archive},
 };
 use rustix::process::Signal;
 

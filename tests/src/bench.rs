@@ -10,11 +10,11 @@ use std::{
 
 use crate::{
     Context, Failure, Result,
-    bed::{
-        Bed, Busybox, Cache, Emulator, L1Device, L1Kernel, Share, StockKernel, bed_kernel,
-        build_program,
-    },
     host::{self, Kvm},
+    nested_host::{
+        Busybox, Cache, Emulator, L1Device, L1Kernel, NestedHost, Share, StockKernel,
+        build_program, built_kernel,
+    },
 };
 
 /// Rounds unless [`ROUNDS`] says otherwise; medians are of so many.
@@ -68,7 +68,7 @@ const FANLIGHT: &str = "fanlight";
 const KERNEL: &str = "vmlinuz";
 const INITRD: &str = "guest.cpio";
 
-/// Runs `measure`, which is told how many rounds to make, on this machine, or in the bed. `initrd` makes the
+/// Runs `measure`, which is told how many rounds to make, on this machine, or in the nested host. `initrd` makes the
 /// guest's root. The environment variable `FANLIGHT_BENCH_ROUNDS` is for trying a benchmark itself.
 pub fn run(
     initrd: impl FnOnce(&Cache) -> Result<Vec<u8>>,
@@ -108,7 +108,7 @@ pub fn tried<T: Debug>(what: &str, run: impl Fn() -> Result<T>) -> Result<T> {
     }
 }
 
-/// The same, where these devices are to be passed through: those of the bed, which it is run in wherever it is
+/// The same, where these devices are to be passed through: those of the nested host, which it is run in wherever it is
 /// started.
 pub fn run_with(
     devices: &[L1Device],
@@ -127,7 +127,7 @@ fn prepare(
     measure: impl FnOnce(&Paths, usize) -> Result<()>,
 ) -> Result<ExitCode> {
     let rounds = rounds()?;
-    if std::env::var_os(host::IN_BED).is_some() {
+    if std::env::var_os(host::IN_NESTED_HOST).is_some() {
         let paths = Paths::in_memory(Cache::at("/cache"), Path::new("/share"))?;
         return measure(&paths, rounds).map(|()| ExitCode::SUCCESS);
     }
@@ -143,24 +143,24 @@ fn prepare(
         let paths = Paths::in_memory(cache, dir.path())?;
         return measure(&paths, rounds).map(|()| ExitCode::SUCCESS);
     }
-    if !devices.is_empty() && std::env::var(host::BED).as_deref() == Ok("never") {
-        let bed = host::BED;
+    if !devices.is_empty() && std::env::var(host::NESTED_HOST).as_deref() == Ok("never") {
+        let nested_host = host::NESTED_HOST;
         return Err(Failure(format!(
-            "the devices that it needs are the bed's, and {bed}=never refuses that"
+            "the devices that it needs are the nested host's, and {nested_host}=never refuses that"
         )));
     }
-    let kernel = bed_kernel(&cache)?;
+    let kernel = built_kernel(&cache)?;
     let this = std::env::current_exe().context("cannot find this program")?;
     fs::copy(&this, dir.path().join("bench")).context("cannot share a program")?;
     let busybox = Busybox::get(&cache)?;
-    let bed = Bed::new(emulator, busybox, L1Kernel::Bed(kernel.bzimage));
+    let nested_host = NestedHost::new(emulator, busybox, L1Kernel::Built(kernel.bzimage));
     let share = |tag, path: &Path| Share {
         tag,
         path: path.into(),
         readonly: true,
     };
     let shares = [share("share", dir.path()), share("cache", cache.root())];
-    let code = bed.run_with(
+    let code = nested_host.run_with(
         devices,
         &format!("{ROUNDS}={rounds} exec /share/bench"),
         &[&this, &fanlight],

@@ -15,12 +15,11 @@ use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
 
 use crate::{
-    Context, Failure, Result, activity,
-    bed::{
-        ApiClients, Archive, BedKernel, DebianPrograms, Drivers, Emulator, GraphicsStack,
+    Context, Failure, Result, activity, host,
+    nested_host::{
+        ApiClients, Archive, BuiltKernel, DebianPrograms, Drivers, Emulator, GraphicsStack,
         StockKernel,
     },
-    host,
 };
 
 /// A guest that says nothing for so long hangs. Not a measure of speed.
@@ -39,10 +38,10 @@ pub const PRESSED: &str =
     event=${1#/sys/class/input/}; exec 3< /dev/input/${event%%/*}
     echo ready; dd bs=24 count=1 <&3 > /dev/null 2>&1; echo pressed";
 
-/// What a guest's command line needs in the bed, where its clock ticks, as L1's does: the emulator now and
+/// What a guest's command line needs in the nested host, where its clock ticks, as L1's does: the emulator now and
 /// then loses a timer that is set for one time, after which a tickless guest sleeps for good.
-pub fn bed_clock() -> &'static str {
-    if std::env::var_os(host::IN_BED).is_some() {
+pub fn nested_host_clock() -> &'static str {
+    if std::env::var_os(host::IN_NESTED_HOST).is_some() {
         " nohz=off highres=off lapic=notscdeadline"
     } else {
         ""
@@ -58,9 +57,9 @@ pub struct Assets {
     pub stock: StockKernel,
     /// What its modules drive.
     pub drivers: Drivers,
-    /// The bed's kernel.
-    pub bed: BedKernel,
-    /// The module for the bed's kernel that exports dma-bufs.
+    /// The nested host's kernel.
+    pub built_kernel: BuiltKernel,
+    /// The module for the nested host's kernel that exports dma-bufs.
     pub guest_module: PathBuf,
     /// QEMU and its tools.
     pub emulator: Emulator,
@@ -83,7 +82,7 @@ pub struct Assets {
 pub enum GuestKernel {
     /// Debian's bzImage.
     Stock,
-    /// The bed's vmlinux, through PVH.
+    /// The nested host's vmlinux, through PVH.
     Vmlinux,
 }
 
@@ -112,7 +111,7 @@ impl Assets {
             assets: self.clone(),
             dir: tempfile::tempdir().expect("a directory for the guest"),
             kernel: GuestKernel::Stock,
-            cmdline: format!("console=ttyS0 panic=-1 loglevel=4{}", bed_clock()),
+            cmdline: format!("console=ttyS0 panic=-1 loglevel=4{}", nested_host_clock()),
             script: script.into(),
             arguments: ["--memory", "256M"].map(str::to_owned).into(),
             archive: Archive::default(),
@@ -213,7 +212,7 @@ impl GuestBuilder {
         let initrd_path = self.write_root()?;
         let kernel = match self.kernel {
             GuestKernel::Stock => &self.assets.stock.image,
-            GuestKernel::Vmlinux => &self.assets.bed.vmlinux,
+            GuestKernel::Vmlinux => &self.assets.built_kernel.vmlinux,
         };
         let mut command = match &self.graphics {
             None => Command::new(&self.assets.fanlight),

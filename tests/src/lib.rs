@@ -1,8 +1,7 @@
-//! What end-to-end tests, benchmarks and the demo are built of: the bed (a KVM host that Fanlight brings
+//! What end-to-end tests, benchmarks and the demo are built of: the nested host (a KVM host that Fanlight brings
 //! along), guests, and the host they run on.
 
 mod activity;
-pub mod bed;
 pub mod bench;
 mod description;
 pub mod display;
@@ -13,6 +12,7 @@ pub mod evdev;
 pub mod graphics;
 pub mod guest;
 pub mod host;
+pub mod nested_host;
 pub mod noiommu;
 pub mod painting;
 pub mod pci;

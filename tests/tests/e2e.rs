@@ -1,6 +1,6 @@
-//! End-to-end tests: stock guests on a real KVM, which is this host's, or the bed's.
+//! End-to-end tests: stock guests on a real KVM, which is this host's, or the nested host's.
 //!
-//! In the bed each test has an L1 of its own, which runs this very program again; so a test is plain code
+//! In the nested host each test has an L1 of its own, which runs this very program again; so a test is plain code
 //! that starts `fanlight` and looks at what guest and host see, and none can disturb another.
 
 mod e2e {
@@ -35,13 +35,13 @@ use std::{
 use e2e::vfio::hardware::{self, VARIABLE};
 use fanlight_tests::{
     Context, Failure, Result,
-    bed::{
-        ApiClients, Bed, Busybox, Cache, DebianPrograms, Drivers, Emulator, GraphicsStack,
-        L1Device, L1Kernel, Modules, Share, StockKernel, bed_kernel, build_program, guest_archive,
-        guest_module, pulse,
-    },
     guest::{Assets, HANG},
     host::{self, Kvm},
+    nested_host::{
+        ApiClients, Busybox, Cache, DebianPrograms, Drivers, Emulator, GraphicsStack, L1Device,
+        L1Kernel, Modules, NestedHost, Share, StockKernel, build_program, built_kernel,
+        cpu_watchdog, guest_archive, guest_module,
+    },
 };
 use libtest_mimic::{Arguments, Trial};
 
@@ -87,15 +87,15 @@ fn l1_devices(name: &str) -> Vec<L1Device> {
     .concat()
 }
 
-/// On this machine's own KVM: tests of the bed's devices are left out, and a device of this machine's is tried if
+/// On this machine's own KVM: tests of the nested host's devices are left out, and a device of this machine's is tried if
 /// one is named.
 fn trials_here(assets: Assets) -> Vec<Trial> {
     let has_device = std::env::var_os(VARIABLE).is_some();
     if !has_device {
         eprintln!(
-            "fanlight: tests that pass devices through are left out: {}=force has them run in the bed, \
+            "fanlight: tests that pass devices through are left out: {}=force has them run in the nested host, \
              {VARIABLE}=ADDRESS tries a device of this machine's",
-            host::BED
+            host::NESTED_HOST
         );
     }
     let is_left_out = move |name: &str| {
@@ -127,8 +127,8 @@ fn trials(run: impl Fn(&'static str, Test) -> Result<()> + Clone + Send + 'stati
 }
 
 fn main() -> ExitCode {
-    if std::env::var_os(host::IN_BED).is_some() {
-        return in_bed();
+    if std::env::var_os(host::IN_NESTED_HOST).is_some() {
+        return in_nested_host();
     }
     let mut arguments = Arguments::from_args();
     if arguments.list {
@@ -147,9 +147,9 @@ fn main() -> ExitCode {
 }
 
 /// Runs the one test that is named.
-fn in_bed() -> ExitCode {
+fn in_nested_host() -> ExitCode {
     let name = std::env::args().nth(1).unwrap_or_default();
-    pulse::watch();
+    cpu_watchdog::watch();
     let result = assets(
         &Cache::at("/cache"),
         Path::new("/share/fanlight"),
@@ -186,16 +186,16 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
                 .context("cannot make a network namespace for the tests; run them as root")?;
             trials_here(assets(&cache, &fanlight, &guest_cpio)?)
         }
-        Kvm::Bed(reason) if std::env::var_os(VARIABLE).is_some() => {
+        Kvm::NestedHost(reason) if std::env::var_os(VARIABLE).is_some() => {
             return Err(Failure(format!(
                 "{VARIABLE} names a device of this machine's, which only guests of its own can have, and tests run \
-                 in the bed: {reason}"
+                 in the nested host: {reason}"
             )));
         }
-        Kvm::Bed(reason) => {
-            eprintln!("fanlight: tests run in the bed: {reason}");
-            let beds = Arc::new(Beds::new(&cache, &fanlight, dir.path())?);
-            trials(move |name, _| beds.run(name))
+        Kvm::NestedHost(reason) => {
+            eprintln!("fanlight: tests run in the nested host: {reason}");
+            let nested_hosts = Arc::new(NestedHosts::new(&cache, &fanlight, dir.path())?);
+            trials(move |name, _| nested_hosts.run(name))
         }
     };
     Ok(libtest_mimic::run(arguments, trials).exit_code())
@@ -218,7 +218,7 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
         fanlight: fanlight.into(),
         drivers: Drivers::get(cache, &stock)?,
         stock,
-        bed: bed_kernel(cache)?,
+        built_kernel: built_kernel(cache)?,
         guest_module: guest_module(cache)?,
         emulator: Emulator::get(cache)?,
         clients: ApiClients::get(cache)?,
@@ -237,7 +237,7 @@ const TRIES: usize = 4;
 /// emulator lost its timer, or a socket of the test's was (`EAGAIN`), behind which a guest is. A guest that
 /// hangs each time hangs.
 const EMULATOR_FAULTS: [&str; 3] = [
-    pulse::STANDSTILL,
+    cpu_watchdog::STANDSTILL,
     HANG,
     "Resource temporarily unavailable (os error 11)",
 ];
@@ -250,18 +250,18 @@ fn keep(name: &str, tries: usize, output: &str) -> Result<String> {
     Ok(path)
 }
 
-/// What the beds of all tests have in common.
-struct Beds {
-    bed: Bed,
+/// What the nested hosts of all tests have in common.
+struct NestedHosts {
+    nested_host: NestedHost,
     this: PathBuf,
     fanlight: PathBuf,
     shares: [Share; 2],
 }
 
-impl Beds {
+impl NestedHosts {
     fn new(cache: &Cache, fanlight: &Path, share: &Path) -> Result<Self> {
         let this = std::env::current_exe().context("cannot find this program")?;
-        let kernel = bed_kernel(cache)?;
+        let kernel = built_kernel(cache)?;
         guest_module(cache)?;
         Drivers::get(cache, &StockKernel::get(cache)?)?;
         ApiClients::get(cache)?;
@@ -277,10 +277,10 @@ impl Beds {
             readonly: true,
         };
         Ok(Self {
-            bed: Bed::new(
+            nested_host: NestedHost::new(
                 Emulator::get(cache)?,
                 Busybox::get(cache)?,
-                L1Kernel::Bed(kernel.bzimage),
+                L1Kernel::Built(kernel.bzimage),
             ),
             this,
             fanlight: fanlight.into(),
@@ -295,11 +295,14 @@ impl Beds {
         loop {
             let mut output = Vec::new();
             let job = format!("exec /share/e2e {name}");
-            let result =
-                self.bed
-                    .run_with(&devices, &job, &programs, &self.shares, &mut output, |_| {
-                        Ok(())
-                    });
+            let result = self.nested_host.run_with(
+                &devices,
+                &job,
+                &programs,
+                &self.shares,
+                &mut output,
+                |_| Ok(()),
+            );
             let output = String::from_utf8_lossy(&output);
             tries += 1;
             match result {

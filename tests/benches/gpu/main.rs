@@ -28,9 +28,9 @@ use fanlight_api::{
 };
 use fanlight_tests::{
     Context, Failure, Result,
-    bed::{Archive, Busybox, Cache, Modules, StockKernel, build_program, guest_archive},
     bench::{self, CMDLINE, Paths, Vmm, median, tried},
-    guest::{Guest, bed_clock, ensure},
+    guest::{Guest, ensure, nested_host_clock},
+    nested_host::{Archive, Busybox, Cache, Modules, StockKernel, build_program, guest_archive},
     painting::Painter,
     pci::Mmio,
     watcher::Watcher,
@@ -362,7 +362,7 @@ struct Times {
 
 /// Every guest's command line: the emulator must not lose a timer of theirs.
 fn cmdline() -> String {
-    format!("{CMDLINE}{}", bed_clock())
+    format!("{CMDLINE}{}", nested_host_clock())
 }
 
 fn command(vmm: Vmm, paths: &Paths, socket: &Path, cmdline: &str) -> Command {

@@ -3,7 +3,7 @@
 //! Prints the README's tables.
 //!
 //! Interrupts are those of `edu`, one after the other, which a program in the guest hears by the guest's own vfio-pci.
-//! That needs no IOMMU with the bed's kernel only, so it is a guest of its own.
+//! That needs no IOMMU with the nested host's kernel only, so it is a guest of its own.
 
 mod export;
 
@@ -18,14 +18,14 @@ use std::{
 
 use fanlight_tests::{
     Context, Failure, Result,
-    bed::{
-        Archive, Busybox, Cache, L1Device, Modules, StockKernel, bed_kernel, build_program,
-        guest_archive,
-    },
     bench::{self, CMDLINE, Paths, Vmm, median, tried},
     echo::{self, Address},
     edu,
-    guest::{Guest, bed_clock, ensure, value},
+    guest::{Guest, ensure, nested_host_clock, value},
+    nested_host::{
+        Archive, Busybox, Cache, L1Device, Modules, StockKernel, build_program, built_kernel,
+        guest_archive,
+    },
     pci::Function,
 };
 use rustix::{
@@ -107,7 +107,7 @@ fn measure(paths: &Paths, rounds: usize) -> Result<()> {
     ] {
         run(Command::new("ip").args(arguments))?;
     }
-    let bed = bed_kernel(&Cache::at("/cache"))?.bzimage;
+    let built = built_kernel(&Cache::at("/cache"))?.bzimage;
     let mut samples = [Vec::new(), Vec::new()];
     for round in 0..rounds {
         for (vmm, samples) in Vmm::BOTH.into_iter().zip(&mut samples) {
@@ -119,12 +119,12 @@ fn measure(paths: &Paths, rounds: usize) -> Result<()> {
             };
             let (boot, small, large) =
                 tried(&what, || transfers(vmm, command(paths, vmm, &stock)))?;
-            let bed = Start {
-                kernel: bed.clone(),
+            let built = Start {
+                kernel: built.clone(),
                 device: &edu,
                 cmdline: NOIOMMU,
             };
-            let interrupts = tried(&what, || interrupts(vmm, command(paths, vmm, &bed)))?;
+            let interrupts = tried(&what, || interrupts(vmm, command(paths, vmm, &built)))?;
             samples.push(Sample {
                 boot,
                 small,
@@ -207,7 +207,7 @@ struct Start<'a> {
 
 fn command(paths: &Paths, vmm: Vmm, start: &Start) -> Command {
     let Start { kernel, device, .. } = start;
-    let cmdline = format!("{CMDLINE}{} {}", bed_clock(), start.cmdline);
+    let cmdline = format!("{CMDLINE}{} {}", nested_host_clock(), start.cmdline);
     let mut command = match vmm {
         Vmm::Fanlight => {
             let mut command = Command::new(paths.fanlight());

@@ -1,5 +1,5 @@
 //! `cargo demo`: boots a stock Debian kernel, shows its console and takes a picture of its display, on any
-//! machine. Where that has no KVM, this program runs itself again in the bed.
+//! machine. Where that has no KVM, this program runs itself again in the nested host.
 
 use std::{
     fs,
@@ -11,11 +11,11 @@ use std::{
 use fanlight_api::{client::Client, display::Screenshot, methods::GpuScreenshot};
 use fanlight_tests::{
     Context, Failure, Result,
-    bed::{
-        Archive, Bed, Busybox, Cache, Emulator, L1Kernel, Modules, Share, StockKernel,
+    host::{self, Kvm},
+    nested_host::{
+        Archive, Busybox, Cache, Emulator, L1Kernel, Modules, NestedHost, Share, StockKernel,
         build_program, guest_archive,
     },
-    host::{self, Kvm},
     progress,
 };
 
@@ -59,7 +59,7 @@ struct Parts<'a> {
 }
 
 fn main() -> ExitCode {
-    let status = if std::env::var_os(host::IN_BED).is_some() {
+    let status = if std::env::var_os(host::IN_NESTED_HOST).is_some() {
         show(&Parts {
             fanlight: Path::new("/fanlight"),
             kernel: Path::new("/vmlinuz"),
@@ -106,10 +106,12 @@ fn demo() -> Result<i32> {
                 pictures: &pictures,
             })?
         }
-        Kvm::Bed(reason) => {
-            eprintln!("fanlight: the guest runs in the bed, an emulated KVM host: {reason}");
+        Kvm::NestedHost(reason) => {
+            eprintln!(
+                "fanlight: the guest runs in the nested host, an emulated KVM host: {reason}"
+            );
             let emulator = Emulator::get(&cache)?;
-            let bed = Bed::new(emulator, busybox, L1Kernel::Stock(kernel.clone()));
+            let nested_host = NestedHost::new(emulator, busybox, L1Kernel::Stock(kernel.clone()));
             let share = Share {
                 tag: "share",
                 path: pictures.clone(),
@@ -117,7 +119,7 @@ fn demo() -> Result<i32> {
             };
             let programs = [&*this, &*fanlight];
             let output = &mut std::io::stdout();
-            bed.run("exec /demo", &programs, &[share], output, |root| {
+            nested_host.run("exec /demo", &programs, &[share], output, |root| {
                 root.host_file("demo", &this)?;
                 root.host_file("fanlight", &fanlight)?;
                 root.host_file("vmlinuz", &kernel.image)?;

@@ -1,4 +1,4 @@
-//! Many commands for one notification, which costs an exit and, in the bed, far more than a command.
+//! Many commands for one notification, which costs an exit and, in the nested host, far more than a command.
 
 use super::{Gpu, OK, PAGE, REQUEST, RESPONSE};
 use crate::{Result, guest::ensure};

@@ -29,7 +29,7 @@ use fanlight_api::{
 };
 use fanlight_tests::{
     Context, Failure, Result,
-    guest::{Assets, Guest, GuestBuilder, HANG, bed_clock, ensure},
+    guest::{Assets, Guest, GuestBuilder, HANG, ensure, nested_host_clock},
 };
 use jsonschema::Validator;
 use serde_json::{Value, json};
@@ -200,6 +200,6 @@ fn machine(assets: &Assets, dir: &Path, script: &str) -> Result<Value> {
     fs::write(&initrd, assets.initrd(script)?).context("cannot write the guest's root")?;
     Ok(json!({
         "kernel": assets.stock.image, "initrd": initrd, "memory": {"size": "256M"}, "serial": "null",
-        "cmdline": format!("console=ttyS0 panic=-1 loglevel=4{}", bed_clock()),
+        "cmdline": format!("console=ttyS0 panic=-1 loglevel=4{}", nested_host_clock()),
     }))
 }

@@ -11,10 +11,9 @@ use fanlight_devices::{
     },
 };
 use fanlight_tests::{
-    Context, Failure, Result,
-    bed::L1Device,
-    edu,
+    Context, Failure, Result, edu,
     guest::{Assets, ensure},
+    nested_host::L1Device,
     pci::Function,
     reader::Reader,
 };

@@ -5,7 +5,7 @@ use std::time::Duration;
 use fanlight_tests::{
     Context, Result,
     display::Screen,
-    guest::{Assets, PRESSED, bed_clock, ensure, make_image, value},
+    guest::{Assets, PRESSED, ensure, make_image, nested_host_clock, value},
 };
 use rustix::process::Signal;
 
@@ -113,7 +113,7 @@ fn kexec(assets: &Assets) -> Result<()> {
          {FLIP}320x240 -v 2>/tmp/flips &
          echo ready; read -r go
          guest-agent kexec /vmlinuz /second.cpio 'console=ttyS0 panic=-1 loglevel=4{} again'",
-        bed_clock()
+        nested_host_clock()
     ))?
     .file(
         "vmlinuz",

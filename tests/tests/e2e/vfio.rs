@@ -22,10 +22,10 @@ use fanlight_api::{
 use fanlight_devices::vfio::sysfs::HostFunction;
 use fanlight_tests::{
     Context, Failure, Result,
-    bed::L1Device,
     echo::{self, Address},
     edu,
     guest::{Assets, Guest, GuestBuilder, ensure, value},
+    nested_host::L1Device,
     pci::Function,
 };
 

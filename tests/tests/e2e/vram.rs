@@ -18,10 +18,9 @@ use fanlight_api::{
     stream::MessageStream,
 };
 use fanlight_tests::{
-    Context, Failure, Result,
-    bed::L1Device,
-    edu,
+    Context, Failure, Result, edu,
     guest::{Assets, Guest, GuestBuilder, GuestKernel, ensure},
+    nested_host::L1Device,
     reader::{PAGE, Reader},
     screen::{HEIGHT, SIZE, WIDTH, picture},
 };
@@ -53,7 +52,7 @@ pub fn l1_devices(name: &str) -> &'static [L1Device] {
 const BOCHS_IDS: &str = "1234:1111";
 
 /// A guest whose own vfio-pci needs no IOMMU, and which has the module that exports buffers. It has the kernel of
-/// the bed, since Debian's is built without the first.
+/// the nested host, since Debian's is built without the first.
 fn guest(assets: &Assets, script: &str, devices: &[&str]) -> Result<(Guest, Client)> {
     let module = std::fs::read(&assets.guest_module).context("cannot read the module")?;
     let guest = assets

@@ -184,7 +184,7 @@ fn host_lacks(assets: &Assets, vf: &str) -> Result<()> {
     Ok(())
 }
 
-/// Things that a device lacks. Those that no device of the bed lacks are shown to the doctor as a sysfs in which they
+/// Things that a device lacks. Those that no device of the nested host lacks are shown to the doctor as a sysfs in which they
 /// are missing.
 fn device_lacks(assets: &Assets, vf: &str) -> Result<()> {
     let in_vain = |directory: &str| {

@@ -1,7 +1,7 @@
-//! What any device must do, whatever it is: tried on some of the bed's, and on one of this machine's if
+//! What any device must do, whatever it is: tried on some of the nested host's, and on one of this machine's if
 //! `FANLIGHT_TEST_VFIO` names it.
 //!
-//! What a device has not, or there is no way to try, is told and no failure; of the bed's devices all that they have
+//! What a device has not, or there is no way to try, is told and no failure; of the nested host's devices all that they have
 //! is asked for by name.
 
 pub mod faults;
@@ -14,8 +14,8 @@ use std::{
 
 use fanlight_tests::{
     Context, Failure, Result,
-    bed::L1Device,
     guest::{Assets, ensure},
+    nested_host::L1Device,
     pci::Function,
 };
 
@@ -50,7 +50,7 @@ const OUT_OF_REACH: &str = "other devices cannot reach this BAR";
 /// Vendor and device id of bochs-display.
 const DISPLAY: &str = "1234:1111";
 
-/// Tries the device that a person named; else those of the bed, of which everything is known.
+/// Tries the device that a person named; else those of the nested host, of which everything is known.
 fn devices(assets: &Assets, iommufd: bool) -> Result<()> {
     /// There is one such device, and tests run beside each other.
     static DEVICE: Mutex<()> = Mutex::new(());

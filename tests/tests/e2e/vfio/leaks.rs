@@ -57,7 +57,7 @@ pub fn fifty_starts_leave_nothing(assets: &Assets) -> Result<()> {
             _ => Vec::new(),
         };
         let machine = json!({
-            "kernel": assets.bed.vmlinux, "initrd": initrd, "memory": {"size": "128M"},
+            "kernel": assets.built_kernel.vmlinux, "initrd": initrd, "memory": {"size": "128M"},
             "serial": "null", "cmdline": "console=ttyS0", "vfio": at_start,
         });
         call("vm.create", machine, &[])?;

@@ -14,7 +14,7 @@ use crate::{Context, Result};
 /// The guest's first program. Its first line is what benchmarks wait for.
 const GUEST_INIT: &str = include_str!("../../../resources/guest/init");
 /// L1's first program.
-const L1_INIT: &str = include_str!("../../../resources/bed/init");
+const L1_INIT: &str = include_str!("../../../resources/nested_host/init");
 
 /// What a guest needs to use every device of the machine.
 const GUEST_MODULES: &[&str] = &[

@@ -1,4 +1,4 @@
-//! The bed's own kernel: everything built in, so that L1 starts in two seconds and has what Debian's
+//! The nested host's own kernel: everything built in, so that L1 starts in two seconds and has what Debian's
 //! kernel leaves out (iommufd, VFIO's device interface).
 
 use std::{
@@ -15,7 +15,7 @@ use super::{
 use crate::{Context, Failure, Result, progress};
 
 /// What the kernel has.
-pub(super) const CONFIG: &str = include_str!("../../../resources/bed/kernel.config");
+pub(super) const CONFIG: &str = include_str!("../../../resources/nested_host/kernel.config");
 /// What is changed in the source: file, what is there once, and what comes in its place.
 const CHANGES: &[[&str; 3]] = &[
     // KVM takes a fault for one in the delivery of an event when EXITINTINFO has a type, valid or not. A processor
@@ -52,14 +52,14 @@ const NEEDED: &[(&str, &str)] = &[
 
 /// The built kernel.
 #[derive(Clone, Debug)]
-pub struct BedKernel {
+pub struct BuiltKernel {
     /// What L1 boots.
     pub bzimage: PathBuf,
     /// The same as an ELF file with a PVH entry.
     pub vmlinux: PathBuf,
 }
 
-impl BedKernel {
+impl BuiltKernel {
     /// The kernel in the cache entry `dir`.
     fn at(dir: &Path) -> Self {
         Self {
@@ -104,14 +104,14 @@ fn change(tree: &Path) -> Result<()> {
 }
 
 /// The kernel from the cache, or built: about five minutes on two cores.
-pub fn bed_kernel(cache: &Cache) -> Result<BedKernel> {
+pub fn built_kernel(cache: &Cache) -> Result<BuiltKernel> {
     let mut hasher = DefaultHasher::new();
     (CONFIG, CHANGES).hash(&mut hasher);
-    let key = format!("bed-kernel-{:016x}", hasher.finish());
+    let key = format!("nested-host-kernel-{:016x}", hasher.finish());
     if let dir = cache.root().join(&key)
         && dir.exists()
     {
-        return Ok(BedKernel::at(&dir));
+        return Ok(BuiltKernel::at(&dir));
     }
     let missing: Vec<_> = NEEDED
         .iter()
@@ -120,14 +120,14 @@ pub fn bed_kernel(cache: &Cache) -> Result<BedKernel> {
         .collect();
     if !missing.is_empty() {
         return Err(Failure(format!(
-            "building the bed's kernel needs packages that are missing: run `apt-get install {}`",
+            "building the nested host's kernel needs packages that are missing: run `apt-get install {}`",
             missing.join(" ")
         )));
     }
     let source = kernel_source(cache)?;
     let dir = cache.entry(
         &key,
-        "building the bed's kernel (about five minutes)",
+        "building the nested host's kernel (about five minutes)",
         |at| {
             let tree = at.join("source");
             fs::create_dir(&tree).context("cannot make a directory")?;
@@ -139,7 +139,7 @@ pub fn bed_kernel(cache: &Cache) -> Result<BedKernel> {
             change(&tree)?;
             let make = configure(&tree, &at.join("config"))?;
             progress::step("compiling", || make(&["bzImage"]))?;
-            let kernel = BedKernel::at(at);
+            let kernel = BuiltKernel::at(at);
             for (from, to) in [
                 ("arch/x86/boot/bzImage", &kernel.bzimage),
                 ("vmlinux", &kernel.vmlinux),
@@ -149,5 +149,5 @@ pub fn bed_kernel(cache: &Cache) -> Result<BedKernel> {
             fs::remove_dir_all(&tree).context("cannot remove the kernel's source")
         },
     )?;
-    Ok(BedKernel::at(&dir))
+    Ok(BuiltKernel::at(&dir))
 }

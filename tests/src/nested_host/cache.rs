@@ -1,4 +1,4 @@
-//! Where downloads and builds are kept: under `target/bed`, or where `FANLIGHT_BED_CACHE` says.
+//! Where downloads and builds are kept: under `target/nested-host`, or where `FANLIGHT_NESTED_HOST_CACHE` says.
 
 use std::{
     fs::{self, File},
@@ -18,9 +18,9 @@ pub struct Cache {
 impl Cache {
     /// The cache of this checkout.
     pub fn open() -> Result<Self> {
-        let root = match std::env::var_os("FANLIGHT_BED_CACHE") {
+        let root = match std::env::var_os("FANLIGHT_NESTED_HOST_CACHE") {
             Some(path) => PathBuf::from(path),
-            None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/bed"),
+            None => Path::new(env!("CARGO_MANIFEST_DIR")).join("../target/nested-host"),
         };
         fs::create_dir_all(&root).context(format!("cannot make {}", root.display()))?;
         let root = root

@@ -20,7 +20,7 @@ const EMULATOR: &[&str] = &[
     "qemu-utils/trixie-backports",
     "iproute2",
 ];
-/// Kernel series that the bed is tested with; a newer one is taken when it is gone.
+/// Kernel series that the nested host is tested with; a newer one is taken when it is gone.
 const SERIES: &str = "7.2.";
 /// Names a mirror where the machine's apt knows none.
 const MIRROR: &str = "FANLIGHT_DEBIAN_MIRROR";
@@ -265,7 +265,7 @@ fn newest(names: Vec<String>, series: &str) -> Option<String> {
 pub fn kernel_source(cache: &Cache) -> Result<PathBuf> {
     let root = cache.entry(
         "kernel-source-1",
-        "downloading the bed kernel's source",
+        "downloading the nested host's kernel source",
         |at| {
             with_apt(at, |apt| {
                 let wanted = format!("linux-source-{}", SERIES.trim_end_matches('.'));
@@ -313,7 +313,7 @@ fn complete_system(at: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The same for a root that Fanlight runs in, with what it needs of its host in the bed.
+/// The same for a root that Fanlight runs in, with what it needs of its host in the nested host.
 fn complete_host(at: &Path) -> Result<()> {
     complete_system(at)?;
     for dir in ["share", "cache"] {

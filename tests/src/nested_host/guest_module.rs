@@ -1,4 +1,4 @@
-//! The guest's kernel module that exports dma-bufs as a GPU's driver does, built for the bed's kernel.
+//! The guest's kernel module that exports dma-bufs as a GPU's driver does, built for the nested host's kernel.
 
 use std::{
     fs,

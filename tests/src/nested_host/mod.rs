@@ -1,7 +1,8 @@
-//! The bed: a KVM host for machines that have none. QEMU emulates an AMD processor with SVM; Linux in it
+//! The nested host: a KVM host for machines that have none. QEMU emulates an AMD processor with SVM; Linux in it
 //! (L1) has a real KVM, and runs the tests, whose guests are L2.
 
 mod cache;
+pub mod cpu_watchdog;
 mod drivers;
 mod guest_module;
 mod initramfs;
@@ -9,13 +10,12 @@ mod kernel;
 mod machine;
 mod modules;
 mod packages;
-pub mod pulse;
 
 pub use cache::Cache;
 pub use drivers::Drivers;
 pub use guest_module::guest_module;
 pub use initramfs::{Archive, guest_archive};
-pub use kernel::{BedKernel, bed_kernel};
-pub use machine::{Bed, L1Device, L1Kernel, Share, build_program};
+pub use kernel::{BuiltKernel, built_kernel};
+pub use machine::{L1Device, L1Kernel, NestedHost, Share, build_program};
 pub use modules::Modules;
 pub use packages::{ApiClients, Busybox, DebianPrograms, Emulator, GraphicsStack, StockKernel};

@@ -18,7 +18,7 @@ use super::{Archive, Busybox, Emulator, Modules, StockKernel, packages::run};
 use crate::{Context, Failure, Result};
 
 /// What L1's last line starts with.
-const STATUS: &str = "fanlight-bed: status ";
+const STATUS: &str = "fanlight-nested-host: status ";
 /// Modules that make Debian's kernel a KVM host, and let it see directories of ours.
 const L1_MODULES: &[&str] = &[
     "kvm",
@@ -38,7 +38,7 @@ const L1_MODULES: &[&str] = &[
 /// next instruction is looked up in those, or the guest's in L1's; or that its interrupts are on. L1 ended without a
 /// word, guests restarted, or hung. Nothing of this matters to a processor that never enters a guest.
 const PROCESSORS: u32 = 3;
-/// Those that guests, and all else that L1 is there for, run on (`resources/bed/init`): a mask.
+/// Those that guests, and all else that L1 is there for, run on (`resources/nested_host/init`): a mask.
 const GUESTS_PROCESSORS: u32 = (1 << PROCESSORS) - 2;
 /// L1's clock ticks: the emulator now and then loses a one-shot timer while a nested guest runs, after
 /// which a tickless L1, or a guest in it, sleeps until something else happens. Its time stamp counters are all
@@ -49,7 +49,7 @@ const GUESTS_PROCESSORS: u32 = (1 << PROCESSORS) - 2;
 /// does at all, which is a panic; `no_timer_check` believes it. A page of 1 GiB can only be had at the start.
 const L1_CMDLINE: &str = "console=ttyS0 panic=-1 loglevel=1 intel_iommu=on nohz=off highres=off no_timer_check \
      tsc=reliable default_hugepagesz=2M hugepagesz=1G hugepages=1 kvm.tsc_tolerance_ppm=20000";
-/// L1 gives a sign of life every ten seconds (`resources/bed/init`), which is [`ALIVE`]: one that is silent
+/// L1 gives a sign of life every ten seconds (`resources/nested_host/init`), which is [`ALIVE`]: one that is silent
 /// for so long hangs.
 const SILENCE: Duration = Duration::from_secs(120);
 const ALIVE: u8 = 0;
@@ -57,8 +57,8 @@ const ALIVE: u8 = 0;
 /// Which kernel L1 boots.
 #[derive(Debug)]
 pub enum L1Kernel {
-    /// The bed's own, with everything built in.
-    Bed(PathBuf),
+    /// The nested host's own, with everything built in.
+    Built(PathBuf),
     /// Debian's, with what it needs as modules.
     Stock(StockKernel),
 }
@@ -144,9 +144,9 @@ pub struct Share {
     pub readonly: bool,
 }
 
-/// A bed that is ready to run jobs.
+/// A nested host that is ready to run jobs.
 #[derive(Debug)]
-pub struct Bed {
+pub struct NestedHost {
     emulator: Emulator,
     busybox: Busybox,
     kernel: L1Kernel,
@@ -154,8 +154,8 @@ pub struct Bed {
     pub memory: u32,
 }
 
-impl Bed {
-    /// A bed of these parts.
+impl NestedHost {
+    /// A nested host of these parts.
     pub fn new(emulator: Emulator, busybox: Busybox, kernel: L1Kernel) -> Self {
         Self {
             emulator,
@@ -196,7 +196,7 @@ impl Bed {
             root.libraries_of(program)?;
         }
         let image = match &self.kernel {
-            L1Kernel::Bed(image) => image,
+            L1Kernel::Built(image) => image,
             L1Kernel::Stock(kernel) => {
                 root.modules(&Modules::find(&kernel.modules)?, L1_MODULES)?;
                 &kernel.image
@@ -264,7 +264,7 @@ impl Bed {
 }
 
 /// A folder for sockets of the emulators' monitors, which tell where a machine hangs.
-const MONITORS: &str = "FANLIGHT_BED_MONITORS";
+const MONITORS: &str = "FANLIGHT_NESTED_HOST_MONITORS";
 
 /// Where this emulator's monitor is.
 fn monitor() -> String {
@@ -314,10 +314,10 @@ fn watch(mut child: Child, to: &mut dyn Write) -> Result<i32> {
     match status {
         Some(status) => Ok(status),
         None if killed => Err(Failure(format!(
-            "the bed was stopped: it was silent for {SILENCE:?}"
+            "the nested host was stopped: it was silent for {SILENCE:?}"
         ))),
         None => Err(Failure::new(
-            format!("the bed ended without a result (QEMU: {exit})"),
+            format!("the nested host ended without a result (QEMU: {exit})"),
             errors.trim(),
         )),
     }

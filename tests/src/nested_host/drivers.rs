@@ -1,5 +1,5 @@
 //! Which of Debian's modules drive a PCI device, and where all of them are: what `depmod` would write into
-//! `modules.alias` and `modules.dep`. Reading either out of thousands of files is slow, in the bed most of all.
+//! `modules.alias` and `modules.dep`. Reading either out of thousands of files is slow, in the nested host most of all.
 
 use std::{fs, path::PathBuf};
 
