@@ -2,7 +2,7 @@
 //! `--config` files and of the control API; the API's framing, client and server. Knows neither KVM nor
 //! any device.
 //!
-//! `PROTOCOL.md` beside this crate is the page for those who speak the protocol themselves.
+//! `docs/src/guide/protocol.md` describes the protocol for clients in other languages.
 
 pub mod client;
 pub mod config;

@@ -66,7 +66,7 @@ fn many_clients(assets: &Assets) -> Result<()> {
 }
 
 /// The page for those who speak the protocol themselves.
-const PROTOCOL: &str = include_str!("../../../../api/PROTOCOL.md");
+const PROTOCOL: &str = include_str!("../../../../docs/src/guide/protocol.md");
 
 /// Runs the page's block of code in `language` with `program`.
 fn session(assets: &Assets, language: &str, program: &str) -> Result<()> {
