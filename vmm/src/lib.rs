@@ -1,26 +1,12 @@
-//! Puts a machine together out of its parts and runs it: KVM, vCPUs, devices, consoles, the life of a
-//! machine from start to end.
+//! A virtual machine monitor in rooms: what the host gives (`host`), the machine (`vm`) on KVM (`kvm`), its control
+//! API (`control`), its displays (`display`), its 3D renderer (`renderer`), and the Wayland window (`viewer`).
+//!
+//! The program `fanlight` (`cli`) is a crate of its own on top of these; nothing here imports it.
 
-pub mod console;
-pub mod desk;
+pub mod control;
 pub mod display;
-pub mod doctor;
-pub mod files;
-mod footprint;
-pub mod graphics;
-pub mod host_devices;
-pub mod host_requests;
-pub mod input;
-pub mod inventory;
+pub mod host;
 pub mod kvm;
-pub mod lifecycle;
-pub mod machine;
-pub mod passthrough;
 pub mod renderer;
-pub mod resources;
-pub mod serve;
-pub mod signals;
-pub mod status;
-pub mod terminal;
-mod vcpus;
-pub mod view;
+pub mod viewer;
+pub mod vm;

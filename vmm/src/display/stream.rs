@@ -29,8 +29,8 @@ use rustix::{
     fs::{MemfdFlags, memfd_create},
 };
 
-use super::{Driver, Slot, described, outputs};
-use crate::input::Inputs;
+use super::api::{Driver, Slot, described, outputs};
+use crate::display::input::Inputs;
 
 /// Serves a watcher on a thread of its own; its end of the socket.
 pub fn start(

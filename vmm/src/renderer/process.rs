@@ -111,7 +111,7 @@ fn confine() {
         maximum: Some(0),
     };
     let _ = rustix::process::setrlimit(Resource::Core, none);
-    crate::files::allow_all();
+    crate::host::files::allow_all();
 }
 
 /// Ends the process when the socket's other end goes, whatever the library does then.

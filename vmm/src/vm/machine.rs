@@ -40,12 +40,12 @@ use vm_memory::GuestMemoryError;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
-    footprint::shrink,
-    inventory::{Inventory, InventoryError, NewDevice},
+    host::memory_trim::shrink,
+    host::resources::{Disk, Interface, Resources},
     kvm::{ClockState, ExitCounts, KvmError, KvmVcpu, KvmVm, VcpuError},
-    passthrough::PassedThrough,
-    resources::{Disk, Interface, Resources},
-    vcpus::{Shared, VcpuThreads},
+    vm::passthrough::PassedThrough,
+    vm::pci_topology::{Inventory, InventoryError, NewDevice},
+    vm::vcpus::{Shared, VcpuThreads},
 };
 
 /// PCI class codes (PCI Code and ID Assignment 1.11).

@@ -7,14 +7,14 @@ use fanlight_devices::error_line;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::{
-    desk::{Command, DEFAULT_HOTPLUG_PORTS, Desk},
-    lifecycle::{
+    control::queue::{Command, DEFAULT_HOTPLUG_PORTS, Desk},
+    host::resources::Resources,
+    host::signals::Signals,
+    vm::ending::Ending,
+    vm::run_loop::{
         self, LifeError,
-        commands::{attach, config_error},
+        handlers::{attach, config_error},
     },
-    resources::Resources,
-    signals::Signals,
-    status::Ending,
 };
 
 /// The defaults of a machine that has an API.
@@ -45,7 +45,7 @@ pub fn serve(signals: &Signals, desk: &mut Desk) -> Result<Ending, LifeError> {
                     continue;
                 };
                 desk.will_start(command.reply);
-                let result = lifecycle::run(resources, signals, desk, Instant::now());
+                let result = run_loop::run(resources, signals, desk, Instant::now());
                 if let Err(error) = &result {
                     tracing::error!(error = %error_line(error), "the machine failed");
                 }

@@ -15,7 +15,7 @@ use fanlight_devices::{
 use rustix::{fs::MemfdFlags, process::Resource};
 use serde::Serialize;
 
-use crate::{
+use fanlight::{
     kvm,
     renderer::{RendererError, Starter},
 };

@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::{console::Input, machine::Machine, resources::Consoles};
+use crate::{host::console::Input, host::resources::Consoles, vm::machine::Machine};
 
 /// Gives bytes to a console; how many found room.
 type Give = Box<dyn Fn(&[u8]) -> usize>;

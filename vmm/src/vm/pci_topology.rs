@@ -20,7 +20,7 @@ use fanlight_devices::{
 };
 use thiserror::Error;
 
-use crate::{machine::MachineError, passthrough::PassedThrough};
+use crate::{vm::machine::MachineError, vm::passthrough::PassedThrough};
 
 /// Where what is put into a slot is on the bus behind it.
 const PLUGGED: DevFn = DevFn::new(0, 0);

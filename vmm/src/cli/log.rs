@@ -1,6 +1,6 @@
 //! What is logged to standard error.
 
-use fanlight::desk::SetLog;
+use fanlight::control::queue::SetLog;
 use tracing_subscriber::{filter::Targets, layer::SubscriberExt, reload, util::SubscriberInitExt};
 
 /// Words for how much is logged.

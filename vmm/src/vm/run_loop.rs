@@ -22,21 +22,21 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
-    console::Received,
-    desk::Desk,
+    control::queue::Desk,
+    host::console::Received,
+    host::resources::{Holdings, Resources},
+    host::signals::Signals,
     kvm::{VcpuError, processor_virtualizes},
-    machine::{Callbacks, Machine, MachineError},
-    resources::{Holdings, Resources},
-    signals::Signals,
-    status::Ending,
+    vm::ending::Ending,
+    vm::machine::{Callbacks, Machine, MachineError},
 };
 
-pub mod commands;
 mod console_input;
-mod last_words;
+pub mod handlers;
+mod panic_grace;
 
 use console_input::{ConsoleInput, inputs};
-use last_words::LastWords;
+use panic_grace::LastWords;
 
 /// How long a guest has to shut down after SIGTERM pressed its power button.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(30);

@@ -24,11 +24,11 @@ use fanlight_devices::{
 use thiserror::Error;
 
 use crate::{
-    console::{ConsoleError, HostConsole},
-    files::open_at_once,
-    graphics::{Graphics, GraphicsError},
-    host_requests::HostRequests,
-    passthrough::{Passthrough, PassthroughError},
+    host::console::{ConsoleError, HostConsole},
+    host::files::open_at_once,
+    vm::graphics::{Graphics, GraphicsError},
+    vm::host_requests::HostRequests,
+    vm::passthrough::{Passthrough, PassthroughError},
 };
 
 /// What is wrong with a configuration.

@@ -19,7 +19,7 @@ use fanlight_api::CharBackend;
 use fanlight_devices::legacy::output::{Output, OutputThread};
 use thiserror::Error;
 
-use crate::{files::open_at_once, terminal::RawTerminal};
+use crate::{host::files::open_at_once, host::terminal::RawTerminal};
 
 /// How long a socket's client may leave its buffer full before it is disconnected.
 const CLIENT_PATIENCE: Duration = Duration::from_secs(1);

@@ -1,24 +1,25 @@
 //! The `fanlight` program.
 
 mod ctl;
+mod doctor;
 mod log;
 mod options;
+mod vfio_bind;
 
 use std::{path::PathBuf, process::ExitCode, time::Instant};
 
+use crate::{doctor::Report, vfio_bind::HostDeviceError};
 use clap::{CommandFactory, Parser};
 use fanlight::{
-    desk::{Desk, SetLog},
-    doctor::Report,
-    files,
-    host_devices::{self, HostDeviceError},
-    lifecycle::{self, LifeError},
-    renderer,
-    resources::Resources,
-    serve::{self, with_api_defaults},
-    signals::Signals,
-    status::Ending,
-    terminal, view,
+    control::queue::{Desk, SetLog},
+    control::serve::{self, with_api_defaults},
+    host::files,
+    host::resources::Resources,
+    host::signals::Signals,
+    host::terminal,
+    renderer, viewer,
+    vm::ending::Ending,
+    vm::run_loop::{self, LifeError},
 };
 use fanlight_api::{server::Server, socket::Descriptors};
 use fanlight_devices::error_line;
@@ -36,7 +37,7 @@ fn main() -> ExitCode {
         Command::Ctl(options) => return ctl::run(&options),
         Command::View(options) => {
             let _ = log::start(&options.log.level);
-            match view::run(&options.socket, options.gpu, options.output) {
+            match viewer::run(&options.socket, options.gpu, options.output) {
                 Ok(()) => Ending::PowerOff,
                 Err(error) => failed(&error),
             }
@@ -85,7 +86,7 @@ fn run(mut options: RunOptions, started: Instant) -> Ending {
     };
     with_desk(set_log, settings, |signals, desk| {
         desk.created(&resources);
-        lifecycle::run(resources, signals, desk, started)
+        run_loop::run(resources, signals, desk, started)
     })
 }
 
@@ -131,7 +132,7 @@ fn with_desk(
 }
 
 fn doctor(device: Option<&str>, json: bool) -> Ending {
-    let device = match device.map(host_devices::find).transpose() {
+    let device = match device.map(vfio_bind::find).transpose() {
         Ok(device) => device,
         Err(error) => {
             eprintln!("fanlight: {}", error_line(&error));
@@ -154,7 +155,7 @@ fn doctor(device: Option<&str>, json: bool) -> Ending {
 fn vfio(command: &VfioCommand) -> Ending {
     let result = match command {
         VfioCommand::List => {
-            return match host_devices::list() {
+            return match vfio_bind::list() {
                 Ok(table) => {
                     print!("{table}");
                     Ending::PowerOff
@@ -166,10 +167,10 @@ fn vfio(command: &VfioCommand) -> Ending {
             };
         }
         VfioCommand::Bind { device, vfs } => {
-            host_devices::find(device).and_then(|function| host_devices::bind(&function, *vfs))
+            vfio_bind::find(device).and_then(|function| vfio_bind::bind(&function, *vfs))
         }
         VfioCommand::Unbind { device } => {
-            host_devices::find(device).and_then(|function| host_devices::unbind(&function))
+            vfio_bind::find(device).and_then(|function| vfio_bind::unbind(&function))
         }
     };
     match result {

@@ -6,7 +6,7 @@ use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use fanlight_devices::vfio::{HostDevice, VfioError};
 use rustix::event::epoll;
 
-use crate::passthrough::{PassedThrough, Passthrough};
+use crate::vm::passthrough::{PassedThrough, Passthrough};
 
 /// Readable when the host has asked for a device.
 #[derive(Debug)]

@@ -21,8 +21,8 @@ use fanlight_devices::error_line;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
-    display::Display, graphics::Graphics, lifecycle::LifeError, resources::Resources,
-    status::Ending,
+    display::api::Display, host::resources::Resources, vm::ending::Ending, vm::graphics::Graphics,
+    vm::run_loop::LifeError,
 };
 
 /// Empty root ports of a machine that has an API, where nobody says how many.

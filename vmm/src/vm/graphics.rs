@@ -22,8 +22,8 @@ use fanlight_devices::{
 use thiserror::Error;
 
 use crate::{
-    display::Display,
-    input::Inputs,
+    display::api::Display,
+    display::input::Inputs,
     renderer::{RendererError, Starter},
 };
 

@@ -52,7 +52,7 @@ pub enum Command {
         shell: clap_complete::Shell,
     },
     /// Restores the terminal when the process on standard input ends
-    #[command(name = fanlight::terminal::GUARD_COMMAND, hide = true)]
+    #[command(name = fanlight::host::terminal::GUARD_COMMAND, hide = true)]
     TerminalGuard,
     /// Draws for the guest of the process on standard input
     #[command(name = fanlight::renderer::COMMAND, hide = true)]

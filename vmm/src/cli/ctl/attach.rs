@@ -8,8 +8,8 @@ use std::{
 };
 
 use fanlight::{
-    console::{Escape, Received},
-    terminal::RawTerminal,
+    host::console::{Escape, Received},
+    host::terminal::RawTerminal,
 };
 
 /// Connects a console to standard input and output until either ends. A terminal is raw meanwhile, and

@@ -17,14 +17,14 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{MainLoop, Outcome};
 use crate::{
-    console::Input,
-    desk::{Command, life_error},
-    host_requests::HostRequests,
-    inventory::{InventoryError, NewDevice},
-    machine::{MachineError, block_device, net_device},
-    passthrough::{Passthrough, PassthroughError},
-    resources::{ConfigError, Disk, Interface, check_id, free_id},
-    status::Ending,
+    control::queue::{Command, life_error},
+    host::console::Input,
+    host::resources::{ConfigError, Disk, Interface, check_id, free_id},
+    vm::ending::Ending,
+    vm::host_requests::HostRequests,
+    vm::machine::{MachineError, block_device, net_device},
+    vm::passthrough::{Passthrough, PassthroughError},
+    vm::pci_topology::{InventoryError, NewDevice},
 };
 
 impl MainLoop<'_> {
