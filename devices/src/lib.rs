@@ -4,11 +4,13 @@
 //! ([`hypervisor::Hypervisor`]) and its own host resources. It knows no KVM ioctl, no command line
 //! and no other device.
 
+pub mod dma;
 pub mod dmabuf;
 pub mod hypervisor;
 pub mod legacy;
 pub mod memory;
 pub mod pci;
+mod sys;
 pub mod vfio;
 pub mod virtio;
 

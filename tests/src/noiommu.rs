@@ -11,11 +11,9 @@ use std::{
 };
 
 use fanlight_devices::{
+    dmabuf::vfio_export::{self, Access, BarRange},
     error_line,
-    vfio::{
-        dmabuf::{self, Access, BarRange},
-        sysfs::VFIO_PCI,
-    },
+    vfio::sysfs::VFIO_PCI,
 };
 
 use rustix::event::{EventfdFlags, eventfd};
@@ -117,7 +115,8 @@ impl NoIommu {
     }
 
     fn start(&self, region: u32) -> Result<u64> {
-        dmabuf::region_start(&self.device, region).context(format!("there is no region {region}"))
+        vfio_export::region_start(&self.device, region)
+            .context(format!("there is no region {region}"))
     }
 
     /// Lets the device's memory be reached and the device reach memory, or neither.
@@ -142,7 +141,7 @@ impl NoIommu {
             .iter()
             .map(|&(offset, len)| BarRange { offset, len })
             .collect();
-        dmabuf::export(&self.device, bar, &ranges, Access::ReadWrite)
+        vfio_export::export(&self.device, bar, &ranges, Access::ReadWrite)
             .map_err(|error| Failure(error_line(&error)))
     }
 

@@ -8,7 +8,10 @@ use std::{
 
 use thiserror::Error;
 
-use super::{Dmabuf, ExportError, Exporter, Piece, view::View};
+use super::{
+    device_view::View,
+    export::{Dmabuf, ExportError, Exporter, Piece},
+};
 use crate::memory::BackingKind;
 
 /// Why a buffer cannot be read.

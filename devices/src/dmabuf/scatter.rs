@@ -2,7 +2,7 @@
 
 use thiserror::Error;
 
-use super::Piece;
+use super::export::Piece;
 use crate::memory::{AddressSpace, AddressSpaceError, BackingKind, Segment};
 
 /// A range of guest-physical memory as a driver names it.

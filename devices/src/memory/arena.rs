@@ -6,7 +6,7 @@
 //! through its notifier of the host's page tables, so that neither waits for a vCPU or a memory slot.
 //!
 //! A page can be nobody's when a file refuses to be mapped: Linux up to 6.11 takes the reservation away before it asks
-//! the file. So the range lies where Linux puts nothing that does not ask for the place ([`quiet_place`]), and no other
+//! the file. So the range lies where Linux puts nothing that does not ask for the place ([`quiet_place::reserve`]), and no other
 //! mapping can come to lie in it before the reservation is back.
 
 use std::{collections::BTreeMap, ffi::c_void, fs::File, io, ops::Bound, os::fd::AsFd, sync::Arc};
@@ -18,7 +18,8 @@ use rustix::{
 };
 use thiserror::Error;
 
-use super::{budget::Budget, quiet_place};
+use super::limits::Budget;
+use crate::sys::reservation as quiet_place;
 
 /// Why something could not be mapped or unmapped.
 #[derive(Debug, Error)]

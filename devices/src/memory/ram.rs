@@ -10,9 +10,10 @@ use thiserror::Error;
 use vm_memory::{FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryRegion, GuestRegionMmap};
 
 use super::{
-    AddressSpace, AddressSpaceError, Backing, BackingKind, SlotMapping, aligned_hole::AlignedHole,
+    address_space::{AddressSpace, AddressSpaceError, Backing, BackingKind},
+    slot::SlotMapping,
 };
-use crate::GuestMemory;
+use crate::{GuestMemory, sys::thp_alignment::AlignedHole};
 use fanlight_arch::layout;
 
 /// The smallest guest: a kernel and its page tables need about as much.

@@ -12,12 +12,10 @@ use std::{
 use vfio_bindings::bindings::vfio::{VFIO_GROUP_FLAGS_CONTAINER_SET, VFIO_GROUP_FLAGS_VIABLE};
 
 use super::{
-    container_ioctls as calls,
-    error::VfioError,
-    host::others_in_group,
-    iommu::node_error,
-    sysfs::{HostFunction, PciAddress},
+    error::{VfioError, node_error},
+    sysfs::{HostFunction, PciAddress, others_in_group},
 };
+use crate::sys::vfio_container as calls;
 
 /// The node.
 const CONTAINER: &str = "/dev/vfio/vfio";

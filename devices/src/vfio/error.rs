@@ -4,11 +4,11 @@ use std::{io, ops::RangeInclusive, path::PathBuf};
 
 use thiserror::Error;
 
-use super::{
-    dmabuf::DmaBufError,
-    sysfs::{PciAddress, VFIO_PCI},
-};
-use crate::pci::MsixError;
+use super::sysfs::{PciAddress, VFIO_PCI};
+use crate::{dmabuf::vfio_export::DmaBufError, pci::MsixError};
+
+/// iommufd's device node.
+pub(super) const IOMMUFD: &str = "/dev/iommu";
 
 /// Why a device of the host's cannot be passed through.
 #[derive(Debug, Error)]
@@ -179,4 +179,23 @@ pub fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
         cause = error.source();
     }
     None
+}
+
+/// Why a node of VFIO's could not be opened.
+pub(super) fn node_error(path: &str, source: io::Error) -> VfioError {
+    match source.kind() {
+        io::ErrorKind::PermissionDenied => VfioError::Permission(path.into()),
+        io::ErrorKind::NotFound if path == IOMMUFD => VfioError::NoNode {
+            path: path.into(),
+            hint: "this kernel has no iommufd; leave iommufd=on away, or use one built with CONFIG_IOMMUFD",
+        },
+        io::ErrorKind::NotFound => VfioError::NoNode {
+            path: path.into(),
+            hint: "load VFIO with `modprobe vfio-pci`",
+        },
+        _ => VfioError::Host {
+            action: "open a device node of VFIO's",
+            source,
+        },
+    }
 }

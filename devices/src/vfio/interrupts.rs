@@ -10,10 +10,11 @@ use vfio_bindings::bindings::vfio::{
     VFIO_PCI_INTX_IRQ_INDEX, VFIO_PCI_MSI_IRQ_INDEX, VFIO_PCI_MSIX_IRQ_INDEX,
 };
 
-use super::{config::MsiSetting, host::HostDevice, ioctls};
+use super::{config::MsiSetting, host_device::HostDevice};
 use crate::{
     hypervisor::{Hypervisor, LevelIrq, MsiMessage, MsiVector},
     pci::{Msix, MsixError},
+    sys::vfio as ioctls,
 };
 
 /// The most vectors of MSI (PCI 3.0, 6.8.1.3).

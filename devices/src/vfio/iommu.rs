@@ -11,14 +11,14 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion, MemoryRegionAddress};
 
 use super::{
     container::Container,
-    error::{VfioError, errno},
-    ioctls,
+    error::{IOMMUFD, VfioError, errno, node_error},
     sysfs::HostFunction,
 };
-use crate::GuestMemory;
-
-/// iommufd's device node.
-const IOMMUFD: &str = "/dev/iommu";
+use crate::{
+    GuestMemory,
+    dma::{DmaSpace, Memory, Source},
+    sys::iommufd,
+};
 
 /// The machine's I/O address space.
 pub enum Iommu {
@@ -80,8 +80,8 @@ impl Iommu {
     /// The addresses that can be mapped for the devices that are attached now.
     pub fn allowed(&self) -> Result<Vec<RangeInclusive<u64>>, VfioError> {
         let ranges = match self {
-            Iommu::Iommufd(iommufd) => {
-                ioctls::ioas_iova_ranges(&**iommufd.iommufd(), iommufd.ioas().id())
+            Iommu::Iommufd(space) => {
+                iommufd::ioas_iova_ranges(&**space.iommufd(), space.ioas().id())
             }
             Iommu::Container(container) => container.iova_ranges(),
         };
@@ -205,6 +205,25 @@ impl Iommu {
     }
 }
 
+impl DmaSpace for Iommu {
+    fn map(
+        self: Arc<Self>,
+        iova: u64,
+        len: u64,
+        source: &Source,
+    ) -> io::Result<Box<dyn std::fmt::Debug + Send>> {
+        let mapping = match &source.0 {
+            Memory::Mapped(host) => {
+                let host = std::ptr::without_provenance_mut(*host as usize);
+                // SAFETY: the promise of `Source::new`.
+                unsafe { self.map_address(iova, host, len) }
+            }
+            Memory::DmaBuf(file) => self.map_file(iova, file, 0, len),
+        };
+        Ok(Box::new(mapping?))
+    }
+}
+
 /// A range that devices can reach. Dropping unmaps it.
 #[derive(Debug)]
 pub struct DmaMapping {
@@ -243,25 +262,6 @@ fn open_iommufd(node: Option<File>) -> Result<VfioIommufd, VfioError> {
         action: "make an address space of iommufd",
         source: system_error(&error),
     })
-}
-
-/// Why a node of VFIO's could not be opened.
-pub(super) fn node_error(path: &str, source: io::Error) -> VfioError {
-    match source.kind() {
-        io::ErrorKind::PermissionDenied => VfioError::Permission(path.into()),
-        io::ErrorKind::NotFound if path == IOMMUFD => VfioError::NoNode {
-            path: path.into(),
-            hint: "this kernel has no iommufd; leave iommufd=on away, or use one built with CONFIG_IOMMUFD",
-        },
-        io::ErrorKind::NotFound => VfioError::NoNode {
-            path: path.into(),
-            hint: "load VFIO with `modprobe vfio-pci`",
-        },
-        _ => VfioError::Host {
-            action: "open a device node of VFIO's",
-            source,
-        },
-    }
 }
 
 /// The system's error behind one of the libraries'.

@@ -14,10 +14,13 @@ use std::{
 };
 
 use super::{
-    dmabuf::{self, Access, BarRange},
-    host::HostDevice,
+    host_device::HostDevice,
     iommu::{DmaMapping, Iommu},
     regions::RegionMapping,
+};
+use crate::{
+    dmabuf::vfio_export::{self, Access},
+    sys::vfio::BarRange,
 };
 
 /// A part of a BAR that can be mapped for DMA.
@@ -78,7 +81,7 @@ impl PeerMemory {
             offset: range.start,
             len: range.end - range.start,
         };
-        match dmabuf::export(&*self.device, self.bar, &[range], Access::ReadWrite) {
+        match vfio_export::export(&*self.device, self.bar, &[range], Access::ReadWrite) {
             Ok(dmabuf) => Some(dmabuf),
             Err(error) => {
                 self.tell(&error);

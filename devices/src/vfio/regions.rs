@@ -6,7 +6,7 @@ use std::{ffi::c_void, fs::File, io, ops::Range, ptr, sync::Arc};
 use fanlight_arch::layout::PAGE_SIZE;
 use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
-use super::ioctls::RegionInfo;
+use crate::sys::vfio::RegionInfo;
 
 /// The largest page that a processor maps: a BAR is aligned so in this process that the kernel can use
 /// huge pages for it (Linux `drivers/vfio/pci/vfio_pci_core.c`, huge faults).

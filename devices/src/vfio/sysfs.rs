@@ -177,6 +177,23 @@ impl HostFunction {
     }
 }
 
+/// The devices that keep a group from being given to user space, with their drivers.
+pub fn others_in_group(function: &HostFunction) -> String {
+    /// Bridges are no danger to their groups (Linux `drivers/pci/pcie/portdrv.c`, driver_managed_dma).
+    const HARMLESS: [&str; 2] = [VFIO_PCI, "pcieport"];
+    let members = function.group_members().unwrap_or_default();
+    let others: Vec<_> = members
+        .iter()
+        .filter(|member| member.address != function.address)
+        .filter_map(|member| {
+            let driver = member.driver()?;
+            let harmless = HARMLESS.contains(&driver.as_str());
+            (!harmless).then(|| format!("{} (driver {driver})", member.address))
+        })
+        .collect();
+    others.join(", ")
+}
+
 #[cfg(test)]
 mod tests {
     use proptest::prelude::*;

@@ -1,6 +1,6 @@
 //! Virtio 1.x devices and their PCI transport. One file a device.
 //!
-//! A device implements [`VirtioDevice`]. The transport ([`pci`]) owns the registers, the feature
+//! A device implements [`VirtioDevice`]. The transport ([`transport`]) owns the registers, the feature
 //! negotiation and the queues' configuration; it hands the queues over at DRIVER_OK and takes the
 //! device back to its initial state by [`VirtioDevice::reset`].
 
@@ -9,9 +9,9 @@ pub mod console;
 pub mod gpu;
 pub mod input;
 pub mod net;
-pub mod pci;
 pub mod queue;
 pub mod rng;
+pub mod transport;
 mod vhost;
 pub mod vsock;
 
@@ -72,7 +72,7 @@ pub trait VirtioDevice: Send + fmt::Debug {
     fn write_config(&mut self, offset: u64, data: &[u8]);
 
     /// Memory that the device shares with its driver, for as long as the device is there.
-    fn shared_memory(&self) -> Option<pci::SharedMemory> {
+    fn shared_memory(&self) -> Option<transport::SharedMemory> {
         None
     }
 

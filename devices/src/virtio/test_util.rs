@@ -195,9 +195,9 @@ impl Driver {
 }
 
 /// The machine's parts for a transport under test.
-pub fn environment() -> (super::pci::Environment, Arc<FakeHypervisor>) {
+pub fn environment() -> (super::transport::Environment, Arc<FakeHypervisor>) {
     let hypervisor = Arc::new(FakeHypervisor::default());
-    let environment = super::pci::Environment {
+    let environment = super::transport::Environment {
         hypervisor: hypervisor.clone(),
         mem: GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap(),
         memory: Arc::default(),

@@ -3,12 +3,9 @@
 use std::{io, os::fd::AsFd, path::Path, process::Command, sync::Arc};
 
 use fanlight_devices::{
+    dmabuf::vfio_export::{self, Access, BarRange, DmaBufError},
     error_line,
-    vfio::{
-        HostDevice, Iommu,
-        dmabuf::{self, Access, BarRange, DmaBufError},
-        sysfs::HostFunction,
-    },
+    vfio::{HostDevice, Iommu, sysfs::HostFunction},
 };
 use fanlight_tests::{
     Context, Failure, Result, edu,
@@ -98,7 +95,8 @@ fn another_device_reads(assets: &Assets) -> Result<()> {
         .write(BAR, offset, &pattern(1))
         .context("cannot fill the BAR")?;
     let export = |ranges: &[BarRange]| {
-        dmabuf::export(&*memory, BAR, ranges, Access::ReadWrite).map_err(|error| failure(&error))
+        vfio_export::export(&*memory, BAR, ranges, Access::ReadWrite)
+            .map_err(|error| failure(&error))
     };
     let one = export(&[range(offset, PAGE)])?;
     ensure(is_dmabuf(&one)? == PAGE, "the dma-buf has another size")?;
@@ -174,8 +172,9 @@ fn is_dmabuf(fd: &impl AsFd) -> Result<u64> {
 fn refused(assets: &Assets) -> Result<()> {
     // The container's devices export as iommufd's do.
     let [_edu, memory] = open(assets, false)?;
-    let export =
-        |region, ranges: &[BarRange]| dmabuf::export(&*memory, region, ranges, Access::ReadOnly);
+    let export = |region, ranges: &[BarRange]| {
+        vfio_export::export(&*memory, region, ranges, Access::ReadOnly)
+    };
     is_dmabuf(&export(BAR, &[range(0, 64 << 20)]).map_err(|error| failure(&error))?)?;
     let refuse = |region, ranges: &[BarRange], expected: fn(&DmaBufError) -> bool| match export(
         region, ranges,
@@ -206,5 +205,5 @@ fn refused(assets: &Assets) -> Result<()> {
     refuse(6, &[range(0, PAGE)], |e| {
         matches!(e, DmaBufError::NotMemory(6))
     })?;
-    dmabuf::probe(&*memory).map_err(|error| failure(&error))
+    vfio_export::probe(&*memory).map_err(|error| failure(&error))
 }

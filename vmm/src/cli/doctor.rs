@@ -5,10 +5,11 @@ use std::{fs, io, path::Path, sync::Arc};
 
 use fanlight_arch::{cpuid::physical_address_bits, layout};
 use fanlight_devices::{
+    dmabuf::vfio_export,
     error_line,
     vfio::{
-        HostDevice, Iommu, VfioError, dmabuf, others_in_group,
-        sysfs::{HostFunction, VFIO_PCI},
+        HostDevice, Iommu, VfioError,
+        sysfs::{HostFunction, VFIO_PCI, others_in_group},
     },
     virtio::gpu::render::wire::Start,
 };
@@ -454,7 +455,7 @@ fn opened(function: &HostFunction) -> Vec<Check> {
         format!("opened through {}", device.iommu.name()),
     )];
     let export = "dma-bufs of device memory";
-    checks.push(match dmabuf::probe(&device) {
+    checks.push(match vfio_export::probe(&device) {
         Ok(()) => Check::new(export, Verdict::Yes, "frames can leave without a copy"),
         Err(error) => Check::new(export, Verdict::No, error_line(&error)),
     });

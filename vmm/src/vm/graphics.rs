@@ -4,10 +4,10 @@ use std::{io, sync::Arc};
 
 use fanlight_api::{ByteSize, GpuConfig, Renderer};
 use fanlight_devices::{
+    dma::DeviceReach,
     dmabuf::Exporter,
     hypervisor::Hypervisor,
     memory::{ArenaError, GuestRam},
-    vfio::DeviceReach,
     virtio::{
         gpu::{
             DisplayConfig, DisplayHandle, Mode, NAME_MAX, OUTPUTS,

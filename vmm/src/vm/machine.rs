@@ -15,6 +15,7 @@ use fanlight_arch::{
 };
 use fanlight_devices::{
     GuestMemory,
+    dma::DeviceReach,
     hypervisor::{Hypervisor, MappedSlot},
     legacy::{
         RequestSink, i8042, i8042::I8042, power, power::PowerDevice, pvpanic::PvPanic, rtc,
@@ -22,7 +23,7 @@ use fanlight_devices::{
     },
     memory::{AddressSpace, AddressSpaceError, ArenaError, IoHandler, RamError},
     pci::{ConfigMechanism1, Ecam, EjectSink, MECHANISM_1_PORTS, MsixError, PciError, Windows},
-    vfio::{DeviceReach, DmaMapping, Iommu, VfioError},
+    vfio::{DmaMapping, Iommu, VfioError},
     virtio::{
         VirtioDevice,
         block::Block,
@@ -30,8 +31,8 @@ use fanlight_devices::{
         gpu::Gpu,
         input::{Input, Kind},
         net::{Net, VhostNetError},
-        pci::Environment,
         rng::Rng,
+        transport::Environment,
         vsock::{Vsock, VsockError},
     },
 };

@@ -15,7 +15,7 @@ use fanlight_devices::{
     vfio::VfioFunction,
     virtio::{
         VirtioDevice,
-        pci::{Environment, VirtioPciFunction},
+        transport::{Environment, VirtioPciFunction},
     },
 };
 use thiserror::Error;

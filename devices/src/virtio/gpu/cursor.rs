@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{
     commands::CommandError,
     format::Format,
-    resources::{Kind, Resource},
+    resource::{Kind, Resource},
 };
 
 /// Width and height of every cursor (Virtio 1.4, 5.7.6.10).

@@ -11,13 +11,12 @@ use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use super::{
-    blob_memory::BlobMemory,
     budget::Budget,
-    copy::{FrameCopy, MAX_COPIES},
     cursor::{Cursor, CursorImage},
+    frame_copy::{FrameCopy, MAX_COPIES},
     output::{Mode, OUTPUTS, Output, outputs},
     protocol::{VIRTIO_GPU_EVENT_DISPLAY, VIRTIO_GPU_F_EDID},
-    resources::{Blob, Kind, Resource, Resources},
+    resource::{Blob, BlobMemory, Kind, Resource, Resources},
     scanout::{Area, ExportedImage, Frame, FrameError, Location, Pixels, Scanout},
     watch::{Watch, Watches},
 };

@@ -7,7 +7,7 @@ use super::{
     format::{DRM_FORMAT_MOD_LINEAR, Format},
     output::Mode,
     protocol,
-    resources::Surface,
+    resource::Surface,
 };
 use crate::dmabuf::{BufferError, ExportError, Exporter, Reader};
 
@@ -210,7 +210,7 @@ pub enum FrameError {
     /// There are as many copies as there may be.
     #[error(
         "there are {} MiB of copied frames already: close another viewer, or have dma-bufs made",
-        super::copy::MAX_COPIES >> 20
+        super::frame_copy::MAX_COPIES >> 20
     )]
     TooManyCopies,
     /// There is no memory for a copy.

@@ -13,11 +13,14 @@ use std::{
 
 use zerocopy::FromBytes;
 
-use super::{protocol::*, *};
+use super::{device::FEATURES, protocol::*, *};
 use crate::{
     dmabuf::Exporter,
-    memory::GuestRam,
-    virtio::test_util::{Driver, WRITE},
+    memory::{AddressSpace, GuestRam},
+    virtio::{
+        VirtioDevice,
+        test_util::{Driver, WRITE},
+    },
 };
 
 const MEMORY: u64 = 64 << 20;

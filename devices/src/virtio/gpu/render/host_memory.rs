@@ -15,11 +15,11 @@ use std::{
 use rustix::fs::MemfdFlags;
 
 use crate::{
+    dma::{DeviceReach, Reachable, Source},
     hypervisor::{Hypervisor, MappedSlot},
     memory::{Arena, ArenaError, Backing, BackingKind, IoHandler, SlotMapping},
     pci::{BarContent, BarHandler, Piece},
-    vfio::{DeviceReach, Reachable, Source},
-    virtio::pci::SharedMemory,
+    virtio::transport::SharedMemory,
 };
 
 /// `VIRTIO_GPU_SHM_ID_HOST_VISIBLE` (Virtio 1.4, 5.7.6.1).
@@ -246,7 +246,7 @@ mod tests {
     use std::io::Write;
 
     use super::*;
-    use crate::{hypervisor::test_util::FakeHypervisor, vfio::test_util::FakeSpace};
+    use crate::{dma::test_util::FakeSpace, hypervisor::test_util::FakeHypervisor};
 
     const PAGE: u64 = 4096;
 

@@ -12,7 +12,6 @@ mod blob_files;
 mod commands;
 mod host_memory;
 mod outputs;
-mod resource;
 #[cfg(test)]
 mod tests;
 pub mod wire;
@@ -28,12 +27,12 @@ use rustix::net::RecvFlags;
 
 pub use host_memory::HostMemory;
 pub use outputs::ReadBack;
-pub use resource::{CopyTo, HostKind, HostResource};
 
 use super::{
     commands::{Answer, CommandError},
     display::DisplayHandle,
     protocol::*,
+    resource::HostKind,
 };
 use crate::{memory::AddressSpace, virtio::queue::Buffers};
 use blob_files::BlobFiles;

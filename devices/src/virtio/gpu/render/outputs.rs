@@ -11,9 +11,10 @@ use super::{
         display::State,
         format::Format,
         protocol::*,
+        resource::{CopyTo, HostKind},
         scanout::{Area, Scanout},
     },
-    CopyTo, HostKind, Outcome, Places, Renderer, Then,
+    Outcome, Places, Renderer, Then,
     commands::later,
     wire::{CALL_EXPORT, CALL_EXPORT_TEXTURE, CALL_READ_BACK, Call, Say, TextureLayout},
 };

@@ -2,13 +2,16 @@
 
 use std::sync::Arc;
 
-use zerocopy::FromBytes;
+use zerocopy::{FromBytes, IntoBytes};
 
-use super::*;
+use super::{device::FEATURES, protocol::*, *};
 use crate::{
     dmabuf::Exporter,
-    memory::GuestRam,
-    virtio::test_util::{Driver, WRITE},
+    memory::{AddressSpace, GuestRam},
+    virtio::{
+        VirtioDevice,
+        test_util::{Driver, WRITE},
+    },
 };
 
 mod cursors;
@@ -30,6 +33,7 @@ struct Machine {
     driver: Driver,
     gpu: Gpu,
     display: DisplayHandle,
+    map: Arc<AddressSpace>,
 }
 
 fn mode(width: u32, height: u32) -> Mode {
@@ -50,13 +54,14 @@ fn machine_of(features: u64, exporter: Exporter) -> Machine {
         max_resource_memory: BUDGET,
     };
     let display = DisplayHandle::new(config, Arc::new(exporter)).unwrap();
-    let mut gpu = Gpu::new(display.clone(), map);
+    let mut gpu = Gpu::new(display.clone(), map.clone());
     let driver = Driver::with_memory(2, ram.memory().clone());
     gpu.activate(driver.activation_with(features)).unwrap();
     Machine {
         driver,
         gpu,
         display,
+        map,
     }
 }
 

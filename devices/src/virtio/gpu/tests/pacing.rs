@@ -1,6 +1,6 @@
 //! Watchers that hold fences back.
 
-use std::os::fd::AsRawFd;
+use std::{os::fd::AsRawFd, time::Instant};
 
 use super::*;
 

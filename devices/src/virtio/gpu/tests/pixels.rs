@@ -75,7 +75,7 @@ fn a_blob_is_shown_in_place() {
 fn what_is_shown_goes_and_comes_with_the_devices_memory() {
     const BAR: u64 = 0x1_0000_0000;
     let mut machine = machine();
-    let map = machine.gpu.map.clone();
+    let map = machine.map.clone();
     let file = Arc::new(tempfile::tempfile().unwrap());
     std::os::unix::fs::FileExt::write_all_at(&*file, &[7; 0x4000], 0).unwrap();
     let insert = |region| {

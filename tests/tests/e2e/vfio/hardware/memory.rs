@@ -3,12 +3,9 @@
 use std::{io, os::fd::AsFd, slice};
 
 use fanlight_devices::{
+    dmabuf::vfio_export::{self, Access, BarRange},
     error_line,
-    vfio::{
-        HostDevice, Iommu,
-        dmabuf::{self, Access, BarRange},
-        sysfs::HostFunction,
-    },
+    vfio::{HostDevice, Iommu, sysfs::HostFunction},
 };
 use fanlight_tests::{
     Context, Failure, Result,
@@ -39,7 +36,7 @@ fn open(function: &HostFunction, iommufd: bool) -> Result<HostDevice> {
 /// memory is off, and again after that and after a reset.
 pub fn exported(function: &HostFunction, iommufd: bool) -> Result<Vec<String>> {
     let device = open(function, iommufd)?;
-    if let Err(error) = dmabuf::probe(&device) {
+    if let Err(error) = vfio_export::probe(&device) {
         return Ok(vec![format!("not: dma-bufs: {}", error_line(&error))]);
     }
     let mut report = Vec::new();
@@ -59,7 +56,7 @@ pub fn exported(function: &HostFunction, iommufd: bool) -> Result<Vec<String>> {
         let export = |ranges: &[(u64, u64)]| {
             let ranges = ranges.iter().map(|&(offset, len)| BarRange { offset, len });
             let ranges: Vec<_> = ranges.collect();
-            let exported = dmabuf::export(&device, number, &ranges, Access::ReadWrite);
+            let exported = vfio_export::export(&device, number, &ranges, Access::ReadWrite);
             exported.map_err(|error| Failure(error_line(&error)))
         };
         let whole = export(&[(0, bar.size)])?;

@@ -20,11 +20,11 @@ mod textures;
 
 use super::{wire::*, *};
 use crate::{
+    dma::{DeviceReach, test_util::FakeSpace},
     dmabuf::Exporter,
     hypervisor::test_util::FakeHypervisor,
     memory::GuestRam,
     pci::BarHandler,
-    vfio::{DeviceReach, test_util::FakeSpace},
     virtio::{
         VirtioDevice,
         gpu::{DisplayConfig, Gpu, Mode, tests::rect},

@@ -685,5 +685,4 @@ impl Drop for VirtioPciFunction {
 }
 
 #[cfg(test)]
-#[path = "pci_tests.rs"]
 mod tests;

@@ -21,10 +21,10 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::{
     container::Group,
     error::{VfioError, errno},
-    ioctls::{self, RegionInfo},
     iommu::Iommu,
-    sysfs::{HostFunction, PciAddress, VFIO_PCI},
+    sysfs::{HostFunction, PciAddress, VFIO_PCI, others_in_group},
 };
+use crate::sys::vfio::{self as ioctls, RegionInfo};
 
 /// Regions of a PCI device that Fanlight uses: BARs, ROM, configuration space.
 pub const REGIONS: u32 = VFIO_PCI_CONFIG_REGION_INDEX + 1;
@@ -246,23 +246,6 @@ impl HostFunction {
             None => Err(VfioError::NoIommu(self.address)),
         }
     }
-}
-
-/// The devices that keep a group from being given to user space, with their drivers.
-pub fn others_in_group(function: &HostFunction) -> String {
-    /// Bridges are no danger to their groups (Linux `drivers/pci/pcie/portdrv.c`, driver_managed_dma).
-    const HARMLESS: [&str; 2] = [VFIO_PCI, "pcieport"];
-    let members = function.group_members().unwrap_or_default();
-    let others: Vec<_> = members
-        .iter()
-        .filter(|member| member.address != function.address)
-        .filter_map(|member| {
-            let driver = member.driver()?;
-            let harmless = HARMLESS.contains(&driver.as_str());
-            (!harmless).then(|| format!("{} (driver {driver})", member.address))
-        })
-        .collect();
-    others.join(", ")
 }
 
 /// What the libraries' error means for a person.

@@ -13,9 +13,8 @@ use vfio_bindings::bindings::vfio::{
 use super::{
     config::{Consequences, MsixCapability, VirtualConfig},
     error::VfioError,
-    host::HostDevice,
+    host_device::HostDevice,
     interrupts::Interrupts,
-    ioctls::RegionInfo,
     p2p::PeerMemory,
     regions::{RegionMapping, direct_parts},
 };
@@ -26,7 +25,8 @@ use crate::{
         BarContent, BarHandler, BarKind, BarReport, Bars, COMMAND_BUS_MASTER, CONFIG_SPACE_SIZE,
         PBA_ENTRY, PciFunction, Piece, ROM_INDEX, TABLE_ENTRY, reg,
     },
-    virtio::pci::Environment,
+    sys::vfio::RegionInfo,
+    virtio::transport::Environment,
 };
 
 /// BARs of a function.

@@ -1,9 +1,8 @@
-//! The ioctls on VFIO and iommufd descriptors that vfio-ioctls has not, or whose errors it drops: one
-//! typed function each (Linux `include/uapi/linux/vfio.h`, `include/uapi/linux/iommufd.h`).
+//! Ioctls on VFIO devices (Linux `include/uapi/linux/vfio.h`), one typed function each: those that
+//! vfio-ioctls lacks, or whose errors it drops.
 
 use std::{
     io,
-    ops::RangeInclusive,
     os::fd::{AsRawFd, FromRawFd, OwnedFd},
 };
 
@@ -21,24 +20,24 @@ use vmm_sys_util::{
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::dmabuf::BarRange;
+use super::ioctl::check;
 
 ioctl_io_nr!(VFIO_DEVICE_GET_REGION_INFO, VFIO_TYPE as u32, VFIO_BASE + 8);
 ioctl_io_nr!(VFIO_DEVICE_GET_IRQ_INFO, VFIO_TYPE as u32, VFIO_BASE + 9);
 ioctl_io_nr!(VFIO_DEVICE_SET_IRQS, VFIO_TYPE as u32, VFIO_BASE + 10);
 ioctl_io_nr!(VFIO_DEVICE_RESET, VFIO_TYPE as u32, VFIO_BASE + 11);
 ioctl_io_nr!(VFIO_DEVICE_FEATURE, VFIO_TYPE as u32, VFIO_BASE + 17);
-ioctl_io_nr!(IOMMU_IOAS_IOVA_RANGES, VFIO_TYPE as u32, 0x84);
 
-/// The most IOVA ranges that are asked for: a host has one more than it has reserved windows, a handful.
-pub(super) const MAX_IOVA_RANGES: usize = 256;
-
-pub(super) fn check(result: libc::c_int) -> io::Result<libc::c_int> {
-    if result < 0 {
-        Err(io::Error::last_os_error())
-    } else {
-        Ok(result)
-    }
+/// A part of a region.
+///
+/// `struct vfio_region_dma_range`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[repr(C)]
+pub struct BarRange {
+    /// Bytes from the region's start, whole pages.
+    pub offset: u64,
+    /// Length in bytes, whole pages, not zero.
+    pub len: u64,
 }
 
 /// `struct vfio_irq_set` without its data.
@@ -261,51 +260,6 @@ pub fn export_dma_buf(
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 
-/// `struct iommu_ioas_iova_ranges`.
-#[derive(IntoBytes, Immutable)]
-#[repr(C)]
-struct IovaRanges {
-    size: u32,
-    ioas_id: u32,
-    num_iovas: u32,
-    reserved: u32,
-    allowed_iovas: u64,
-    out_iova_alignment: u64,
-}
-
-/// `struct iommu_iova_range` and `struct vfio_iova_range`: the last address is in the range.
-#[derive(Clone, Copy, Default, FromBytes, KnownLayout, Immutable)]
-#[repr(C)]
-pub(super) struct IovaRange {
-    start: u64,
-    last: u64,
-}
-
-impl From<IovaRange> for RangeInclusive<u64> {
-    fn from(range: IovaRange) -> Self {
-        range.start..=range.last
-    }
-}
-
-/// The addresses that an I/O address space of iommufd can map, with the devices that it has now.
-pub fn ioas_iova_ranges(iommufd: &impl AsRawFd, ioas: u32) -> io::Result<Vec<RangeInclusive<u64>>> {
-    let mut ranges = vec![IovaRange::default(); MAX_IOVA_RANGES];
-    let mut request = IovaRanges {
-        size: size_of::<IovaRanges>() as u32,
-        ioas_id: ioas,
-        num_iovas: ranges.len() as u32,
-        reserved: 0,
-        allowed_iovas: ranges.as_mut_ptr().addr() as u64,
-        out_iova_alignment: 0,
-    };
-    ranges.as_mut_ptr().expose_provenance();
-    // SAFETY: the kernel writes the request, as `size` says, and at most `num_iovas` ranges to where it
-    // points, which is `ranges`.
-    check(unsafe { ioctl_with_mut_ref(iommufd, IOMMU_IOAS_IOVA_RANGES(), &mut request) })?;
-    ranges.truncate(request.num_iovas as usize);
-    Ok(ranges.into_iter().map(Into::into).collect())
-}
-
 pub(super) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
     let bytes = bytes.get(at..at.checked_add(4)?)?.try_into().ok()?;
     Some(u32::from_ne_bytes(bytes))
@@ -340,8 +294,6 @@ mod tests {
         assert_eq!(size_of::<RegionHeader>(), size_of::<vfio_region_info>());
         assert_eq!(size_of::<FeatureDmaBuf>(), 24);
         assert_eq!(size_of::<BarRange>(), 16);
-        assert_eq!(size_of::<IovaRanges>(), 32);
-        assert_eq!(size_of::<IovaRange>(), 16);
     }
 
     #[test]

@@ -6,18 +6,16 @@ use std::{
     sync::Arc,
 };
 
+use super::{
+    super::{
+        budget::Charge, commands::CommandError, format::Format, output::Mode,
+        render::wire::TextureLayout, scanout::Layout,
+    },
+    table::{Kind, RESOURCE_COST, ROW_ALIGNMENT, Resources, Surface, host_memory},
+};
 use crate::{
     dmabuf::Piece,
     memory::{BackingKind, FileKind},
-    virtio::gpu::{
-        budget::Charge,
-        commands::CommandError,
-        format::Format,
-        output::Mode,
-        render::wire::TextureLayout,
-        resources::{Kind, RESOURCE_COST, ROW_ALIGNMENT, Resources, Surface, host_memory},
-        scanout::Layout,
-    },
 };
 use fanlight_arch::layout::PAGE_SIZE;
 

@@ -6,7 +6,7 @@ use std::{
     sync::{Arc, Weak},
 };
 
-use super::{budget::Charge, resources::Surface};
+use super::{super::budget::Charge, table::Surface};
 use crate::{
     dmabuf::{Piece, ScatterList},
     memory::{AddressSpace, BackingKind, Segment},

@@ -23,7 +23,11 @@ use vmm_sys_util::{
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-use super::ioctls::{IovaRange, MAX_IOVA_RANGES, capability, check, u32_at};
+use super::{
+    ioctl::check,
+    iova_range::{IovaRange, MAX_IOVA_RANGES},
+    vfio::{capability, u32_at},
+};
 
 ioctl_io_nr!(VFIO_GET_API_VERSION, VFIO_TYPE as u32, VFIO_BASE);
 ioctl_io_nr!(VFIO_CHECK_EXTENSION, VFIO_TYPE as u32, VFIO_BASE + 1);

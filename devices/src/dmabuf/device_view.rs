@@ -18,7 +18,7 @@ use rustix::{
     mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap},
 };
 
-use super::Piece;
+use super::export::Piece;
 
 /// Mappings of one view: Linux gives a process 65530 (`vm.max_map_count`), and several views may be there at
 /// a time.

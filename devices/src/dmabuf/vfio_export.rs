@@ -12,23 +12,13 @@ use std::{
 use fanlight_arch::layout::PAGE_SIZE;
 use thiserror::Error;
 
-use super::ioctls;
+use crate::sys::vfio as ioctls;
+
+pub use crate::sys::vfio::BarRange;
 
 /// The most ranges of one dma-buf: those of a screen of 16K in single pages. Each costs the kernel 24 bytes
 /// that are not accounted for.
 const MAX_RANGES: usize = 1 << 18;
-
-/// A part of a region.
-///
-/// `struct vfio_region_dma_range`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-#[repr(C)]
-pub struct BarRange {
-    /// Bytes from the region's start, whole pages.
-    pub offset: u64,
-    /// Length in bytes, whole pages, not zero.
-    pub len: u64,
-}
 
 /// Whether an importer may write.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

@@ -7,12 +7,14 @@ use rustix::fs::{MemfdFlags, SealFlags};
 use vm_memory::{FileOffset, MmapRegion};
 
 use super::{
-    blob_memory::{BlobMemory, Place},
-    budget::{Budget, Charge},
-    commands::CommandError,
-    format::Format,
-    output::Mode,
-    render::HostResource,
+    super::{
+        budget::{Budget, Charge},
+        commands::CommandError,
+        format::Format,
+        output::Mode,
+    },
+    blob::{BlobMemory, Place},
+    host::HostResource,
 };
 use crate::{
     dmabuf::{Buffer, MemoryEntry, Piece, ScatterList},

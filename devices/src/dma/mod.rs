@@ -1,0 +1,10 @@
+//! Memory of the machine that passed-through devices reach by DMA, besides guest RAM and each other.
+
+mod shared_blobs;
+mod space;
+
+pub use shared_blobs::{DeviceReach, Reachable};
+pub(crate) use space::Memory;
+#[cfg(test)]
+pub(crate) use space::test_util;
+pub use space::{DmaSpace, Source};

@@ -1,0 +1,91 @@
+//! An address space that passed-through devices do DMA in, as the machine's other devices see it.
+
+use std::{fmt, fs::File, io, sync::Arc};
+
+use crate::sys::file_kind::FileKind;
+
+/// What memory can be mapped in for devices' DMA: a [`crate::vfio::Iommu`], but in unit tests.
+pub trait DmaSpace: fmt::Debug + Send + Sync {
+    /// Maps `len` bytes at `iova`, until the result is dropped.
+    fn map(
+        self: Arc<Self>,
+        iova: u64,
+        len: u64,
+        source: &Source,
+    ) -> io::Result<Box<dyn fmt::Debug + Send>>;
+}
+
+/// A blob's memory.
+#[derive(Debug)]
+pub struct Source(pub(crate) Memory);
+
+#[derive(Debug)]
+pub(crate) enum Memory {
+    /// A memory file: where it is mapped. The kernel pins its pages.
+    Mapped(u64),
+    /// Mapped as what it is or not at all: its exporter may move what a processor's mapping shows, and would tell no
+    /// IOMMU.
+    DmaBuf(File),
+}
+
+impl Source {
+    /// A blob of `file`'s memory, from its first byte on, that is mapped at `host`; an error if it is of a kind that
+    /// devices cannot be given.
+    ///
+    /// # Safety
+    /// It stays mapped there, and nobody in this process refers to it, while a [`Reachable`] made of this is there.
+    pub unsafe fn new(file: &File, host: u64) -> io::Result<Self> {
+        Ok(Self(match FileKind::of(file)? {
+            FileKind::Memory => Memory::Mapped(host),
+            FileKind::DmaBuf => Memory::DmaBuf(file.try_clone()?),
+            FileKind::Other => return Err(io::ErrorKind::Unsupported.into()),
+        }))
+    }
+}
+
+#[cfg(test)]
+pub(crate) mod test_util {
+    use std::{collections::BTreeMap, sync::Mutex};
+
+    use super::*;
+
+    /// An address space that remembers what is mapped: address and length.
+    #[derive(Debug, Default)]
+    pub struct FakeSpace {
+        pub mapped: Mutex<BTreeMap<u64, u64>>,
+        /// Whether it maps nothing.
+        pub refuses: bool,
+    }
+
+    #[derive(Debug)]
+    struct FakeMapping(Arc<FakeSpace>, u64);
+
+    impl Drop for FakeMapping {
+        fn drop(&mut self) {
+            self.0.mapped.lock().unwrap().remove(&self.1);
+        }
+    }
+
+    impl FakeSpace {
+        pub fn mapped(&self) -> Vec<(u64, u64)> {
+            let mapped = self.mapped.lock().unwrap();
+            mapped.iter().map(|(&at, &len)| (at, len)).collect()
+        }
+    }
+
+    impl DmaSpace for FakeSpace {
+        fn map(
+            self: Arc<Self>,
+            iova: u64,
+            len: u64,
+            _: &Source,
+        ) -> io::Result<Box<dyn fmt::Debug + Send>> {
+            if self.refuses {
+                return Err(io::ErrorKind::Unsupported.into());
+            }
+            let before = self.mapped.lock().unwrap().insert(iova, len);
+            assert!(before.is_none(), "{iova:#x} is mapped twice");
+            Ok(Box::new(FakeMapping(self, iova)))
+        }
+    }
+}
