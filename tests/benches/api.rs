@@ -11,8 +11,10 @@ use std::{
 
 use fanlight_tests::{
     Context, Failure, Result,
-    bench::{self, CMDLINE, Paths, Vmm, median},
-    guest::Guest,
+    host_side::{
+        bench::{self, CMDLINE, Paths, Vmm, median},
+        guest::Guest,
+    },
     nested_host::{Archive, Busybox, Cache, guest_archive},
 };
 use rustix::process::Signal;

@@ -15,13 +15,15 @@ use std::{
 
 use fanlight_tests::{
     Context, Result,
-    bench::{self, CMDLINE, Paths, median},
-    guest::{Guest, nested_host_clock},
+    guest_side::raw_gpu::MOST,
+    host_side::{
+        bench::{self, CMDLINE, Paths, median},
+        drawing_guest::DrawingGuest,
+        guest::{Guest, nested_host_clock},
+    },
     nested_host::{
         Archive, Busybox, Cache, GraphicsStack, Modules, StockKernel, build_program, guest_archive,
     },
-    painting::Painter,
-    raw_gpu::MOST,
 };
 use rustix::process::{Resource, Rlimit, Signal};
 
@@ -193,7 +195,7 @@ fn command(vmm: Vmm, program: &Program, paths: &Paths, stacks: &Stacks) -> Comma
 /// A guest, and what its rounds showed.
 struct Run {
     name: &'static str,
-    painter: Painter,
+    drawing: DrawingGuest,
     /// Others that are shown.
     others: u32,
     /// The emulator of the nested host now and then ends a guest; what it showed before counts.
@@ -209,7 +211,7 @@ impl Run {
         guest.wait_for("agent: ready")?;
         Ok(Self {
             name,
-            painter: Painter::new(guest),
+            drawing: DrawingGuest::new(guest),
             others: 0,
             is_lost: false,
             rates: BTreeMap::new(),
@@ -221,7 +223,7 @@ impl Run {
         let start = Instant::now();
         while self.others < wanted && start.elapsed() < SETUP {
             self.others = wanted.min(self.others + STEP);
-            self.painter.ask(&format!("others {}", self.others))?;
+            self.drawing.ask(&format!("others {}", self.others))?;
         }
         let took = start.elapsed().as_secs_f64();
         eprintln!("{}: {} others in {took:.0} s", self.name, self.others);
@@ -230,7 +232,7 @@ impl Run {
 
     fn round(&mut self, kind: &Kind, others: u32) -> Result<()> {
         let Kind { verb, times, .. } = kind;
-        let said = self.painter.ask(&format!("{verb} {times}"))?;
+        let said = self.drawing.ask(&format!("{verb} {times}"))?;
         let rate = f64::from(times * kind.pairs) / said[0] * 1e6;
         eprintln!(
             "{}, {verb}, {others} others: {rate:.0} pairs a second",
@@ -285,7 +287,7 @@ fn measure_program(program: &Program, rounds: usize, paths: &Paths, stacks: &Sta
                 run.have_others(others)?;
                 for Kind { verb, pairs, .. } in program.kinds {
                     let times = WARM_UP.div_ceil(*pairs);
-                    run.painter.ask(&format!("{verb} {times}"))?;
+                    run.drawing.ask(&format!("{verb} {times}"))?;
                 }
                 Ok(())
             });
@@ -323,7 +325,7 @@ fn measure_program(program: &Program, rounds: usize, paths: &Paths, stacks: &Sta
     println!();
     for run in &runs {
         // One that is lost has ended.
-        let _ = run.painter.guest.signal(Signal::KILL);
+        let _ = run.drawing.guest.signal(Signal::KILL);
     }
     Ok(())
 }

@@ -1,28 +1,13 @@
-//! What end-to-end tests, benchmarks and the demo are built of: the nested host (a KVM host that Fanlight brings
-//! along), guests, and the host they run on.
+//! Building blocks of the end-to-end tests, the benchmarks and the demo.
+//!
+//! [`guest_side`] runs inside guests, in the program `guest-agent`. [`host_side`] starts Fanlight, talks to it and
+//! judges what it sees. [`common`] is for both. Neither side imports the other.
 
-mod activity;
-pub mod bench;
-mod description;
-pub mod display;
-pub mod drm;
-pub mod echo;
-pub mod edu;
-pub mod evdev;
-pub mod graphics;
-pub mod guest;
-pub mod host;
+pub mod common;
+pub mod guest_side;
+pub mod host_side;
 pub mod nested_host;
-pub mod noiommu;
-pub mod painting;
-pub mod pci;
 pub mod progress;
-pub mod raw_gpu;
-pub mod reader;
-pub mod rogue;
-pub mod screen;
-pub mod tryout;
-pub mod watcher;
 
 /// Any failure of this package, as one line for a person.
 #[derive(Debug, thiserror::Error)]
@@ -48,5 +33,25 @@ pub trait Context<T> {
 impl<T, E: std::fmt::Display> Context<T> for Result<T, E> {
     fn context(self, what: impl std::fmt::Display) -> Result<T> {
         self.map_err(|error| Failure::new(what, error))
+    }
+}
+
+/// Starts the message about a guest or a server that was silent for too long.
+pub const HANG: &str = "it hangs";
+
+/// The line of `text` that starts with `prefix`, without it.
+pub fn value<'a>(text: &'a str, prefix: &str) -> Result<&'a str> {
+    text.lines()
+        .find_map(|line| line.trim().strip_prefix(prefix))
+        .map(str::trim)
+        .ok_or_else(|| Failure(format!("no line starts with {prefix:?} in:\n{text}")))
+}
+
+/// Fails with the given text unless `condition` holds.
+pub fn ensure(condition: bool, otherwise: impl std::fmt::Display) -> Result<()> {
+    if condition {
+        Ok(())
+    } else {
+        Err(Failure(otherwise.to_string()))
     }
 }

@@ -34,9 +34,11 @@ use std::{
 
 use e2e::vfio::hardware::{self, VARIABLE};
 use fanlight_tests::{
-    Context, Failure, Result,
-    guest::{Assets, HANG},
-    host::{self, Kvm},
+    Context, Failure, HANG, Result,
+    host_side::{
+        guest::Assets,
+        kvm_host::{self, Kvm},
+    },
     nested_host::{
         ApiClients, Busybox, Cache, DebianPrograms, Drivers, Emulator, GraphicsStack, L1Device,
         L1Kernel, Modules, NestedHost, Share, StockKernel, build_program, built_kernel,
@@ -95,7 +97,7 @@ fn trials_here(assets: Assets) -> Vec<Trial> {
         eprintln!(
             "fanlight: tests that pass devices through are left out: {}=force has them run in the nested host, \
              {VARIABLE}=ADDRESS tries a device of this machine's",
-            host::NESTED_HOST
+            kvm_host::NESTED_HOST
         );
     }
     let is_left_out = move |name: &str| {
@@ -127,7 +129,7 @@ fn trials(run: impl Fn(&'static str, Test) -> Result<()> + Clone + Send + 'stati
 }
 
 fn main() -> ExitCode {
-    if std::env::var_os(host::IN_NESTED_HOST).is_some() {
+    if std::env::var_os(kvm_host::IN_NESTED_HOST).is_some() {
         return in_nested_host();
     }
     let mut arguments = Arguments::from_args();
@@ -178,7 +180,7 @@ fn run(arguments: &Arguments) -> Result<ExitCode> {
     let dir = tempfile::tempdir().context("cannot make a directory")?;
     let guest_cpio = dir.path().join("guest.cpio");
     fs::write(&guest_cpio, archive).context("cannot write the guest's root")?;
-    let trials = match host::kvm() {
+    let trials = match kvm_host::kvm() {
         Kvm::Host => {
             // Taps and addresses of the tests are nobody else's.
             // SAFETY: a network namespace changes nothing that the program's memory depends on.

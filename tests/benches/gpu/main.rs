@@ -1,7 +1,7 @@
 //! The GPU of Fanlight beside QEMU's `virtio-gpu-pci,blob=on`, in one run, in turn: the first frame, flushes,
 //! blobs that become dma-bufs, and the copy of a 2D resource. Prints the README's table.
 //!
-//! The guest's side is `guest-agent paint`, a client of the stock driver. QEMU has no display attached and gives
+//! The guest's side is `guest-agent draw`, a client of the stock driver. QEMU has no display attached and gives
 //! no descriptor to anybody; it makes its dma-buf while it serves RESOURCE_CREATE_BLOB, so that is its time.
 //! Fanlight makes one when it is first asked for: its time is that command's and what the first call for the
 //! descriptor takes longer than a second one, which only passes it on. With the whole of the call it is the time
@@ -28,12 +28,15 @@ use fanlight_api::{
 };
 use fanlight_tests::{
     Context, Failure, Result,
-    bench::{self, CMDLINE, Paths, Vmm, median, tried},
-    guest::{Guest, ensure, nested_host_clock},
+    common::pci::Mmio,
+    ensure,
+    host_side::{
+        bench::{self, CMDLINE, Paths, Vmm, median, tried},
+        drawing_guest::DrawingGuest,
+        guest::{Guest, nested_host_clock},
+        watcher::Watcher,
+    },
     nested_host::{Archive, Busybox, Cache, Modules, StockKernel, build_program, guest_archive},
-    painting::Painter,
-    pci::Mmio,
-    watcher::Watcher,
 };
 use rustix::process::Signal;
 
@@ -63,7 +66,7 @@ const PIECES: u32 = 2048;
 const REFUSED: &str = "UDMABUF_CREATE_LIST";
 
 const SIZES: [(&str, u16, u16); 2] = [("1080p", 1920, 1080), ("4K", 3840, 2160)];
-/// How a 4K picture lies in the guest's memory, as `guest-agent paint` takes it.
+/// How a 4K picture lies in the guest's memory, as `guest-agent draw` takes it.
 const BLOBS: [(&str, &str); 3] = [
     ("contiguous", "contiguous"),
     ("pieces of 64 KiB", "16"),
@@ -94,7 +97,7 @@ fn initrd(cache: &Cache) -> Result<Vec<u8>> {
          mount -t proc proc /proc 2>/dev/null\n\
          case $(cat /proc/cmdline) in *{NEIGHBOURS}*) exec guest-agent neighbours {PIECES};; esac\n\
          for module in /modules/*.ko; do insmod $module; done\n\
-         exec guest-agent paint {width} {height} {FRAME_US} {COLOUR:x}\n"
+         exec guest-agent draw {width} {height} {FRAME_US} {COLOUR:x}\n"
     );
     more.file("measure", script.as_bytes());
     initrd.extend(more.finish());
@@ -160,7 +163,7 @@ fn neighbours(vmm: Vmm, paths: &Paths) -> Result<bool> {
 
 /// A guest that paints, and the way to its VMM.
 struct Run {
-    painter: Painter,
+    drawing: DrawingGuest,
     host: Host,
     figures: Figures,
 }
@@ -198,7 +201,7 @@ impl Run {
             format!("the host sees colour {colour:06x}"),
         )?;
         Ok(Self {
-            painter: Painter::new(guest),
+            drawing: DrawingGuest::new(guest),
             host,
             figures: BTreeMap::from([("first frame".into(), first.as_secs_f64())]),
         })
@@ -206,7 +209,7 @@ impl Run {
 
     fn everything(mut self) -> Result<Figures> {
         for (name, width, height) in SIZES {
-            self.painter.ask(&format!("size {width} {height}"))?;
+            self.drawing.ask(&format!("size {width} {height}"))?;
             self.flushes(name)?;
         }
         for (name, run) in BLOBS {
@@ -214,24 +217,24 @@ impl Run {
         }
         let (_, width, height) = SIZES[0];
         let said = self
-            .painter
+            .drawing
             .ask(&format!("transfer {width} {height} {TRANSFERS}"))?;
         self.figures
             .insert("transfer".into(), said[0] / said[1] * 1e6);
         let bytes = usize::from(width) * usize::from(height) * 4;
         self.figures.insert("memcpy".into(), memcpy(bytes));
-        self.painter.guest.signal(Signal::KILL)?;
+        self.drawing.guest.signal(Signal::KILL)?;
         Ok(self.figures)
     }
 
     /// Only blobs, as many as the kernel may refuse.
     fn limited(mut self) -> Result<Figures> {
         let (_, width, height) = SIZES[1];
-        self.painter.ask(&format!("size {width} {height}"))?;
+        self.drawing.ask(&format!("size {width} {height}"))?;
         for (name, run) in LIMITED {
             self.blobs(name, run)?;
         }
-        self.painter.guest.signal(Signal::KILL)?;
+        self.drawing.guest.signal(Signal::KILL)?;
         Ok(self.figures)
     }
 
@@ -250,10 +253,10 @@ impl Run {
     }
 
     fn flush_round(&mut self, name: &str) -> Result<()> {
-        self.painter.ask(&format!("flush {WARM_UP}"))?;
-        let (before, copied) = (Profile::of(self.painter.guest.pid())?, self.copied()?);
-        let said = self.painter.ask(&format!("flush {FLUSHES}"))?;
-        let spent = Profile::of(self.painter.guest.pid())?.since(&before);
+        self.drawing.ask(&format!("flush {WARM_UP}"))?;
+        let (before, copied) = (Profile::of(self.drawing.guest.pid())?, self.copied()?);
+        let said = self.drawing.ask(&format!("flush {FLUSHES}"))?;
+        let spent = Profile::of(self.drawing.guest.pid())?.since(&before);
         let frames = f64::from(FLUSHES);
         let mut note = |what: &str, value: f64| {
             self.figures.insert(format!("{name}: {what}"), value);
@@ -308,10 +311,10 @@ impl Run {
     }
 
     fn blob(&mut self, run: &str) -> Result<Blob> {
-        let refused = self.painter.guest.transcript().matches(REFUSED).count();
-        let said = self.painter.ask(&format!("blob {run}"))?;
+        let refused = self.drawing.guest.transcript().matches(REFUSED).count();
+        let said = self.drawing.ask(&format!("blob {run}"))?;
         let [id, pieces, created, ..] = said[..] else {
-            return Err(Failure(format!("the painter said {said:?}")));
+            return Err(Failure(format!("the guest said {said:?}")));
         };
         let times = match &mut self.host {
             Host::Fanlight(client) => {
@@ -331,7 +334,7 @@ impl Run {
                 })
             }
             Host::Qemu => {
-                let again = self.painter.guest.transcript().matches(REFUSED).count();
+                let again = self.drawing.guest.transcript().matches(REFUSED).count();
                 (again == refused).then_some(Times {
                     created,
                     made: 0.0,
@@ -339,7 +342,7 @@ impl Run {
                 })
             }
         };
-        self.painter.ask("drop")?;
+        self.drawing.ask("drop")?;
         Ok(Blob { pieces, times })
     }
 }

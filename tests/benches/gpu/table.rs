@@ -1,6 +1,6 @@
 //! What the benchmark prints.
 
-use fanlight_tests::bench::median;
+use fanlight_tests::host_side::bench::median;
 
 use super::{BLOBS, DEFAULT_LIMIT, Figures, LIMITED, PIECES, SIZES, WATCHED};
 

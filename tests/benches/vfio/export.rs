@@ -11,7 +11,7 @@ use fanlight_devices::{
     memory::{AddressSpace, Backing, BackingKind},
     vfio::{HostDevice, Iommu, sysfs::HostFunction},
 };
-use fanlight_tests::{Context, Failure, Result, bench::median};
+use fanlight_tests::{Context, Failure, Result, host_side::bench::median};
 
 /// Pictures that become dma-bufs of one kind, after a tenth as many to warm up.
 const EXPORTS: usize = 200;

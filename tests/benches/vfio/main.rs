@@ -18,15 +18,21 @@ use std::{
 
 use fanlight_tests::{
     Context, Failure, Result,
-    bench::{self, CMDLINE, Paths, Vmm, median, tried},
-    echo::{self, Address},
-    edu,
-    guest::{Guest, ensure, nested_host_clock, value},
+    common::{
+        echo::{self, Address},
+        edu,
+        pci::Function,
+    },
+    ensure,
+    host_side::{
+        bench::{self, CMDLINE, Paths, Vmm, median, tried},
+        guest::{Guest, nested_host_clock},
+    },
     nested_host::{
         Archive, Busybox, Cache, L1Device, Modules, StockKernel, build_program, built_kernel,
         guest_archive,
     },
-    pci::Function,
+    value,
 };
 use rustix::{
     process::{Pid, Signal},

@@ -11,7 +11,7 @@ use std::{
 use fanlight_api::{client::Client, display::Screenshot, methods::GpuScreenshot};
 use fanlight_tests::{
     Context, Failure, Result,
-    host::{self, Kvm},
+    host_side::kvm_host::{self, Kvm},
     nested_host::{
         Archive, Busybox, Cache, Emulator, L1Kernel, Modules, NestedHost, Share, StockKernel,
         build_program, guest_archive,
@@ -59,7 +59,7 @@ struct Parts<'a> {
 }
 
 fn main() -> ExitCode {
-    let status = if std::env::var_os(host::IN_NESTED_HOST).is_some() {
+    let status = if std::env::var_os(kvm_host::IN_NESTED_HOST).is_some() {
         show(&Parts {
             fanlight: Path::new("/fanlight"),
             kernel: Path::new("/vmlinuz"),
@@ -93,7 +93,7 @@ fn demo() -> Result<i32> {
     initrd.extend(more.finish());
     let this = std::env::current_exe().context("cannot find this program")?;
     let pictures = pictures(&this)?;
-    let status = match host::kvm() {
+    let status = match kvm_host::kvm() {
         Kvm::Host => {
             eprintln!("fanlight: the guest runs on this machine's /dev/kvm");
             let dir = tempfile::tempdir().context("cannot make a directory")?;

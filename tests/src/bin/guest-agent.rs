@@ -4,10 +4,15 @@
 use std::{ffi::CString, fs::File, os::fd::AsRawFd, process::ExitCode};
 
 use fanlight_tests::{
-    Context, Failure, Result, echo, edu, evdev,
-    graphics::{blobs, drm, gl, shared, vulkan},
-    noiommu::Interrupt,
-    painting, raw_gpu, rogue, screen, tryout,
+    Context, Failure, Result,
+    common::echo,
+    guest_side::{
+        bad_driver, device_check, edu, evdev,
+        graphics::{blobs, drm, gl, shared, vulkan},
+        guest_draw,
+        noiommu::Interrupt,
+        raw_gpu, show_pattern,
+    },
 };
 
 fn main() -> ExitCode {
@@ -57,8 +62,8 @@ fn act(arguments: &[String]) -> Result<String> {
             let before = edu::swap_mark(number(mark)?)?;
             Ok(format!("mark was {before}"))
         }
-        [verb, ids] if verb == "break" => {
-            let status = rogue::break_device(ids)?;
+        [verb, ids] if verb == "break-device" => {
+            let status = bad_driver::break_device(ids)?;
             Ok(format!("the device's status is {status:#x}"))
         }
         [verb, name, count] if verb == "interrupts" => {
@@ -69,19 +74,19 @@ fn act(arguments: &[String]) -> Result<String> {
             let time = edu::interrupts(kind, number(count)? as u32)?.as_micros();
             Ok(format!("{count} of {name} took {time} microseconds"))
         }
-        [verb, ids, bar, offset] if verb == "screen" => {
-            screen::show_bar(ids, number(bar)? as u32, number(offset)?)
+        [verb, ids, bar, offset] if verb == "show-bar" => {
+            show_pattern::show_bar(ids, number(bar)? as u32, number(offset)?)
         }
-        [verb] if verb == "buffers" => screen::show_buffers(),
-        [verb, description, options @ ..] if verb == "try" => {
+        [verb] if verb == "show-buffers" => show_pattern::show_buffers(),
+        [verb, description, options @ ..] if verb == "check-device" => {
             let has = |option: &str| options.iter().any(|other| other == option);
-            tryout::try_device(description, has("driver"), has("reset"))
+            device_check::check_device(description, has("driver"), has("reset"))
         }
         [verb] if verb == "listen" => evdev::listen(),
         [verb, count] if verb == "neighbours" => raw_gpu::blob_of_neighbours(number(count)? as usize),
-        [verb, width, height, frame, colour] if verb == "paint" => {
+        [verb, width, height, frame, colour] if verb == "draw" => {
             let side = |text| number(text).map(|side| u16::try_from(side).unwrap_or(u16::MAX));
-            painting::paint(side(width)?, side(height)?, number(frame)? as u32, colour)
+            guest_draw::draw(side(width)?, side(height)?, number(frame)? as u32, colour)
         }
         [verb] if verb == "gl" => gl::draw(),
         [verb] if verb == "vulkan" => vulkan::work(),
@@ -99,8 +104,8 @@ fn act(arguments: &[String]) -> Result<String> {
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
              kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts KIND COUNT | \
-             break VENDOR:DEVICE | screen IDS BAR OFFSET | buffers | listen | try DESCRIPTION [driver] [reset] | \
-             paint WIDTH HEIGHT MICROSECONDS COLOUR | neighbours COUNT | gl | vulkan | blobs COUNT PAIRS | \
+             break-device VENDOR:DEVICE | show-bar IDS BAR OFFSET | show-buffers | listen | check-device DESCRIPTION [driver] [reset] | \
+             draw WIDTH HEIGHT MICROSECONDS COLOUR | neighbours COUNT | gl | vulkan | blobs COUNT PAIRS | \
              outlive | serve-blobs | serve-raw-blobs | raw-blobs COUNT PAIRS | blobs-until-refused | shared-blobs | show-blob | show-red"
                 .into(),
         )),

@@ -28,8 +28,8 @@ use fanlight_api::{
     types::EventName,
 };
 use fanlight_tests::{
-    Context, Failure, Result,
-    guest::{Assets, Guest, GuestBuilder, HANG, ensure, nested_host_clock},
+    Context, Failure, HANG, Result, ensure,
+    host_side::guest::{Assets, Guest, GuestBuilder, nested_host_clock},
 };
 use jsonschema::Validator;
 use serde_json::{Value, json};

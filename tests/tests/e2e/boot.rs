@@ -3,9 +3,12 @@
 use std::fs;
 
 use fanlight_tests::{
-    Context, Result,
-    guest::{Assets, GuestKernel, ensure, value},
-    host::IN_NESTED_HOST,
+    Context, Result, ensure,
+    host_side::{
+        guest::{Assets, GuestKernel},
+        kvm_host::IN_NESTED_HOST,
+    },
+    value,
 };
 
 use crate::Test;

@@ -10,10 +10,7 @@ use std::{
 };
 
 use fanlight_api::{client::Client, display::Screenshot, methods::GpuScreenshot};
-use fanlight_tests::{
-    Context, Failure, Result,
-    guest::{Assets, ensure},
-};
+use fanlight_tests::{Context, Failure, Result, ensure, host_side::guest::Assets};
 
 use super::view::{HEIGHT, PATIENCE, WIDTH, one};
 

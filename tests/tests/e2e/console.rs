@@ -9,10 +9,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fanlight_tests::{
-    Context, Result,
-    guest::{Assets, HANG, ensure},
-};
+use fanlight_tests::{Context, HANG, Result, ensure, host_side::guest::Assets};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, Signal, kill_process},

@@ -3,8 +3,9 @@
 use std::os::unix::fs::MetadataExt;
 
 use fanlight_tests::{
-    Context, Result,
-    guest::{Assets, ensure, make_image, qemu_img, value},
+    Context, Result, ensure,
+    host_side::guest::{Assets, make_image, qemu_img},
+    value,
 };
 use rustix::process::Signal;
 

@@ -8,11 +8,11 @@ use fanlight_devices::{
     vfio::{HostDevice, Iommu, sysfs::HostFunction},
 };
 use fanlight_tests::{
-    Context, Failure, Result, edu,
-    guest::{Assets, ensure},
+    Context, Failure, Result,
+    common::{edu, pci::Function},
+    ensure,
+    host_side::{dma_reader::DmaReader, guest::Assets},
     nested_host::L1Device,
-    pci::Function,
-    reader::Reader,
 };
 
 use super::vfio::hardware::faults::Faults;
@@ -85,7 +85,7 @@ fn pattern(seed: u64) -> Vec<u8> {
 
 fn another_device_reads(assets: &Assets) -> Result<()> {
     let [edu, memory] = open(assets, true)?;
-    let reader = Reader::new(edu.clone())?;
+    let reader = DmaReader::new(edu.clone())?;
     let (quiet, mut faulty) = (
         Faults::of(&memory.address.to_string())?,
         Faults::of(&edu.address.to_string())?,

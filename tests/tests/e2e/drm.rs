@@ -9,9 +9,12 @@ use fanlight_api::{
 };
 use fanlight_tests::{
     Context, Failure, Result,
-    display::{Colour, Picture, Screen},
-    guest::{Assets, Guest, GuestBuilder, ensure},
-    raw_gpu,
+    common::pixel_formats,
+    ensure,
+    host_side::{
+        display::{Colour, Picture, Screen},
+        guest::{Assets, Guest, GuestBuilder},
+    },
 };
 
 use crate::Test;
@@ -258,16 +261,18 @@ fn formats(assets: &Assets) -> Result<()> {
          echo $pci > /sys/bus/pci/drivers/virtio-pci/unbind; guest-agent show || poweroff -f\n"
     ))?;
     guest.wait_for("agent: shown")?;
-    let size = (raw_gpu::WIDTH, raw_gpu::HEIGHT);
-    for (output, (names, _)) in (0..).zip(raw_gpu::FORMATS.iter().cycle().take(16)) {
-        screen.wait_for(output, size, |x, y| colour(names, raw_gpu::pixel(x, y, 0)))?;
+    let size = (pixel_formats::WIDTH, pixel_formats::HEIGHT);
+    for (output, (names, _)) in (0..).zip(pixel_formats::FORMATS.iter().cycle().take(16)) {
+        screen.wait_for(output, size, |x, y| {
+            colour(names, pixel_formats::pixel(x, y, 0))
+        })?;
     }
     let first = screen.export(0)?;
     ensure(
         first.picture.location == PixelsIn::GuestRam,
         "the pixels are somewhere else",
     )?;
-    let round = |round| move |x, y| raw_gpu::pixel(x, y, round);
+    let round = |round| move |x, y| pixel_formats::pixel(x, y, round);
     ensure(first.is(round(0)), "the dma-buf has other pixels")?;
     let copied = screen.export(8)?;
     ensure(copied.picture.location == PixelsIn::Host, "it is no copy")?;

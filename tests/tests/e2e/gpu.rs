@@ -8,9 +8,12 @@ use fanlight_devices::virtio::{
     input::{EV_ABS, EV_KEY, KEY_A},
 };
 use fanlight_tests::{
-    Context, Failure, Result,
-    display::Screen,
-    guest::{Assets, Guest, GuestBuilder, ensure, value},
+    Context, Failure, Result, ensure,
+    host_side::{
+        display::Screen,
+        guest::{Assets, Guest, GuestBuilder},
+    },
+    value,
 };
 
 use crate::Test;

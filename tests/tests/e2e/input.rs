@@ -8,8 +8,8 @@ use std::{
 };
 
 use fanlight_tests::{
-    Context, Result,
-    guest::{Assets, ensure, make_image},
+    Context, Result, ensure,
+    host_side::guest::{Assets, make_image},
 };
 
 use crate::Test;

@@ -3,9 +3,12 @@
 use std::time::Duration;
 
 use fanlight_tests::{
-    Context, Result,
-    display::Screen,
-    guest::{Assets, PRESSED, ensure, make_image, nested_host_clock, value},
+    Context, Result, ensure,
+    host_side::{
+        display::Screen,
+        guest::{Assets, PRESSED, make_image, nested_host_clock},
+    },
+    value,
 };
 use rustix::process::Signal;
 

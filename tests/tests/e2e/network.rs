@@ -4,8 +4,9 @@ use std::process::Command;
 
 use fanlight_tests::{
     Context, Result,
-    echo::{self, Address},
-    guest::{Assets, ensure},
+    common::echo::{self, Address},
+    ensure,
+    host_side::guest::Assets,
 };
 
 use crate::Test;

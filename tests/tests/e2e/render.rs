@@ -17,9 +17,12 @@ use fanlight_api::{
 };
 use fanlight_tests::{
     Context, Failure, Result,
-    display::Screen,
-    guest::{Assets, Guest, GuestBuilder, ensure},
-    pci::Mmio,
+    common::pci::Mmio,
+    ensure,
+    host_side::{
+        display::Screen,
+        guest::{Assets, Guest, GuestBuilder},
+    },
 };
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 
@@ -214,7 +217,7 @@ fn killed(assets: &Assets) -> Result<()> {
         assets,
         "outputs=640x480,renderer=venus+virgl",
         "dmesg | grep -o '[+-]virgl' | sed 's/^/GPU: /'
-        sleep 1000 | CARD=1 /bin/guest-agent paint 800 600 250 3399cc & read -r line
+        sleep 1000 | CARD=1 /bin/guest-agent draw 800 600 250 3399cc & read -r line
         echo 0 > /sys/class/graphics/fbcon/cursor_blink
         /bin/guest-agent show-blob
         /bin/guest-agent show-red

@@ -1,8 +1,9 @@
 //! Devices where they are put, and drivers that come and go.
 
 use fanlight_tests::{
-    Result,
-    guest::{Assets, ensure, make_image, value},
+    Result, ensure,
+    host_side::guest::{Assets, make_image},
+    value,
 };
 
 use crate::Test;

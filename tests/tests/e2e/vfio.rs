@@ -22,11 +22,15 @@ use fanlight_api::{
 use fanlight_devices::vfio::sysfs::HostFunction;
 use fanlight_tests::{
     Context, Failure, Result,
-    echo::{self, Address},
-    edu,
-    guest::{Assets, Guest, GuestBuilder, ensure, value},
+    common::{
+        echo::{self, Address},
+        edu,
+        pci::Function,
+    },
+    ensure,
+    host_side::guest::{Assets, Guest, GuestBuilder},
     nested_host::L1Device,
-    pci::Function,
+    value,
 };
 
 use crate::Test;

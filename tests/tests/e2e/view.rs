@@ -14,8 +14,9 @@ use fanlight_api::{
     stream::MessageStream,
 };
 use fanlight_tests::{
-    Context, Failure, Result,
-    guest::{Assets, Guest, GuestBuilder, ensure, value},
+    Context, Failure, Result, ensure,
+    host_side::guest::{Assets, Guest, GuestBuilder},
+    value,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},

@@ -18,11 +18,17 @@ use fanlight_api::{
     stream::MessageStream,
 };
 use fanlight_tests::{
-    Context, Failure, Result, edu,
-    guest::{Assets, Guest, GuestBuilder, GuestKernel, ensure},
+    Context, Failure, Result,
+    common::{
+        edu,
+        test_pattern::{HEIGHT, SIZE, WIDTH, picture},
+    },
+    ensure,
+    host_side::{
+        dma_reader::{DmaReader, PAGE},
+        guest::{Assets, Guest, GuestBuilder, GuestKernel},
+    },
     nested_host::L1Device,
-    reader::{PAGE, Reader},
-    screen::{HEIGHT, SIZE, WIDTH, picture},
 };
 
 use super::{
@@ -101,7 +107,7 @@ fn exporter(dmabuf: &OwnedFd) -> Result<String> {
 }
 
 /// Has a device read the first, a middle and the last page of a picture, which must be of this number.
-fn read_by_device(reader: &Reader, dmabuf: &OwnedFd, number: u32) -> Result<()> {
+fn read_by_device(reader: &DmaReader, dmabuf: &OwnedFd, number: u32) -> Result<()> {
     let rgb = picture(number);
     let pages = SIZE / PAGE;
     for page in [0, pages / 2, pages - 1] {
@@ -138,7 +144,7 @@ pub const ROOM: u64 = SIZE;
 /// A guest draws at `offset` of BAR `bar` of the function at `address` and shows it: a picture and a dma-buf are of that
 /// memory, there is neither while it is off, and both are there again after that and after a reset.
 pub fn shown_from(assets: &Assets, address: &str, ids: &str, bar: u32, offset: u64) -> Result<()> {
-    let script = format!("guest-agent screen {ids} {bar} {offset}");
+    let script = format!("guest-agent show-bar {ids} {bar} {offset}");
     let (mut guest, mut client) = guest(assets, &script, &[&format!("{address},port=1")])?;
     shows(&mut client, 1)?;
     does(&mut guest, "draw 2")?;
@@ -161,9 +167,9 @@ pub fn shown_from(assets: &Assets, address: &str, ids: &str, bar: u32, offset: u
 fn shown(assets: &Assets) -> Result<()> {
     let edu = whole_function(assets, edu::IDS)?;
     let memory = whole_function(assets, edu::MEMORY_IDS)?;
-    let script = format!("guest-agent screen {} 2 {}", edu::MEMORY_IDS, 0x12_3000);
+    let script = format!("guest-agent show-bar {} 2 {}", edu::MEMORY_IDS, 0x12_3000);
     let (mut guest, mut client) = guest(assets, &script, &[&format!("{memory},port=1")])?;
-    let reader = Reader::open(&edu)?;
+    let reader = DmaReader::open(&edu)?;
     shows(&mut client, 1)?;
     let first = export(&mut client, PixelsIn::Device)?;
     let by = exporter(&first)?;
@@ -235,9 +241,9 @@ fn buffers(assets: &Assets) -> Result<()> {
     let edu = whole_function(assets, edu::IDS)?;
     let memory = whole_function(assets, edu::MEMORY_IDS)?;
     let display = whole_function(assets, BOCHS_IDS)?;
-    let script = "insmod /vram.ko; guest-agent buffers";
+    let script = "insmod /vram.ko; guest-agent show-buffers";
     let (mut guest, mut client) = guest(assets, script, &[&memory, &display])?;
-    let reader = Reader::open(&edu)?;
+    let reader = DmaReader::open(&edu)?;
     let ids = edu::MEMORY_IDS;
     let scattered = format!("pages,{ids},2,100000,3000,12c");
     does(&mut guest, &format!("show 1 {scattered}"))?;

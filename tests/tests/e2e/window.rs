@@ -22,10 +22,12 @@ use fanlight_api::{
     types::NoParams,
 };
 use fanlight_tests::{
-    Context, Failure, Result,
-    guest::{Assets, Guest, ensure},
-    painting::Painter,
-    watcher::Watcher,
+    Context, Failure, Result, ensure,
+    host_side::{
+        drawing_guest::DrawingGuest,
+        guest::{Assets, Guest},
+        watcher::Watcher,
+    },
 };
 use rustix::process::{Pid, Signal, kill_process};
 use wayland_client::protocol::wl_pointer::Axis;
@@ -79,8 +81,8 @@ fn weston(assets: &Assets) -> Result<()> {
 }
 
 /// A guest whose program draws as it is told, shown by nobody yet.
-fn painting(assets: &Assets) -> Result<(Painter, Client, PathBuf)> {
-    let script = format!("exec guest-agent paint {WIDTH} {HEIGHT} 4000 0");
+fn painting(assets: &Assets) -> Result<(DrawingGuest, Client, PathBuf)> {
+    let script = format!("exec guest-agent draw {WIDTH} {HEIGHT} 4000 0");
     let guest = assets
         .guest(&script)
         .modules(&["virtio_gpu"])?
@@ -89,7 +91,7 @@ fn painting(assets: &Assets) -> Result<(Painter, Client, PathBuf)> {
     let mut guest = guest.option("--api-socket", &socket).start()?;
     guest.wait_for("agent: shows")?;
     let client = Client::connect(&socket).context("cannot connect")?;
-    Ok((Painter::new(guest), client, socket))
+    Ok((DrawingGuest::new(guest), client, socket))
 }
 
 /// Mappings of dma-bufs that a process has.
@@ -102,26 +104,26 @@ fn mapped_dmabufs(pid: u32) -> Result<usize> {
 }
 
 /// How many of these flushes waited for longer than a viewer may hold them.
-fn flush(painter: &mut Painter) -> Result<u32> {
-    match painter.ask(&format!("flush {FRAMES}"))?[..] {
+fn flush(drawing: &mut DrawingGuest) -> Result<u32> {
+    match drawing.ask(&format!("flush {FRAMES}"))?[..] {
         [_, _, _, late] => Ok(late as u32),
-        _ => Err(Failure(painter.guest.transcript())),
+        _ => Err(Failure(drawing.guest.transcript())),
     }
 }
 
 fn painted(assets: &Assets) -> Result<()> {
-    let (mut painter, mut client, socket) = painting(assets)?;
+    let (mut drawing, mut client, socket) = painting(assets)?;
     let weston = Compositor::weston(assets, "gl")?;
     let viewer = weston.viewer(assets, &socket)?;
-    let mut shows = |painter: &mut Painter, number: u32| -> Result<()> {
-        painter.ask(&format!("draw {number}"))?;
+    let mut shows = |drawing: &mut DrawingGuest, number: u32| -> Result<()> {
+        drawing.ask(&format!("draw {number}"))?;
         let wanted = take_picture(&mut client)?;
         weston
             .wait_for(&wanted)
             .map_err(|error| Failure::new(error, viewer.said()))
     };
-    shows(&mut painter, 1)?;
-    shows(&mut painter, 2)?;
+    shows(&mut drawing, 1)?;
+    shows(&mut drawing, 2)?;
     // The compositor reads the guest's memory itself.
     let said = viewer.said();
     ensure(said.is_empty(), format!("the viewer said: {said}"))?;
@@ -133,26 +135,26 @@ fn painted(assets: &Assets) -> Result<()> {
         mapped_dmabufs(viewer.process.id())? == 0,
         "the viewer reads pixels",
     )?;
-    stopped(&mut painter, &socket, &viewer)?;
+    stopped(&mut drawing, &socket, &viewer)?;
     // It catches up with what it missed.
-    shows(&mut painter, 3)?;
+    shows(&mut drawing, 3)?;
     drop(viewer);
-    flooded(&mut painter, &socket)?;
+    flooded(&mut drawing, &socket)?;
     let viewer = weston.viewer(assets, &socket)?;
-    painter.ask("draw 4")?;
+    drawing.ask("draw 4")?;
     weston.wait_for(&take_picture(&mut client)?)?;
     ensure(viewer.said().is_empty(), viewer.said())
 }
 
 /// A viewer that stands still holds one frame back, and only for a while; another one sees them all.
-fn stopped(painter: &mut Painter, socket: &Path, viewer: &Viewer) -> Result<()> {
+fn stopped(drawing: &mut DrawingGuest, socket: &Path, viewer: &Viewer) -> Result<()> {
     let mut client = Client::connect(socket).context("cannot connect")?;
     let other = Watcher::start(&mut client, true)?;
     let signal = |signal| {
         kill_process(Pid::from_child(&viewer.process), signal).context("cannot send a signal")
     };
     signal(Signal::STOP)?;
-    let late = flush(painter)?;
+    let late = flush(drawing)?;
     let heard = other.stop()?;
     signal(Signal::CONT)?;
     // A busy emulator holds up some; a viewer that is waited for holds up all.
@@ -167,7 +169,7 @@ fn stopped(painter: &mut Painter, socket: &Path, viewer: &Viewer) -> Result<()> 
 }
 
 /// One that says more than anybody can hear, and listens to nothing.
-fn flooded(painter: &mut Painter, socket: &Path) -> Result<()> {
+fn flooded(drawing: &mut DrawingGuest, socket: &Path) -> Result<()> {
     let mut client = Client::connect(socket).context("cannot connect")?;
     let memory = |client: &mut Client| -> Result<u64> {
         let stats = client.call::<VmStatsMethod>(&NoParams {});
@@ -200,7 +202,7 @@ fn flooded(painter: &mut Painter, socket: &Path) -> Result<()> {
     let mut nonsense = UnixStream::from(one(fds)?);
     let _ = nonsense.write_all(&vec![b'{'; 4 << 20]);
     for _ in 0..3 {
-        flush(painter)?;
+        flush(drawing)?;
         let info = client.call::<VmInfoMethod>(&NoParams {});
         info.context("vm.info while the stream is flooded")?;
     }

@@ -3,10 +3,7 @@
 use std::{fs, io::Write, os::unix::net::UnixStream, process::Command, thread};
 
 use fanlight_api::client::Client;
-use fanlight_tests::{
-    Context, Failure, Result,
-    guest::{Assets, ensure},
-};
+use fanlight_tests::{Context, Failure, Result, ensure, host_side::guest::Assets};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 

@@ -2,10 +2,7 @@
 
 use std::{fs, process::Command};
 
-use fanlight_tests::{
-    Context, Result,
-    guest::{Assets, ensure},
-};
+use fanlight_tests::{Context, Result, ensure, host_side::guest::Assets};
 use serde_json::{Value, json};
 
 use super::{Served, machine, serve, start};

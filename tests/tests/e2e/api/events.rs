@@ -8,8 +8,8 @@ use std::{
 
 use fanlight_api::types::EventName;
 use fanlight_tests::{
-    Context, Result,
-    guest::{Assets, Guest, ensure},
+    Context, Result, ensure,
+    host_side::guest::{Assets, Guest},
 };
 use serde_json::{Value, json};
 
@@ -29,7 +29,7 @@ const STRANGER: u32 = 65532;
 fn goes_wrong(assets: &Assets) -> Result<()> {
     let script = format!(
         "echo ready; while read line; do case $line in
-            break) guest-agent break {RNG};;
+            break) guest-agent break-device {RNG};;
             nmis) sleep 1; echo nmis: $(sed -n 's/.*NMI: *\\([0-9]*\\) *\\([0-9]*\\) .*/\\1 \\2/p' /proc/interrupts) count\"ed\";;
             fragile) echo 1 > /proc/sys/kernel/unknown_nmi_panic; echo it \"is\";;
         esac; done"

@@ -10,8 +10,9 @@ use std::{
 
 use fanlight_tests::{
     Context, Failure, Result,
-    echo::{self, Address},
-    guest::{Assets, ensure},
+    common::echo::{self, Address},
+    ensure,
+    host_side::guest::Assets,
 };
 use serde_json::{Value, json};
 

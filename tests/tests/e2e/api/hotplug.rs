@@ -5,8 +5,9 @@ use std::{fs::OpenOptions, os::unix::fs::FileExt};
 use fanlight_api::types::EventName;
 use fanlight_tests::{
     Context, Result,
-    echo::{self, Address},
-    guest::{Assets, Guest, ensure, make_image},
+    common::echo::{self, Address},
+    ensure,
+    host_side::guest::{Assets, Guest, make_image},
 };
 use serde_json::json;
 

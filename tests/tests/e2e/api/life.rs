@@ -7,8 +7,9 @@ use std::{
 
 use fanlight_api::types::EventName;
 use fanlight_tests::{
-    Context, Failure, Result,
-    guest::{Assets, PRESSED, ensure, value},
+    Context, Failure, Result, ensure,
+    host_side::guest::{Assets, PRESSED},
+    value,
 };
 use rustix::process::Signal;
 use serde_json::json;

@@ -9,9 +9,7 @@ use std::{
 
 use fanlight_devices::vfio::{HostDevice, Iommu};
 use fanlight_tests::{
-    Context, Failure, Result,
-    guest::{Assets, ensure},
-    pci::Function,
+    Context, Failure, Result, common::pci::Function, ensure, host_side::guest::Assets,
 };
 
 use super::{IGB, host_function, run, virtual_function};

@@ -13,10 +13,8 @@ use std::{
 };
 
 use fanlight_tests::{
-    Context, Failure, Result,
-    guest::{Assets, ensure},
+    Context, Failure, Result, common::pci::Function, ensure, host_side::guest::Assets,
     nested_host::L1Device,
-    pci::Function,
 };
 
 use faults::Faults;
@@ -154,7 +152,10 @@ fn in_a_guest(assets: &Assets, address: &str, iommufd: bool) -> Result<Vec<Strin
     let driver = if modules.is_empty() { "" } else { "driver" };
     // What makes disks of what a controller finds.
     modules.push("sd_mod".into());
-    let agent = format!("guest-agent try '{}' {driver}", function.describe()?);
+    let agent = format!(
+        "guest-agent check-device '{}' {driver}",
+        function.describe()?
+    );
     let script = format!(
         "mark=$(dd if=/dev/vda bs=4 count=1 2>/dev/null)
          if [ \"$mark\" = seen ]; then {agent}; exit; fi

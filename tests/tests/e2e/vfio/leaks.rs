@@ -12,8 +12,10 @@ use std::{
 
 use fanlight_api::client::Client;
 use fanlight_tests::{
-    Context, Failure, Result, edu,
-    guest::{Assets, Guest, ensure},
+    Context, Failure, Result,
+    common::edu,
+    ensure,
+    host_side::guest::{Assets, Guest},
 };
 use serde_json::{Value, json};
 

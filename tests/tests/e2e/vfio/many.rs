@@ -1,9 +1,10 @@
 //! Several devices of one guest's, one of them with far more memory than the guest.
 
 use fanlight_tests::{
-    Result, edu,
-    guest::{Assets, GuestBuilder, ensure},
-    pci::Function,
+    Result,
+    common::{edu, pci::Function},
+    ensure,
+    host_side::guest::{Assets, GuestBuilder},
 };
 
 use super::whole_function;
@@ -20,7 +21,7 @@ pub fn three_devices_and_16_gib(assets: &Assets) -> Result<()> {
         let address = whole_function(assets, ids)?;
         let function = Function::at(&address);
         sizes.extend(function.bars()?.iter().map(|bar| bar.size));
-        script += &format!("guest-agent try '{}'\n", function.describe()?);
+        script += &format!("guest-agent check-device '{}'\n", function.describe()?);
         addresses.push(address);
     }
     ensure(sizes.contains(&(16 << 30)), format!("{sizes:x?}"))?;

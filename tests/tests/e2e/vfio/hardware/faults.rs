@@ -8,7 +8,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fanlight_tests::{Context, Result, guest::ensure};
+use fanlight_tests::{Context, Result, ensure};
 
 /// The IOMMU tells of a fault by an interrupt, which comes when it comes: the DMA may be over before.
 const SETTLING: Duration = Duration::from_millis(500);

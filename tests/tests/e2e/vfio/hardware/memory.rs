@@ -8,9 +8,7 @@ use fanlight_devices::{
     vfio::{HostDevice, Iommu, sysfs::HostFunction},
 };
 use fanlight_tests::{
-    Context, Failure, Result,
-    guest::{Assets, ensure},
-    pci::Function,
+    Context, Failure, Result, common::pci::Function, ensure, host_side::guest::Assets,
 };
 
 use crate::e2e::vram;

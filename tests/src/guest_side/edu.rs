@@ -1,0 +1,141 @@
+//! QEMU's device for teaching (QEMU `docs/specs/edu`): its DMA engine reads and writes whatever the bus
+//! lets it, which proves what other devices can reach.
+
+use std::{
+    fs::File,
+    io::Read,
+    thread,
+    time::{Duration, Instant},
+};
+
+use crate::{
+    Context, Failure, Result,
+    common::{
+        edu::{
+            BUFFER, BUFFER_LEN, DMA_COMMAND, DMA_COUNT, DMA_DESTINATION, DMA_SOURCE, IDS,
+            MEMORY_IDS,
+        },
+        pci::{Function, Mmio},
+    },
+    ensure,
+    guest_side::noiommu::{Interrupt, NoIommu},
+};
+
+const DMA_START: u64 = 1;
+const DMA_FROM_BUFFER: u64 = 2;
+/// Bytes of another device's memory that are used: the guest would need page tables for all of it.
+const PART: u64 = 1 << 20;
+/// Far more than a transfer takes.
+const PATIENCE: Duration = Duration::from_secs(30);
+
+/// The device.
+pub struct Edu {
+    registers: Mmio,
+}
+
+impl Edu {
+    /// Takes the only one there is.
+    pub fn open() -> Result<Self> {
+        let function = Function::only(IDS)?;
+        function.enable(true)?;
+        Ok(Self {
+            registers: function.map(0)?,
+        })
+    }
+
+    fn transfer(&self, source: u64, destination: u64, command: u64) -> Result<()> {
+        self.registers.write(DMA_SOURCE, source);
+        self.registers.write(DMA_DESTINATION, destination);
+        self.registers.write(DMA_COUNT, BUFFER_LEN as u64);
+        self.registers.write(DMA_COMMAND, command | DMA_START);
+        let start = Instant::now();
+        while self.registers.read::<u64>(DMA_COMMAND) & DMA_START != 0 {
+            ensure(start.elapsed() < PATIENCE, "the DMA never ends")?;
+            thread::sleep(Duration::from_millis(5));
+        }
+        Ok(())
+    }
+
+    /// Copies 4 KiB between two bus addresses, through its buffer.
+    pub fn copy(&self, from: u64, to: u64) -> Result<()> {
+        self.read(from)?;
+        self.write(to)
+    }
+
+    /// Fills its buffer of 4 KiB from a bus address.
+    pub fn read(&self, from: u64) -> Result<()> {
+        self.transfer(from, BUFFER, 0)
+    }
+
+    /// Writes its buffer to a bus address.
+    pub fn write(&self, to: u64) -> Result<()> {
+        self.transfer(BUFFER, to, DMA_FROM_BUFFER)
+    }
+}
+
+/// Has the device copy within another one's memory, and compares; then again after that one's memory was
+/// off for a while.
+pub fn copy_in_peer() -> Result<u64> {
+    let (edu, peer) = (Edu::open()?, Function::only(MEMORY_IDS)?);
+    peer.enable(true)?;
+    let (address, _) = peer.bar(2)?;
+    let memory = peer.map_part(2, 0..PART)?;
+    let mut bytes = 0;
+    for round in 1..=2u64 {
+        let (from, to) = (0x3000, 0x20000 * round as usize);
+        let words = BUFFER_LEN / 8;
+        let pattern = |index: usize| (index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ round;
+        for index in 0..words {
+            memory.write(from + index * 8, pattern(index));
+            memory.write(to + index * 8, 0u64);
+        }
+        edu.copy(address + from as u64, address + to as u64)?;
+        let right =
+            (0..words).filter(|&index| memory.read::<u64>(to + index * 8) == pattern(index));
+        let right = right.count();
+        if right != words {
+            return Err(Failure(format!(
+                "{right} of {words} words are right in round {round}"
+            )));
+        }
+        bytes += BUFFER_LEN as u64;
+        peer.enable(false)?;
+        peer.enable(true)?;
+    }
+    Ok(bytes)
+}
+
+/// Leaves `mark` at the end of the memory, which outlives the guest; what was there before.
+pub fn swap_mark(mark: u64) -> Result<u64> {
+    let peer = Function::only(MEMORY_IDS)?;
+    peer.enable(true)?;
+    let (_, len) = peer.bar(2)?;
+    let memory = peer.map_part(2, len.saturating_sub(PART)..len)?;
+    let at = PART as usize - 8;
+    let before = memory.read(at);
+    memory.write(at, mark);
+    Ok(before)
+}
+
+/// Has the device interrupt `count` times through the guest's own vfio-pci, each time after the one before was
+/// heard; how long it took to hear it that often.
+pub fn interrupts(kind: Interrupt, count: u32) -> Result<Duration> {
+    const RAISE: usize = 0x60;
+    const ACKNOWLEDGE: usize = 0x64;
+    let edu = NoIommu::open(&Function::only(IDS)?)?;
+    let registers = edu.map(0, 0, 4096)?;
+    let heard = File::from(edu.hear(kind)?);
+    let start = Instant::now();
+    for _ in 0..count {
+        registers.write(RAISE, 1u32);
+        let mut total = [0; 8];
+        (&heard).read_exact(&mut total).context("cannot wait")?;
+        registers.write(ACKNOWLEDGE, 1u32);
+        let total = u64::from_ne_bytes(total);
+        ensure(total == 1, format!("{total} interrupts at once"))?;
+        if kind == Interrupt::Intx {
+            edu.unmask()?;
+        }
+    }
+    Ok(start.elapsed())
+}

@@ -1,0 +1,12 @@
+//! What runs inside guests, as verbs of the program `guest-agent`.
+
+pub mod bad_driver;
+pub mod device_check;
+pub mod drm;
+pub mod edu;
+pub mod evdev;
+pub mod graphics;
+pub mod guest_draw;
+pub mod noiommu;
+pub mod raw_gpu;
+pub mod show_pattern;

@@ -1,0 +1,202 @@
+//! What benchmarks have in common: they run where guests can run, compare VMMs in turn in one run, and print a
+//! table of the README's.
+
+use std::{
+    fmt::Debug,
+    fs,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
+
+use crate::{
+    Context, Failure, Result,
+    host_side::kvm_host::{self, Kvm},
+    nested_host::{
+        Busybox, Cache, Emulator, L1Device, L1Kernel, NestedHost, Share, StockKernel,
+        build_program, built_kernel,
+    },
+};
+
+/// Rounds unless [`ROUNDS`] says otherwise; medians are of so many.
+const DEFAULT_ROUNDS: usize = 5;
+const ROUNDS: &str = "FANLIGHT_BENCH_ROUNDS";
+/// Every guest's command line.
+pub const CMDLINE: &str = "console=ttyS0 panic=-1 quiet";
+
+/// What VMMs start, all in memory, so that none waits for a disk.
+pub struct Paths {
+    dir: tempfile::TempDir,
+    /// The VMM beside which Fanlight is measured.
+    pub emulator: Emulator,
+    /// What else was downloaded; it is read over the share.
+    pub cache: Cache,
+}
+
+impl Paths {
+    fn in_memory(cache: Cache, share: &Path) -> Result<Self> {
+        let dir = tempfile::tempdir().context("cannot make a directory")?;
+        for name in [FANLIGHT, INITRD] {
+            fs::copy(share.join(name), dir.path().join(name)).context("cannot copy")?;
+        }
+        fs::copy(StockKernel::get(&cache)?.image, dir.path().join(KERNEL))
+            .context("cannot copy the kernel")?;
+        let emulator = Emulator::get(&cache)?.copied_to(&dir.path().join("emulator"))?;
+        Ok(Self {
+            dir,
+            emulator,
+            cache,
+        })
+    }
+
+    /// The program `fanlight`.
+    pub fn fanlight(&self) -> PathBuf {
+        self.dir.path().join(FANLIGHT)
+    }
+
+    /// Debian's kernel.
+    pub fn kernel(&self) -> PathBuf {
+        self.dir.path().join(KERNEL)
+    }
+
+    /// The guest's root.
+    pub fn initrd(&self) -> PathBuf {
+        self.dir.path().join(INITRD)
+    }
+}
+
+const FANLIGHT: &str = "fanlight";
+const KERNEL: &str = "vmlinuz";
+const INITRD: &str = "guest.cpio";
+
+/// Runs `measure`, which is told how many rounds to make, on this machine, or in the nested host. `initrd` makes the
+/// guest's root. The environment variable `FANLIGHT_BENCH_ROUNDS` is for trying a benchmark itself.
+pub fn run(
+    initrd: impl FnOnce(&Cache) -> Result<Vec<u8>>,
+    measure: impl FnOnce(&Paths, usize) -> Result<()>,
+) -> ExitCode {
+    run_with(&[], initrd, measure)
+}
+
+/// The two that most benchmarks compare.
+#[derive(Clone, Copy, Debug)]
+pub enum Vmm {
+    /// This one.
+    Fanlight,
+    /// Its peer.
+    Qemu,
+}
+
+impl Vmm {
+    /// Both, in their turns.
+    pub const BOTH: [Self; 2] = [Self::Fanlight, Self::Qemu];
+}
+
+/// Does what the emulator may spoil, up to three times, and says what came of it.
+pub fn tried<T: Debug>(what: &str, run: impl Fn() -> Result<T>) -> Result<T> {
+    const TRIES: usize = 3;
+    let mut tries = 0;
+    loop {
+        tries += 1;
+        match run() {
+            Ok(found) => {
+                eprintln!("{what}: {found:.2?}");
+                return Ok(found);
+            }
+            Err(error) if tries == TRIES => return Err(Failure::new(what, error)),
+            Err(error) => eprintln!("{what}: {error}; tried again"),
+        }
+    }
+}
+
+/// The same, where these devices are to be passed through: those of the nested host, which it is run in wherever it is
+/// started.
+pub fn run_with(
+    devices: &[L1Device],
+    initrd: impl FnOnce(&Cache) -> Result<Vec<u8>>,
+    measure: impl FnOnce(&Paths, usize) -> Result<()>,
+) -> ExitCode {
+    prepare(devices, initrd, measure).unwrap_or_else(|error| {
+        eprintln!("fanlight: the benchmark cannot run: {error}");
+        ExitCode::FAILURE
+    })
+}
+
+fn prepare(
+    devices: &[L1Device],
+    initrd: impl FnOnce(&Cache) -> Result<Vec<u8>>,
+    measure: impl FnOnce(&Paths, usize) -> Result<()>,
+) -> Result<ExitCode> {
+    let rounds = rounds()?;
+    if std::env::var_os(kvm_host::IN_NESTED_HOST).is_some() {
+        let paths = Paths::in_memory(Cache::at("/cache"), Path::new("/share"))?;
+        return measure(&paths, rounds).map(|()| ExitCode::SUCCESS);
+    }
+    let cache = Cache::open()?;
+    let dir = tempfile::tempdir().context("cannot make a directory")?;
+    let fanlight = build_program("fanlight", "fanlight")?;
+    fs::copy(&fanlight, dir.path().join(FANLIGHT)).context("cannot share a program")?;
+    let initrd = initrd(&cache)?;
+    fs::write(dir.path().join(INITRD), initrd).context("cannot write the guest's root")?;
+    StockKernel::get(&cache)?;
+    let emulator = Emulator::get(&cache)?;
+    if devices.is_empty() && kvm_host::kvm() == Kvm::Host {
+        let paths = Paths::in_memory(cache, dir.path())?;
+        return measure(&paths, rounds).map(|()| ExitCode::SUCCESS);
+    }
+    if !devices.is_empty() && std::env::var(kvm_host::NESTED_HOST).as_deref() == Ok("never") {
+        let nested_host = kvm_host::NESTED_HOST;
+        return Err(Failure(format!(
+            "the devices that it needs are the nested host's, and {nested_host}=never refuses that"
+        )));
+    }
+    let kernel = built_kernel(&cache)?;
+    let this = std::env::current_exe().context("cannot find this program")?;
+    fs::copy(&this, dir.path().join("bench")).context("cannot share a program")?;
+    let busybox = Busybox::get(&cache)?;
+    let nested_host = NestedHost::new(emulator, busybox, L1Kernel::Built(kernel.bzimage));
+    let share = |tag, path: &Path| Share {
+        tag,
+        path: path.into(),
+        readonly: true,
+    };
+    let shares = [share("share", dir.path()), share("cache", cache.root())];
+    let code = nested_host.run_with(
+        devices,
+        &format!("{ROUNDS}={rounds} exec /share/bench"),
+        &[&this, &fanlight],
+        &shares,
+        &mut std::io::stdout(),
+        |_| Ok(()),
+    )?;
+    Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
+}
+
+fn rounds() -> Result<usize> {
+    let Ok(text) = std::env::var(ROUNDS) else {
+        return Ok(DEFAULT_ROUNDS);
+    };
+    let rounds = text.parse().ok().filter(|rounds| *rounds > 0);
+    rounds.ok_or_else(|| {
+        Failure(format!(
+            "{ROUNDS} is {text:?}: set it to a number from 1 up"
+        ))
+    })
+}
+
+/// The median of one figure of all samples.
+pub fn median<T>(samples: &[T], of: impl Fn(&T) -> f64) -> f64 {
+    let mut values: Vec<f64> = samples.iter().map(of).collect();
+    values.sort_by(f64::total_cmp);
+    values.get(values.len() / 2).copied().unwrap_or(f64::NAN)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_median_is_the_middle_one() {
+        assert_eq!(median(&[3, 1, 2], |&value| f64::from(value)), 2.0);
+        assert!(median::<f64>(&[], |&value| value).is_nan());
+    }
+}

@@ -1,0 +1,473 @@
+//! A guest in a test: given its parts, started, talked to, and asked how it ended.
+
+use std::{
+    ffi::OsStr,
+    fs,
+    io::{Read, Write},
+    path::{Path, PathBuf},
+    process::{Child, ChildStdin, Command, Stdio},
+    sync::{Arc, Condvar, Mutex, PoisonError},
+    thread::{self, JoinHandle},
+    time::{Duration, Instant},
+};
+
+use rustix::process::{Pid, Signal, kill_process};
+use tempfile::TempDir;
+
+use crate::{
+    Context, Failure, HANG, Result, ensure,
+    host_side::{kvm_host, process_activity},
+    nested_host::{
+        ApiClients, Archive, BuiltKernel, DebianPrograms, Drivers, Emulator, GraphicsStack,
+        StockKernel,
+    },
+};
+
+/// A guest that says nothing for so long hangs. Not a measure of speed.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(240);
+/// What a process and its pipes need at the end, generously.
+const LEAVE: Duration = Duration::from_secs(5);
+
+/// A guest's script that says "ready" when a press of the power button cannot be lost any more, and
+/// "pressed" when there was one. The input device keeps events for those who have it open, and for nobody
+/// else; so it is open before "ready".
+pub const PRESSED: &str =
+    "until set -- $(grep -l 'Power Button' /sys/class/input/event*/device/name 2>/dev/null)
+        [ $# -gt 0 ]; do sleep 0.1; done
+    event=${1#/sys/class/input/}; exec 3< /dev/input/${event%%/*}
+    echo ready; dd bs=24 count=1 <&3 > /dev/null 2>&1; echo pressed";
+
+/// What a guest's command line needs in the nested host, where its clock ticks, as L1's does: the emulator now and
+/// then loses a timer that is set for one time, after which a tickless guest sleeps for good.
+pub fn nested_host_clock() -> &'static str {
+    if std::env::var_os(kvm_host::IN_NESTED_HOST).is_some() {
+        " nohz=off highres=off lapic=notscdeadline"
+    } else {
+        ""
+    }
+}
+
+/// What guests are made of.
+#[derive(Clone, Debug)]
+pub struct Assets {
+    /// The program under test.
+    pub fanlight: PathBuf,
+    /// Debian's kernel.
+    pub stock: StockKernel,
+    /// What its modules drive.
+    pub drivers: Drivers,
+    /// The nested host's kernel.
+    pub built_kernel: BuiltKernel,
+    /// The module for the nested host's kernel that exports dma-bufs.
+    pub guest_module: PathBuf,
+    /// QEMU and its tools.
+    pub emulator: Emulator,
+    /// Programs that speak to the control API.
+    pub clients: ApiClients,
+    /// Wayland compositors.
+    pub compositors: DebianPrograms,
+    /// DRM clients and a judge of EDIDs.
+    pub graphics_tools: DebianPrograms,
+    /// Mesa and virglrenderer.
+    pub graphics: GraphicsStack,
+    /// The same with an older virglrenderer on the host.
+    pub older_graphics: GraphicsStack,
+    /// The guest's root without its test.
+    pub guest_archive: PathBuf,
+}
+
+/// Which kernel a guest boots.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestKernel {
+    /// Debian's bzImage.
+    Stock,
+    /// The nested host's vmlinux, through PVH.
+    Vmlinux,
+}
+
+/// A guest to be started.
+#[derive(Debug)]
+pub struct GuestBuilder {
+    assets: Assets,
+    dir: TempDir,
+    kernel: GuestKernel,
+    cmdline: String,
+    script: String,
+    arguments: Vec<String>,
+    archive: Archive,
+    graphics: Option<GraphicsStack>,
+}
+
+impl Assets {
+    /// A guest's root that runs the shell script `script`.
+    pub fn initrd(&self, script: &str) -> Result<Vec<u8>> {
+        self.guest(script).initrd()
+    }
+
+    /// A guest with one vCPU, 256 MiB and Debian's kernel that runs the shell script `script`.
+    pub fn guest(&self, script: &str) -> GuestBuilder {
+        GuestBuilder {
+            assets: self.clone(),
+            dir: tempfile::tempdir().expect("a directory for the guest"),
+            kernel: GuestKernel::Stock,
+            cmdline: format!("console=ttyS0 panic=-1 loglevel=4{}", nested_host_clock()),
+            script: script.into(),
+            arguments: ["--memory", "256M"].map(str::to_owned).into(),
+            archive: Archive::default(),
+            graphics: None,
+        }
+    }
+}
+
+impl GuestBuilder {
+    /// Has Fanlight run on a host with Mesa and virglrenderer, and gives the guest the same as its first disk.
+    pub fn with_graphics(self) -> Result<Self> {
+        let stack = self.assets.graphics.clone();
+        self.with_graphics_of(stack)
+    }
+
+    /// The same with this stack.
+    pub fn with_graphics_of(mut self, stack: GraphicsStack) -> Result<Self> {
+        let program = self.assets.fanlight.parent().map(Path::to_path_buf);
+        let cache = stack.root.parent().map(Path::to_path_buf);
+        stack.show(program.into_iter().chain(cache))?;
+        let disk = format!("path={},format=raw,readonly=on", stack.image.display());
+        self.graphics = Some(stack);
+        Ok(self.option("--disk", disk))
+    }
+
+    /// Boots another kernel.
+    pub fn kernel(mut self, kernel: GuestKernel) -> Self {
+        self.kernel = kernel;
+        self
+    }
+
+    /// Adds to the kernel's command line.
+    pub fn cmdline(mut self, more: &str) -> Self {
+        self.cmdline += " ";
+        self.cmdline += more;
+        self
+    }
+
+    /// Adds an option of `fanlight run`; one that is there already is replaced, but for disks, GPUs,
+    /// interfaces and passed-through devices.
+    pub fn option(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
+        let value = value.as_ref().to_string_lossy().into_owned();
+        let old = self.arguments.iter().position(|argument| argument == name);
+        match old {
+            Some(at) if !matches!(name, "--disk" | "--net" | "--vfio" | "--gpu") => {
+                self.arguments[at + 1] = value
+            }
+            _ => self.arguments.extend([name.to_owned(), value]),
+        }
+        self
+    }
+
+    /// A path in the guest's own directory, which goes with the guest.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    /// Puts a file into the guest's root.
+    pub fn file(mut self, name: &str, content: &[u8]) -> Self {
+        self.archive.file(name, content);
+        self
+    }
+
+    /// Gives the guest a command of the graphics tools.
+    pub fn graphics_tool(mut self, path: &str) -> Result<Self> {
+        let tools = &self.assets.graphics_tools;
+        self.archive.debian_program(tools, path)?;
+        Ok(self)
+    }
+
+    /// Gives the guest more drivers of Debian's kernel, with what they need.
+    pub fn modules(mut self, names: &[impl AsRef<str>]) -> Result<Self> {
+        let modules = self.assets.drivers.modules()?;
+        let names: Vec<_> = names.iter().map(AsRef::as_ref).collect();
+        self.archive.modules(&modules, &names)?;
+        Ok(self)
+    }
+
+    /// The guest's root.
+    pub fn initrd(&self) -> Result<Vec<u8>> {
+        let mut initrd =
+            fs::read(&self.assets.guest_archive).context("cannot read the guest's root")?;
+        let mut more = self.archive.clone();
+        more.file("test", format!("#!/bin/sh\n{}\n", self.script).as_bytes());
+        initrd.extend(more.finish());
+        Ok(initrd)
+    }
+
+    /// Writes the guest's root; its path.
+    fn write_root(&self) -> Result<PathBuf> {
+        let path = self.path("initrd");
+        fs::write(&path, self.initrd()?).context("cannot write the guest's root")?;
+        Ok(path)
+    }
+
+    /// The command that starts the guest, and the directory that it needs meanwhile.
+    pub fn command(self) -> Result<(Command, TempDir)> {
+        let initrd_path = self.write_root()?;
+        let kernel = match self.kernel {
+            GuestKernel::Stock => &self.assets.stock.image,
+            GuestKernel::Vmlinux => &self.assets.built_kernel.vmlinux,
+        };
+        let mut command = match &self.graphics {
+            None => Command::new(&self.assets.fanlight),
+            Some(stack) => stack.command(&self.assets.fanlight),
+        };
+        command
+            .arg("run")
+            .arg("--kernel")
+            .arg(kernel)
+            .arg("--initrd")
+            .arg(&initrd_path)
+            .args(["--cmdline", &self.cmdline])
+            .args(&self.arguments);
+        Ok((command, self.dir))
+    }
+
+    /// Starts the guest.
+    pub fn start(self) -> Result<Guest> {
+        let (command, dir) = self.command()?;
+        Guest::spawn(command, dir)
+    }
+
+    /// Starts the guest and expects it to power itself off; everything that it and Fanlight said.
+    pub fn run(self) -> Result<String> {
+        let mut guest = self.start()?;
+        guest.expect_exit(0)?;
+        Ok(guest.transcript())
+    }
+}
+
+/// A guest that runs, or did. Dropping kills it.
+pub struct Guest {
+    child: Child,
+    stdin: Option<ChildStdin>,
+    heard: Arc<Heard>,
+    readers: Vec<JoinHandle<()>>,
+    dir: TempDir,
+}
+
+#[derive(Default)]
+struct Heard {
+    text: Mutex<String>,
+    changed: Condvar,
+}
+
+impl Guest {
+    /// Starts any command as a guest.
+    pub fn spawn(mut command: Command, dir: TempDir) -> Result<Self> {
+        let mut child = command
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .context(format!("cannot start {}", command.get_program().display()))?;
+        let heard = Arc::new(Heard::default());
+        let outputs: [Option<Box<dyn Read + Send>>; 2] = [
+            child.stdout.take().map(|o| Box::new(o) as Box<_>),
+            child.stderr.take().map(|o| Box::new(o) as Box<_>),
+        ];
+        let outputs = outputs.into_iter().flatten();
+        let readers = outputs.map(|mut output| {
+            let heard = heard.clone();
+            thread::spawn(move || {
+                let mut bytes = [0; 4096];
+                while let Ok(read @ 1..) = output.read(&mut bytes) {
+                    heard.add(&bytes[..read]);
+                }
+            })
+        });
+        let readers = readers.collect();
+        Ok(Self {
+            stdin: child.stdin.take(),
+            child,
+            heard,
+            readers,
+            dir,
+        })
+    }
+
+    /// Everything said so far.
+    pub fn transcript(&self) -> String {
+        self.heard.lock().clone()
+    }
+
+    /// Holds a conversation with the guest, as long as there is a guest. What goes wrong is told with what the guest
+    /// said, once it has had time to say why it left.
+    pub fn converse<T: Send + 'static>(
+        &mut self,
+        conversation: impl FnOnce() -> Result<T> + Send + 'static,
+    ) -> Result<T> {
+        let talk = thread::spawn(conversation);
+        let mut ended = None;
+        while !talk.is_finished() {
+            if ended.is_none() && self.child.try_wait().ok().flatten().is_some() {
+                ended = Some(Instant::now());
+            }
+            if ended.is_some_and(|ended| ended.elapsed() > LEAVE) {
+                return Err(self.failure("it ended in the middle of a conversation"));
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        let said = talk
+            .join()
+            .unwrap_or_else(|_| Err(Failure("a conversation panicked".into())));
+        said.map_err(|error| {
+            thread::sleep(LEAVE);
+            if error.0.contains(HANG) || self.transcript().contains(HANG) {
+                self.hang(error)
+            } else {
+                self.failure(error)
+            }
+        })
+    }
+
+    /// The process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A path in the guest's own directory.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.path().join(name)
+    }
+
+    fn failure(&self, what: impl std::fmt::Display) -> Failure {
+        Failure(format!("{what}; the guest said:\n{}", self.transcript()))
+    }
+
+    /// A failure of a guest that does not go on, with what tells one that waits from one that spins: what
+    /// its threads do, twice within a second.
+    fn hang(&self, what: impl std::fmt::Display) -> Failure {
+        let mut doing = process_activity::of(self.pid());
+        thread::sleep(Duration::from_secs(1));
+        doing += &process_activity::of(self.pid());
+        self.failure(format!("{HANG}: {what}; its threads:\n{doing}"))
+    }
+
+    /// Waits until `text` has been said `count` times.
+    pub fn wait_for_times(&mut self, text: &str, count: usize) -> Result<()> {
+        let start = Instant::now();
+        loop {
+            let ended = self.child.try_wait().ok().flatten();
+            let heard = self.heard.lock();
+            if heard.matches(text).count() >= count {
+                return Ok(());
+            }
+            let heard = self
+                .heard
+                .changed
+                .wait_timeout(heard, Duration::from_millis(200))
+                .unwrap_or_else(PoisonError::into_inner)
+                .0;
+            let found = heard.matches(text).count() >= count;
+            drop(heard);
+            if let (false, Some(status)) = (found, ended) {
+                return Err(self.failure(format!("ended ({status}) before it said {text:?}")));
+            }
+            if start.elapsed() > PATIENCE {
+                return Err(self.hang(format!("never said {text:?}")));
+            }
+        }
+    }
+
+    /// Waits until `text` has been said.
+    pub fn wait_for(&mut self, text: &str) -> Result<()> {
+        self.wait_for_times(text, 1)
+    }
+
+    /// Types.
+    pub fn send(&mut self, text: &str) -> Result<()> {
+        let stdin = self.stdin.as_mut().ok_or(Failure("no input".into()))?;
+        stdin
+            .write_all(text.as_bytes())
+            .and_then(|()| stdin.flush())
+            .context("cannot type")
+    }
+
+    /// Sends the process a signal.
+    pub fn signal(&self, signal: Signal) -> Result<()> {
+        kill_process(Pid::from_child(&self.child), signal).context("cannot send a signal")
+    }
+
+    /// Waits for the end; the exit status.
+    pub fn exit_status(&mut self) -> Result<i32> {
+        let start = Instant::now();
+        while start.elapsed() < PATIENCE {
+            if let Some(status) = self.child.try_wait().context("cannot wait")? {
+                self.hear_all();
+                return status
+                    .code()
+                    .ok_or_else(|| self.failure(format!("ended by {status}")));
+            }
+            thread::sleep(Duration::from_millis(20));
+        }
+        Err(self.hang("never ended"))
+    }
+
+    /// Takes what is still in the pipes of a process that has ended.
+    fn hear_all(&self) {
+        let start = Instant::now();
+        // What it started may have one open for longer.
+        while start.elapsed() < LEAVE && !self.readers.iter().all(JoinHandle::is_finished) {
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
+
+    /// Waits for the end, which must have the given exit status.
+    pub fn expect_exit(&mut self, expected: i32) -> Result<()> {
+        match self.exit_status()? {
+            status if status == expected => Ok(()),
+            status => Err(self.failure(format!("exit status {status}, not {expected}"))),
+        }
+    }
+}
+
+impl Heard {
+    fn lock(&self) -> std::sync::MutexGuard<'_, String> {
+        self.text.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn add(&self, bytes: &[u8]) {
+        let text = String::from_utf8_lossy(bytes).replace('\r', "");
+        self.lock().push_str(&text);
+        self.changed.notify_all();
+    }
+}
+
+impl Drop for Guest {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
+
+/// An image file of `size` bytes for a disk, made by qemu-img.
+pub fn make_image(assets: &Assets, path: &Path, format: &str, size: &str) -> Result<()> {
+    qemu_img(assets, &["create", "-q", "-f", format], path, &[size])
+}
+
+/// Runs qemu-img on an image.
+pub fn qemu_img(assets: &Assets, verb: &[&str], path: &Path, more: &[&str]) -> Result<()> {
+    let output = assets
+        .emulator
+        .command("qemu-img")
+        .args(verb)
+        .arg(path)
+        .args(more)
+        .output()
+        .context("cannot run qemu-img")?;
+    ensure(
+        output.status.success(),
+        format!(
+            "qemu-img {verb:?} ({}): {}{}",
+            output.status,
+            String::from_utf8_lossy(&output.stdout),
+            String::from_utf8_lossy(&output.stderr)
+        ),
+    )
+}

@@ -1,0 +1,10 @@
+//! What drives Fanlight and judges it: guests as the host sees them, their displays, and benchmarks.
+
+pub mod bench;
+pub mod display;
+pub mod dma_reader;
+pub mod drawing_guest;
+pub mod guest;
+pub mod kvm_host;
+mod process_activity;
+pub mod watcher;
