@@ -12,6 +12,7 @@ use crate::{doctor::Report, vfio_bind::HostDeviceError};
 use clap::{CommandFactory, Parser};
 use fanlight::{
     control::queue::{Desk, SetLog},
+    control::run_loop,
     control::serve::{self, with_api_defaults},
     host::files,
     host::resources::Resources,
@@ -19,7 +20,7 @@ use fanlight::{
     host::terminal,
     renderer, viewer,
     vm::ending::Ending,
-    vm::run_loop::{self, LifeError},
+    vm::error::LifeError,
 };
 use fanlight_api::{server::Server, socket::Descriptors};
 use fanlight_devices::error_line;

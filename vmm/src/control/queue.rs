@@ -21,8 +21,8 @@ use fanlight_devices::error_line;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
-    display::api::Display, host::resources::Resources, vm::ending::Ending, vm::graphics::Graphics,
-    vm::run_loop::LifeError,
+    display::api::Display, host::resources::Resources, vm::ending::Ending, vm::error::LifeError,
+    vm::graphics::Graphics,
 };
 
 /// Empty root ports of a machine that has an API, where nobody says how many.

@@ -7,14 +7,13 @@ use fanlight_devices::error_line;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::{
+    control::handlers::{attach, config_error},
     control::queue::{Command, DEFAULT_HOTPLUG_PORTS, Desk},
+    control::run_loop,
     host::resources::Resources,
     host::signals::Signals,
     vm::ending::Ending,
-    vm::run_loop::{
-        self, LifeError,
-        handlers::{attach, config_error},
-    },
+    vm::error::LifeError,
 };
 
 /// The defaults of a machine that has an API.

@@ -15,9 +15,9 @@ use fanlight_api::{
 use fanlight_devices::{GuestMemory, error_line, pci::SlotError, vfio::VfioError};
 use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 
-use super::{MainLoop, Outcome};
 use crate::{
     control::queue::{Command, life_error},
+    control::run_loop::{MainLoop, Outcome},
     host::console::Input,
     host::resources::{ConfigError, Disk, Interface, check_id, free_id},
     vm::ending::Ending,

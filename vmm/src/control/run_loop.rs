@@ -18,25 +18,20 @@ use fanlight_api::{
     types::{EventName, VmState},
 };
 use fanlight_devices::legacy::GuestRequest;
-use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
+    control::console_input::{ConsoleInput, inputs},
+    control::panic_grace::LastWords,
     control::queue::Desk,
     host::console::Received,
     host::resources::{Holdings, Resources},
     host::signals::Signals,
-    kvm::{VcpuError, processor_virtualizes},
+    kvm::VcpuError,
     vm::ending::Ending,
+    vm::error::LifeError,
     vm::machine::{Callbacks, Machine, MachineError},
 };
-
-mod console_input;
-pub mod handlers;
-mod panic_grace;
-
-use console_input::{ConsoleInput, inputs};
-use panic_grace::LastWords;
 
 /// How long a guest has to shut down after SIGTERM pressed its power button.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(30);
@@ -44,45 +39,6 @@ const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(30);
 const RESTART_LOOP: (u32, Duration) = (5, Duration::from_secs(1));
 /// Input that waits for a console with no room: more is left in the terminal or the socket.
 const PENDING_INPUT: usize = 4096;
-
-/// Why a machine's life ended badly.
-#[derive(Debug, Error)]
-pub enum LifeError {
-    /// The machine could not be built.
-    #[error(transparent)]
-    Machine(#[from] MachineError),
-    /// A vCPU failed.
-    #[error(transparent)]
-    Vcpu(#[from] VcpuError),
-    /// The guest restarts and restarts.
-    #[error(
-        "the guest restarted {} times within {:?} each: look at its console for why, or stop at the \
-         first restart with --on-reset exit",
-        RESTART_LOOP.0,
-        RESTART_LOOP.1
-    )]
-    RestartLoop,
-    /// Something of the host's failed.
-    #[error("cannot {action}")]
-    Host {
-        /// What was tried.
-        action: &'static str,
-        /// The cause.
-        #[source]
-        source: io::Error,
-    },
-}
-
-impl LifeError {
-    /// Whether what the user asked for cannot be on this host, rather than that something failed.
-    pub fn is_bad_input(&self) -> bool {
-        match self {
-            LifeError::Machine(error) => error.is_bad_input(),
-            LifeError::Vcpu(VcpuError::Emulation { .. }) => !processor_virtualizes(),
-            _ => false,
-        }
-    }
-}
 
 /// What the main loop wakes up for.
 #[derive(Debug)]
@@ -95,7 +51,7 @@ enum Event {
 
 /// What comes of an event.
 #[derive(Debug)]
-enum Outcome {
+pub(super) enum Outcome {
     End(Ending),
     Restart,
     Failed(LifeError),
@@ -136,7 +92,10 @@ fn run_lives(
                     0
                 };
                 if restarts >= RESTART_LOOP.0 {
-                    return Err(LifeError::RestartLoop);
+                    return Err(LifeError::RestartLoop {
+                        times: RESTART_LOOP.0,
+                        within: RESTART_LOOP.1,
+                    });
                 }
                 tracing::info!("the guest restarts");
                 desk.restarting();
@@ -228,15 +187,15 @@ fn callbacks(sender: Sender<Event>, wake: EventFd, published: Published) -> Call
     }
 }
 
-struct MainLoop<'a> {
-    machine: Machine,
-    holdings: Holdings<'a>,
-    desk: &'a mut Desk,
+pub(super) struct MainLoop<'a> {
+    pub(super) machine: Machine,
+    pub(super) holdings: Holdings<'a>,
+    pub(super) desk: &'a mut Desk,
     /// Passed-through devices that the host wants back.
-    requested: BTreeSet<String>,
+    pub(super) requested: BTreeSet<String>,
     on_reset: OnReset,
     on_panic: OnPanic,
-    inputs: Vec<ConsoleInput<'a>>,
+    pub(super) inputs: Vec<ConsoleInput<'a>>,
     events: Receiver<Event>,
     wake: EventFd,
     signals: &'a Signals,
@@ -244,7 +203,7 @@ struct MainLoop<'a> {
     kill_at: Option<Instant>,
     /// What comes of a panic, once its messages are out.
     last_words: Option<(LastWords, Outcome)>,
-    outcome: Option<Outcome>,
+    pub(super) outcome: Option<Outcome>,
 }
 
 /// Data of the loop's events. Inputs and the room in their consoles follow, two numbers for each.
@@ -281,7 +240,7 @@ impl MainLoop<'_> {
     }
 
     /// The first outcome counts.
-    fn end(&mut self, outcome: Outcome) {
+    pub(super) fn end(&mut self, outcome: Outcome) {
         self.outcome.get_or_insert(outcome);
     }
 
