@@ -15,10 +15,11 @@ use std::{
 };
 
 use super::space::{DmaSpace, Memory, Source};
+use crate::memory::{Charge, Quota};
 
 /// Dma-bufs that are kept open, so that devices which come later reach them too: a guest can make more than this
 /// process may have descriptors.
-const MAX_DMABUFS: usize = 256;
+const MAX_DMABUFS: u64 = 256;
 
 #[derive(Debug)]
 struct Blob {
@@ -26,6 +27,7 @@ struct Blob {
     len: u64,
     source: Source,
     mapping: Option<Box<dyn fmt::Debug + Send>>,
+    _descriptor: Option<Charge>,
 }
 
 #[derive(Debug, Default)]
@@ -34,15 +36,25 @@ struct State {
     blobs: BTreeMap<u64, Blob>,
     /// Of the last blob.
     number: u64,
-    dmabufs: usize,
 }
 
 /// All blobs that passed-through devices may reach.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct DeviceReach {
     state: Mutex<State>,
+    dmabufs: Arc<Quota>,
     /// Whether a failure was told: it will be the same for each.
     told: AtomicBool,
+}
+
+impl Default for DeviceReach {
+    fn default() -> Self {
+        Self {
+            state: Mutex::default(),
+            dmabufs: Quota::new(MAX_DMABUFS),
+            told: AtomicBool::new(false),
+        }
+    }
 }
 
 impl DeviceReach {
@@ -77,18 +89,23 @@ impl DeviceReach {
     ) -> Option<Reachable> {
         let source = source.inspect_err(|error| self.tell(error, None)).ok()?;
         let state = &mut *self.lock();
-        if let Memory::DmaBuf(_) = source.0 {
-            if state.dmabufs >= MAX_DMABUFS {
-                self.tell(&"as many dma-bufs are mapped as can be", Some(&source));
-                return None;
+        let descriptor = match source.0 {
+            Memory::Mapped(_) => None,
+            Memory::DmaBuf(_) => {
+                let charge = self.dmabufs.charge(1);
+                if charge.is_none() {
+                    self.tell(&"as many dma-bufs are mapped as can be", Some(&source));
+                    return None;
+                }
+                charge
             }
-            state.dmabufs += 1;
-        }
+        };
         let mut blob = Blob {
             address,
             len,
             source,
             mapping: None,
+            _descriptor: descriptor,
         };
         if let Some(space) = &state.space {
             self.map(&mut blob, space);
@@ -150,11 +167,7 @@ impl Reachable {
 impl Drop for Reachable {
     fn drop(&mut self) {
         let state = &mut *self.reach.lock();
-        if let Some(blob) = state.blobs.remove(&self.number)
-            && let Memory::DmaBuf(_) = blob.source.0
-        {
-            state.dmabufs -= 1;
-        }
+        state.blobs.remove(&self.number);
     }
 }
 

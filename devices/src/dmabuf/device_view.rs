@@ -13,12 +13,10 @@ use std::{
 };
 
 use fanlight_arch::layout::PAGE_SIZE;
-use rustix::{
-    fs::{MemfdFlags, memfd_create},
-    mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap},
-};
+use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use super::export::Piece;
+use crate::sys::memfd;
 
 /// Mappings of one view: Linux gives a process 65530 (`vm.max_map_count`), and several views may be there at
 /// a time.
@@ -52,7 +50,7 @@ impl View {
             .and_then(|sum| sum.checked_next_multiple_of(PAGE_SIZE))
             .and_then(|sum| usize::try_from(sum).ok());
         let len = len.ok_or_else(invalid)?;
-        let copy = File::from(memfd_create("fanlight-view", MemfdFlags::CLOEXEC)?);
+        let copy = memfd::empty("fanlight-view")?;
         // SAFETY: a new mapping at an address of the kernel's choice, which nothing can access.
         let start = unsafe {
             mmap_anonymous(

@@ -5,7 +5,7 @@ use std::{
     os::fd::{AsFd, BorrowedFd, OwnedFd},
     sync::{
         Arc,
-        atomic::{AtomicU32, AtomicUsize, Ordering},
+        atomic::{AtomicU32, Ordering},
     },
 };
 
@@ -16,7 +16,7 @@ use super::{
     vfio_export::{self, Access, DmaBufError},
 };
 use crate::{
-    memory::BackingKind,
+    memory::{BackingKind, Charge, Quota},
     sys::{udmabuf::UdmabufItem, vfio::BarRange},
 };
 
@@ -24,32 +24,12 @@ use crate::{
 #[derive(Debug)]
 pub struct Dmabuf {
     fd: OwnedFd,
-    _open: Open,
-}
-
-/// Counts a dma-buf while it is there.
-#[derive(Debug)]
-struct Open(Arc<AtomicUsize>);
-
-impl Open {
-    fn new(count: &Arc<AtomicUsize>) -> Result<Self, ExportError> {
-        let more = |open| (open < MAX_OPEN).then_some(open + 1);
-        count
-            .fetch_update(Ordering::AcqRel, Ordering::Acquire, more)
-            .map_err(|_| ExportError::TooMany)?;
-        Ok(Self(count.clone()))
-    }
-}
-
-impl Drop for Open {
-    fn drop(&mut self) {
-        self.0.fetch_sub(1, Ordering::AcqRel);
-    }
+    _open: Charge,
 }
 
 /// dma-bufs at a time: each is a descriptor of this process's, and a guest can show one resource after the
 /// other to somebody who watches.
-const MAX_OPEN: usize = 256;
+const MAX_OPEN: u64 = 256;
 
 impl Dmabuf {
     /// A descriptor of one's own, to be passed on.
@@ -137,7 +117,7 @@ impl ExportError {
 #[derive(Debug)]
 pub struct Exporter {
     udmabuf: Result<Udmabuf, UdmabufError>,
-    open: Arc<AtomicUsize>,
+    open: Arc<Quota>,
     /// Causes of failures that were logged: a guest could fill a log with them.
     told: AtomicU32,
 }
@@ -147,7 +127,7 @@ impl Exporter {
     pub fn open() -> Self {
         Self {
             udmabuf: Udmabuf::open(),
-            open: Arc::default(),
+            open: Quota::new(MAX_OPEN),
             told: AtomicU32::default(),
         }
     }
@@ -156,7 +136,7 @@ impl Exporter {
     pub fn none() -> Self {
         Self {
             udmabuf: Err(UdmabufError::Open(rustix::io::Errno::NOENT)),
-            open: Arc::default(),
+            open: Quota::new(MAX_OPEN),
             told: AtomicU32::default(),
         }
     }
@@ -174,7 +154,7 @@ impl Exporter {
 
     /// Makes one dma-buf of `pieces`, in their order.
     pub fn export(&self, pieces: &[Piece]) -> Result<Dmabuf, ExportError> {
-        let open = Open::new(&self.open)?;
+        let open = self.open.charge(1).ok_or(ExportError::TooMany)?;
         let fd = self.export_fd(pieces)?;
         Ok(Dmabuf { fd, _open: open })
     }
@@ -245,15 +225,6 @@ fn export_bar(
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn open_dmabufs_are_bounded() {
-        let count = Arc::default();
-        let mut open: Vec<_> = (0..MAX_OPEN).map(|_| Open::new(&count).unwrap()).collect();
-        assert!(matches!(Open::new(&count), Err(ExportError::TooMany)));
-        open.pop();
-        assert!(Open::new(&count).is_ok());
-    }
 
     #[test]
     fn a_bar_is_exported_alone() {

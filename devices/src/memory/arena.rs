@@ -18,7 +18,7 @@ use rustix::{
 };
 use thiserror::Error;
 
-use super::limits::Budget;
+use super::limits::{Charge, Quota, arena_mappings};
 use crate::sys::reservation as quiet_place;
 
 /// Why something could not be mapped or unmapped.
@@ -91,7 +91,7 @@ pub struct Arena {
     mapped: BTreeMap<u64, u64>,
     /// Runs of the reservation between them: to the host's kernel each is a mapping too.
     gaps: usize,
-    budget: Arc<Budget>,
+    mappings: Charge,
     lost: bool,
 }
 
@@ -104,25 +104,25 @@ impl Arena {
         if len == 0 || !len.is_multiple_of(PAGE_SIZE) {
             return Err(ArenaError::Unaligned { offset: 0, len });
         }
-        Self::within(len, Budget::of_process())
+        Self::within(len, arena_mappings())
     }
 
-    fn within(len: u64, budget: Arc<Budget>) -> Result<Self, ArenaError> {
+    fn within(len: u64, quota: Arc<Quota>) -> Result<Self, ArenaError> {
         let start = quiet_place::reserve(len).map_err(|source| ArenaError::Host {
             action: "reserve addresses for the GPU's memory",
             source,
         })?;
-        if !budget.take(1) {
+        let Some(mappings) = quota.charge(1) else {
             // SAFETY: it was made just now, and nobody else knows of it.
             let _ = unsafe { munmap(start, len as usize) };
             return Err(ArenaError::TooMany(0));
-        }
+        };
         Ok(Self {
             start,
             len,
             mapped: BTreeMap::new(),
             gaps: 1,
-            budget,
+            mappings,
             lost: false,
         })
     }
@@ -167,7 +167,7 @@ impl Arena {
         };
         // Never below zero: what is mapped takes the place of one run of the reservation at most.
         let more = 1 + gaps - self.gaps;
-        if !self.budget.take(more) {
+        if !self.mappings.grow(more as u64) {
             return Err(ArenaError::TooMany(self.mapped.len()));
         }
         // SAFETY: within the reservation, checked above, which only the guest accesses.
@@ -182,7 +182,7 @@ impl Arena {
             )
         };
         if let Err(error) = mapped {
-            self.budget.give(more);
+            self.mappings.shrink_to(self.count());
             // Changes nothing, and fails where nothing is mapped.
             // SAFETY: the advice is what holds already.
             if unsafe { madvise(self.at(offset), len as usize, Advice::Normal) }.is_err() {
@@ -207,8 +207,8 @@ impl Arena {
         self.reserve(offset, len)?;
         self.mapped.remove(&offset);
         let gaps = self.gaps + 1 - self.gaps_beside(offset, offset + len);
-        self.budget.give(1 + self.gaps - gaps);
         self.gaps = gaps;
+        self.mappings.shrink_to(self.count());
         Ok(())
     }
 
@@ -216,9 +216,9 @@ impl Arena {
     pub fn clear(&mut self) -> Result<(), ArenaError> {
         if !self.mapped.is_empty() {
             self.reserve(0, self.len)?;
-            self.budget.give(self.mapped.len() + self.gaps - 1);
             self.mapped.clear();
             self.gaps = 1;
+            self.mappings.shrink_to(self.count());
         }
         Ok(())
     }
@@ -254,6 +254,11 @@ impl Arena {
         usize::from(gap_before) + usize::from(gap_after)
     }
 
+    /// Mappings that the host's kernel keeps for it.
+    fn count(&self) -> u64 {
+        (self.mapped.len() + self.gaps) as u64
+    }
+
     fn at(&self, offset: u64) -> *mut c_void {
         self.start.wrapping_byte_add(offset as usize)
     }
@@ -279,7 +284,6 @@ impl Arena {
 impl Drop for Arena {
     fn drop(&mut self) {
         if !self.lost {
-            self.budget.give(self.mapped.len() + self.gaps);
             // SAFETY: the whole range is this value's; memory slots that show it are gone before it is.
             let _ = unsafe { munmap(self.start, self.len as usize) };
         }
@@ -396,8 +400,8 @@ mod tests {
 
     #[test]
     fn the_last_mappings_of_the_process_are_left_alone() {
-        let budget = Arc::new(Budget::new(6));
-        let mut arena = Arena::within(PAGES * PAGE_SIZE, budget.clone()).unwrap();
+        let quota = Quota::new(6);
+        let mut arena = Arena::within(PAGES * PAGE_SIZE, quota.clone()).unwrap();
         let one = file(1, 1);
         let mut map = |page: u64| arena.map(page * PAGE_SIZE, PAGE_SIZE, &one, true);
         // Two and three runs of the reservation.
@@ -411,14 +415,14 @@ mod tests {
         arena.map(0, PAGE_SIZE, &one, true).unwrap();
         assert_eq!(arena.mapped.len() + arena.gaps, mappings(&arena));
         // Others have what is left.
-        let other = Arena::within(PAGE_SIZE, budget.clone());
+        let other = Arena::within(PAGE_SIZE, quota.clone());
         assert!(matches!(other, Err(ArenaError::TooMany(0))));
         arena.unmap(3 * PAGE_SIZE).unwrap();
         arena.unmap(4 * PAGE_SIZE).unwrap();
-        assert!(Arena::within(PAGE_SIZE, budget.clone()).is_ok());
+        assert!(Arena::within(PAGE_SIZE, quota.clone()).is_ok());
         arena.clear().unwrap();
         drop(arena);
-        assert_eq!(budget.used(), 0);
+        assert_eq!(quota.used(), 0);
     }
 
     #[test]

@@ -1,60 +1,122 @@
-//! How many mappings this process may have for arenas.
+//! Bounded counters: how much of something the host gives to a guest or to this process.
 
 use std::sync::{
     Arc, LazyLock,
-    atomic::{AtomicUsize, Ordering},
+    atomic::{AtomicU64, Ordering},
 };
 
-/// How many mappings arenas may be made of. There is one for all of a process, whose limit it is.
+/// A limit and how much of it is in use, in whatever unit the owner counts.
 #[derive(Debug)]
-pub struct Budget {
-    most: usize,
-    used: AtomicUsize,
+pub struct Quota {
+    limit: u64,
+    used: AtomicU64,
 }
 
-static ALL: LazyLock<Arc<Budget>> = LazyLock::new(|| Arc::new(Budget::new(most_mappings())));
-
-impl Budget {
-    /// That of this process.
-    pub fn of_process() -> Arc<Self> {
-        ALL.clone()
+impl Quota {
+    /// Nothing in use of `limit`.
+    pub fn new(limit: u64) -> Arc<Self> {
+        let used = AtomicU64::new(0);
+        Arc::new(Self { limit, used })
     }
 
-    /// One of so many.
-    pub fn new(most: usize) -> Self {
-        let used = AtomicUsize::new(0);
-        Self { most, used }
+    /// Takes `amount`. `None` if less than that is left.
+    pub fn charge(self: &Arc<Self>, amount: u64) -> Option<Charge> {
+        self.take(amount).then(|| Charge {
+            quota: self.clone(),
+            amount,
+        })
     }
 
-    /// Takes so many more, if there are so many.
-    pub fn take(&self, more: usize) -> bool {
-        let taken = |used: usize| used.checked_add(more).filter(|used| *used <= self.most);
-        let order = Ordering::Relaxed;
-        self.used.fetch_update(order, order, taken).is_ok()
+    /// How much is in use.
+    pub fn used(&self) -> u64 {
+        self.used.load(Ordering::Acquire)
     }
 
-    /// How many are taken.
-    #[cfg(test)]
-    pub fn used(&self) -> usize {
-        self.used.load(Ordering::Relaxed)
-    }
-
-    /// So many are free again.
-    pub fn give(&self, fewer: usize) {
-        self.used.fetch_sub(fewer, Ordering::Relaxed);
+    fn take(&self, amount: u64) -> bool {
+        let sum = |used: u64| used.checked_add(amount).filter(|&sum| sum <= self.limit);
+        let taken = self
+            .used
+            .fetch_update(Ordering::AcqRel, Ordering::Acquire, sum);
+        taken.is_ok()
     }
 }
 
-/// Mappings of a process that are not for an arena: whoever cannot map any more cannot allocate memory either, and
-/// ends.
-const KEPT_MAPPINGS: usize = 8192;
-/// Linux's own limit.
-const DEFAULT_MAX_MAP_COUNT: usize = 65530;
+/// A part of a [`Quota`] in use. Dropping gives it back.
+#[derive(Debug)]
+pub struct Charge {
+    quota: Arc<Quota>,
+    amount: u64,
+}
 
-/// How many mappings the arenas of this process may be made of.
-fn most_mappings() -> usize {
-    let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok();
-    let limit = limit.and_then(|limit| limit.trim().parse().ok());
-    let limit: usize = limit.unwrap_or(DEFAULT_MAX_MAP_COUNT);
-    limit.saturating_sub(KEPT_MAPPINGS)
+impl Charge {
+    /// Takes `more` on top. Changes nothing and returns `false` if less than that is left.
+    pub fn grow(&mut self, more: u64) -> bool {
+        let taken = self.quota.take(more);
+        self.amount += if taken { more } else { 0 };
+        taken
+    }
+
+    /// Gives back all but `amount`, which must not be above what is taken.
+    pub fn shrink_to(&mut self, amount: u64) {
+        debug_assert!(amount <= self.amount);
+        self.quota
+            .used
+            .fetch_sub(self.amount.saturating_sub(amount), Ordering::AcqRel);
+        self.amount = self.amount.min(amount);
+    }
+
+    /// How much it holds.
+    pub fn amount(&self) -> u64 {
+        self.amount
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.shrink_to(0);
+    }
+}
+
+/// Mappings that are left to the rest of the process: it cannot allocate memory without, and would end.
+const RESERVED_MAPPINGS: u64 = 8192;
+/// Default of `vm.max_map_count` (Linux `include/linux/mm.h`, DEFAULT_MAX_MAP_COUNT).
+const DEFAULT_MAX_MAP_COUNT: u64 = 65530;
+
+/// The mappings that all arenas of this process may consist of.
+pub fn arena_mappings() -> Arc<Quota> {
+    static QUOTA: LazyLock<Arc<Quota>> = LazyLock::new(|| {
+        let limit = std::fs::read_to_string("/proc/sys/vm/max_map_count").ok();
+        let limit = limit.and_then(|limit| limit.trim().parse().ok());
+        let limit: u64 = limit.unwrap_or(DEFAULT_MAX_MAP_COUNT);
+        Quota::new(limit.saturating_sub(RESERVED_MAPPINGS))
+    });
+    QUOTA.clone()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_dropped_charge_is_given_back() {
+        let quota = Quota::new(100);
+        let first = quota.charge(60).unwrap();
+        assert!(quota.charge(41).is_none());
+        assert!(quota.charge(u64::MAX).is_none());
+        let _second = quota.charge(40).unwrap();
+        drop(first);
+        assert_eq!(quota.used(), 40);
+    }
+
+    #[test]
+    fn a_charge_grows_within_the_limit() {
+        let quota = Quota::new(10);
+        let mut charge = quota.charge(4).unwrap();
+        assert!(charge.grow(6) && !charge.grow(1));
+        assert_eq!((charge.amount(), quota.used()), (10, 10));
+        charge.shrink_to(3);
+        assert_eq!((charge.amount(), quota.used()), (3, 3));
+        drop(charge);
+        assert_eq!(quota.used(), 0);
+    }
 }

@@ -6,10 +6,10 @@ mod limits;
 mod ram;
 mod slot;
 
-pub use crate::sys::file_kind::FileKind;
 pub use address_space::{
     AddressSpace, AddressSpaceError, Backing, BackingKind, IoHandler, MapWatcher, Region, Segment,
 };
 pub use arena::{Arena, ArenaError};
+pub use limits::{Charge, Quota};
 pub use ram::{GuestRam, HugePageSize, RamError};
 pub use slot::SlotMapping;

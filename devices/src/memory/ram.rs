@@ -3,7 +3,7 @@
 use std::{fs::File, io, sync::Arc};
 
 use rustix::{
-    fs::{FallocateFlags, MemfdFlags, SealFlags},
+    fs::{FallocateFlags, MemfdFlags},
     mm::Advice,
 };
 use thiserror::Error;
@@ -13,7 +13,10 @@ use super::{
     address_space::{AddressSpace, AddressSpaceError, Backing, BackingKind},
     slot::SlotMapping,
 };
-use crate::{GuestMemory, sys::thp_alignment::AlignedHole};
+use crate::{
+    GuestMemory,
+    sys::{memfd, thp_alignment::AlignedHole},
+};
 use fanlight_arch::layout;
 
 /// The smallest guest: a kernel and its page tables need about as much.
@@ -146,31 +149,22 @@ impl GuestRam {
         Ok(ram)
     }
 
-    /// The memfd, sealed against changes of its size. Not against writing: udmabuf refuses such a file
-    /// (Linux `drivers/dma-buf/udmabuf.c`).
+    /// The memory file. Huge pages are all allocated now: touching one that the host does not have is a
+    /// SIGBUS.
     fn memfd(size: u64, hugepages: Option<HugePageSize>) -> Result<Arc<File>, RamError> {
-        let fail = |action| {
-            move |source: rustix::io::Errno| RamError::Host {
-                action,
-                size,
-                source: source.into(),
-            }
+        let huge_pages = match hugepages {
+            None => MemfdFlags::empty(),
+            Some(HugePageSize::Size2M) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
+            Some(HugePageSize::Size1G) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
         };
-        let flags = MemfdFlags::CLOEXEC
-            | MemfdFlags::ALLOW_SEALING
-            | match hugepages {
-                None => MemfdFlags::empty(),
-                Some(HugePageSize::Size2M) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_2MB,
-                Some(HugePageSize::Size1G) => MemfdFlags::HUGETLB | MemfdFlags::HUGE_1GB,
-            };
-        let memfd = rustix::fs::memfd_create("fanlight-ram", flags)
-            .map_err(fail("create a memory file"))?;
-        rustix::fs::ftruncate(&memfd, size).map_err(fail("size a memory file"))?;
-        rustix::fs::fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW)
-            .map_err(fail("seal a memory file"))?;
+        let file =
+            memfd::sized("fanlight-ram", size, huge_pages).map_err(|source| RamError::Host {
+                action: "make a memory file",
+                size,
+                source,
+            })?;
         if let Some(page) = hugepages {
-            // Touching a huge page that the host does not have is a SIGBUS: take them all now.
-            rustix::fs::fallocate(&memfd, FallocateFlags::empty(), 0, size).map_err(|source| {
+            rustix::fs::fallocate(&file, FallocateFlags::empty(), 0, size).map_err(|source| {
                 RamError::NoHugePages {
                     size,
                     page,
@@ -178,7 +172,7 @@ impl GuestRam {
                 }
             })?;
         }
-        Ok(Arc::new(File::from(memfd)))
+        Ok(Arc::new(file))
     }
 
     /// RAM as devices and the loader use it.
@@ -253,6 +247,7 @@ fn advise(slot: &SlotMapping, advice: Advice) -> rustix::io::Result<()> {
 
 #[cfg(test)]
 mod tests {
+    use rustix::fs::SealFlags;
     use vm_memory::Bytes;
 
     use super::*;

@@ -4,6 +4,7 @@ pub mod file_kind;
 mod ioctl;
 pub mod iommufd;
 mod iova_range;
+pub mod memfd;
 pub mod reservation;
 pub mod thp_alignment;
 pub mod udmabuf;

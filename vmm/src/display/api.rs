@@ -22,12 +22,15 @@ use fanlight_api::{
 use fanlight_devices::{
     error_line,
     virtio::gpu::{
-        DisplayError, DisplayHandle, ExportedImage, FrameError, ImageMemory, Location, Mode, Pixels,
+        DisplayError, DisplayHandle, ExportedFrame, FrameError, FrameMemory, Location, Mode, Pixels,
     },
 };
 use rustix::fs::{MemfdFlags, memfd_create};
 
-use crate::{display::input::Inputs, host::files::open_at_once};
+use crate::{
+    display::{input::Inputs, png::write_png},
+    host::files::open_at_once,
+};
 
 /// Streams at once.
 const MAX_STREAMS: usize = 16;
@@ -117,7 +120,7 @@ impl Display {
                 .map_err(|error| failed(error.into()))?
                 .into(),
         };
-        write_png(&pixels, &file).map_err(failed)?;
+        write_file(&pixels, &file).map_err(failed)?;
         let bytes = file.stream_position().map_err(failed)?;
         file.rewind().map_err(failed)?;
         let fd = wanted.file.is_none().then(|| OwnedFd::from(file));
@@ -206,9 +209,9 @@ impl Drop for Driver {
     }
 }
 
-fn write_png(pixels: &Pixels, file: &File) -> io::Result<()> {
+fn write_file(pixels: &Pixels, file: &File) -> io::Result<()> {
     let mut writer = BufWriter::new(file);
-    pixels.write_png(&mut writer).map_err(io::Error::other)?;
+    write_png(pixels, &mut writer).map_err(io::Error::other)?;
     io::Write::flush(&mut writer)
 }
 
@@ -233,12 +236,12 @@ fn location(location: Location) -> PixelsIn {
     }
 }
 
-pub(super) fn described(image: &ExportedImage) -> ExportedPicture {
+pub(super) fn described(image: &ExportedFrame) -> ExportedPicture {
     ExportedPicture {
         fd: 0,
         memory: match image.memory {
-            ImageMemory::DmaBuf => PictureMemory::DmaBuf,
-            ImageMemory::Shared => PictureMemory::Shared,
+            FrameMemory::DmaBuf => PictureMemory::DmaBuf,
+            FrameMemory::Shared => PictureMemory::Shared,
         },
         width: image.width,
         height: image.height,

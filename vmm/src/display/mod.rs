@@ -2,4 +2,5 @@
 
 pub mod api;
 pub mod input;
+mod png;
 mod stream;

@@ -20,8 +20,8 @@ use fanlight_api::{
 use fanlight_devices::{
     error_line,
     virtio::gpu::{
-        CURSOR_SIZE, CursorImage, DisplayError, DisplayEvent, DisplayHandle, ExportedImage, Frame,
-        FrameCopy, FrameError, Location, Mode, Subscription,
+        CURSOR_SIZE, CursorImage, DisplayError, DisplayEvent, DisplayHandle, DisplaySubscriber,
+        ExportedFrame, Frame, FrameCopy, FrameError, Location, Mode,
     },
 };
 use rustix::{
@@ -35,7 +35,7 @@ use crate::display::input::Inputs;
 /// Serves a watcher on a thread of its own; its end of the socket.
 pub fn start(
     display: DisplayHandle,
-    subscription: Subscription,
+    subscription: DisplaySubscriber,
     inputs: Option<(Driver, Inputs)>,
     slot: Slot,
 ) -> io::Result<OwnedFd> {
@@ -69,7 +69,7 @@ pub fn start(
 
 struct Server {
     stream: MessageStream,
-    subscription: Subscription,
+    subscription: DisplaySubscriber,
     display: DisplayHandle,
     inputs: Option<(Driver, Inputs)>,
     /// What outputs show of which there is no dma-buf, or none that the watcher can use.
@@ -185,7 +185,7 @@ impl Server {
         &mut self,
         output: usize,
         frame: Option<Frame>,
-    ) -> Option<Result<ExportedImage, FrameError>> {
+    ) -> Option<Result<ExportedFrame, FrameError>> {
         let old = self.copies.remove(&output);
         let frame = frame?;
         if !(self.copies_devices && frame.location == Location::Device) {

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use super::{
-    commands::CommandError,
+    error::CommandError,
     format::Format,
     resource::{Kind, Resource},
 };

@@ -1,14 +1,18 @@
 //! Frames of which no dma-buf can be made, copied into memory that others can map.
 
-use std::{fs::File, io, os::fd::OwnedFd};
+use std::{io, os::fd::OwnedFd, sync::Arc};
 
-use rustix::fs::{MemfdFlags, SealFlags};
-use vm_memory::{Bytes, FileOffset, MmapRegion, VolatileMemory};
+use vm_memory::{Bytes, MmapRegion, VolatileMemory};
 
 use super::{
-    budget::{Budget, Charge},
     format::{DRM_FORMAT_MOD_LINEAR, Format},
-    scanout::{Area, ExportedImage, Frame, FrameError, ImageMemory, Location},
+    frame::{ExportedFrame, Frame, FrameError, FrameMemory},
+    geometry::Area,
+    scanout::Location,
+};
+use crate::{
+    memory::{Charge, Quota},
+    sys::memfd,
 };
 
 /// Memory for all copies of a display's frames: eight of an 8K screen.
@@ -24,11 +28,13 @@ pub struct FrameCopy {
 }
 
 impl FrameCopy {
-    /// Copies a frame into memory on the account of `budget`.
-    pub(super) fn new(frame: Frame, budget: &Budget) -> Result<Self, FrameError> {
+    /// Copies a frame into memory on the account of `quota`.
+    pub(super) fn new(frame: Frame, quota: &Arc<Quota>) -> Result<Self, FrameError> {
         let size = row(&frame) as u64 * u64::from(frame.area.height);
-        let charge = budget.charge(size).ok_or(FrameError::TooManyCopies)?;
-        let (file, memory) = shared_memory(size).map_err(FrameError::Copy)?;
+        let charge = quota
+            .charge(size)
+            .ok_or(FrameError::TooManyCopies { limit: MAX_COPIES })?;
+        let (file, memory) = memfd::read_only("fanlight-frame", size).map_err(FrameError::Copy)?;
         let copy = Self {
             frame,
             file,
@@ -83,10 +89,10 @@ impl FrameCopy {
     }
 
     /// The memory, for one who looks at it.
-    pub fn image(&self) -> Result<ExportedImage, FrameError> {
-        Ok(ExportedImage {
+    pub fn image(&self) -> Result<ExportedFrame, FrameError> {
+        Ok(ExportedFrame {
             fd: self.file.try_clone().map_err(FrameError::Duplicate)?,
-            memory: ImageMemory::Shared,
+            memory: FrameMemory::Shared,
             width: self.frame.area.width,
             height: self.frame.area.height,
             stride: row(&self.frame) as u32,
@@ -101,17 +107,4 @@ impl FrameCopy {
 /// Bytes of a line of the copy.
 fn row(frame: &Frame) -> usize {
     frame.area.width as usize * Format::BYTES as usize
-}
-
-/// A memfd that only this mapping can write to, of a size that stays.
-fn shared_memory(size: u64) -> io::Result<(OwnedFd, MmapRegion)> {
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let memfd = rustix::fs::memfd_create("fanlight-frame", flags)?;
-    rustix::fs::ftruncate(&memfd, size)?;
-    let file = File::from(memfd.try_clone()?);
-    let memory =
-        MmapRegion::from_file(FileOffset::new(file, 0), size as usize).map_err(io::Error::other)?;
-    let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL;
-    rustix::fs::fcntl_add_seals(&memfd, seals)?;
-    Ok((memfd, memory))
 }

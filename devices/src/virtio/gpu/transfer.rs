@@ -2,7 +2,7 @@
 
 use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileMemory};
 
-use super::{commands::CommandError, format::Format, resource::Image, scanout::Area};
+use super::{error::CommandError, format::Format, geometry::Area, resource::Image};
 use crate::{GuestMemory, memory::Segment};
 
 /// Copies `area` of the image from its backing, where it starts at `offset` and rows are as long as the

@@ -4,30 +4,27 @@ use std::fs::File;
 
 use super::{
     super::{
-        commands::{Answer, CommandError, Input},
-        display::State,
+        error::CommandError,
         protocol::*,
+        request::Input,
         resource::{HostKind, Kind},
+        response::Response,
+        state::{SharedState, State},
     },
-    HostMemory, Outcome, Places, Renderer, Then,
     blob_files::BlobFile,
+    completion::{CommandContext, Outcome, Then, later},
+    host_memory::HostMemory,
     outputs::{show_blob, show_texture},
+    renderer::Renderer,
     wire::{CALL_EXPORT, Call, RamRange, Say},
 };
-use crate::{
-    dmabuf::{MemoryEntry, ScatterList},
-    virtio::gpu::display::DisplayHandle,
-};
+use crate::dmabuf::{MemoryEntry, ScatterList};
 use fanlight_arch::layout::PAGE_SIZE;
 
 /// Contexts at a time: the renderer may have a process for each.
 const MAX_CONTEXTS: usize = 1 << 10;
 /// The longest command stream. Mesa's are of some hundred KiB.
 const MAX_STREAM: u64 = 64 << 20;
-
-pub(super) fn later(call: Call, then: Then) -> Result<Outcome, CommandError> {
-    Ok(Outcome::Later(Box::new(call), then))
-}
 
 impl Renderer {
     /// Looks at a command of the control queue; one that has nothing to do with the renderer is left to
@@ -36,61 +33,60 @@ impl Renderer {
         &mut self,
         header: &CtrlHdr,
         input: &mut Input,
-        places: &Places,
+        context: &CommandContext,
     ) -> Result<Outcome, CommandError> {
         let type_ = header.type_.get();
-        let context = header.ctx_id.get();
+        let ctx_id = header.ctx_id.get();
         match type_ {
             VIRTIO_GPU_CMD_GET_CAPSET_INFO => self.capset_info(&input.take()?),
             VIRTIO_GPU_CMD_GET_CAPSET => self.capset(&input.take()?),
-            VIRTIO_GPU_CMD_CTX_CREATE => self.create_context(context, input.take()?, places),
-            VIRTIO_GPU_CMD_CTX_DESTROY => self.destroy_context(context),
+            VIRTIO_GPU_CMD_CTX_CREATE => self.create_context(ctx_id, input.take()?, context),
+            VIRTIO_GPU_CMD_CTX_DESTROY => self.destroy_context(ctx_id),
             VIRTIO_GPU_CMD_CTX_ATTACH_RESOURCE | VIRTIO_GPU_CMD_CTX_DETACH_RESOURCE => {
-                self.attach_to_context(type_, context, input.take()?, places)
+                self.attach_to_context(type_, ctx_id, input.take()?, context)
             }
-            VIRTIO_GPU_CMD_SUBMIT_3D => self.submit(context, input, places),
-            VIRTIO_GPU_CMD_RESOURCE_CREATE_3D => create_3d(input.take()?, places),
+            VIRTIO_GPU_CMD_SUBMIT_3D => self.submit(ctx_id, input, context),
+            VIRTIO_GPU_CMD_RESOURCE_CREATE_3D => create_3d(input.take()?, context),
             VIRTIO_GPU_CMD_TRANSFER_TO_HOST_3D | VIRTIO_GPU_CMD_TRANSFER_FROM_HOST_3D => {
                 let command: TransferHost3d = input.take()?;
-                places
-                    .display
-                    .0
+                context
+                    .state
                     .lock()
                     .resources
                     .host_mut(command.resource_id.get())?;
-                later(Call::new(type_, context, &command), Then::Answer)
+                later(Call::new(type_, ctx_id, &command), Then::Answer)
             }
-            VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB => self.create_blob(context, input, places),
-            VIRTIO_GPU_CMD_RESOURCE_MAP_BLOB => self.map_blob(&input.take()?, places),
-            VIRTIO_GPU_CMD_RESOURCE_UNMAP_BLOB => self.unmap_blob(input.take()?, places),
-            VIRTIO_GPU_CMD_RESOURCE_UNREF => self.unref(input.take()?, places),
-            VIRTIO_GPU_CMD_RESOURCE_ATTACH_BACKING => attach(input, places),
-            VIRTIO_GPU_CMD_RESOURCE_DETACH_BACKING => self.detach(input.take()?, places),
-            VIRTIO_GPU_CMD_SET_SCANOUT => self.set_scanout(&input.take()?, places),
-            VIRTIO_GPU_CMD_SET_SCANOUT_BLOB => self.set_scanout_blob(&input.take()?, places),
-            VIRTIO_GPU_CMD_RESOURCE_FLUSH => self.flush(input.take()?, places),
+            VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB => self.create_blob(ctx_id, input, context),
+            VIRTIO_GPU_CMD_RESOURCE_MAP_BLOB => self.map_blob(&input.take()?, context),
+            VIRTIO_GPU_CMD_RESOURCE_UNMAP_BLOB => self.unmap_blob(input.take()?, context),
+            VIRTIO_GPU_CMD_RESOURCE_UNREF => self.unref(input.take()?, context),
+            VIRTIO_GPU_CMD_RESOURCE_ATTACH_BACKING => attach(input, context),
+            VIRTIO_GPU_CMD_RESOURCE_DETACH_BACKING => self.detach(input.take()?, context),
+            VIRTIO_GPU_CMD_SET_SCANOUT => self.set_scanout(&input.take()?, context),
+            VIRTIO_GPU_CMD_SET_SCANOUT_BLOB => self.set_scanout_blob(&input.take()?, context),
+            VIRTIO_GPU_CMD_RESOURCE_FLUSH => self.flush(input.take()?, context),
             _ => {
-                let mut state = places.display.0.lock();
-                Ok(state.control(type_, input, places.map)?.into())
+                let mut state = context.state.lock();
+                Ok(state.control(type_, input, context.map)?.into())
             }
         }
     }
 
     /// What is left to do of a command once the renderer has done it.
-    pub(super) fn finish(
+    pub fn finish(
         &mut self,
         then: Then,
         say: Say,
-        display: &DisplayHandle,
-    ) -> Result<Answer, CommandError> {
-        let mut state = display.0.lock();
+        state: &SharedState,
+    ) -> Result<Response, CommandError> {
+        let mut state = state.lock();
         match then {
-            Then::Answer => Ok(Answer::OK),
+            Then::Answer => Ok(Response::OK),
             Then::Give(answer) => Ok(answer),
-            Then::Capset => Ok(Answer {
+            Then::Capset => Ok(Response {
                 type_: VIRTIO_GPU_RESP_OK_CAPSET,
                 body: say.data,
-                hold: None,
+                fence: None,
             }),
             Then::Created { id, kind } => {
                 let entered = state.resources.create_host(id, kind);
@@ -106,11 +102,11 @@ impl Renderer {
                     let cache = say.head.value;
                     self.files.keep(id, BlobFile { file, cache });
                 }
-                entered.map(|()| Answer::OK)
+                entered.map(|()| Response::OK)
             }
             Then::Backed { id, backed } => {
                 state.resources.host_mut(id)?.backed = backed;
-                Ok(Answer::OK)
+                Ok(Response::OK)
             }
             Then::Map { id, offset } => {
                 let cache = say.head.value;
@@ -144,7 +140,7 @@ impl Renderer {
         self.process.is_none()
     }
 
-    fn context(&self, id: u32) -> Result<(), CommandError> {
+    fn check_context(&self, id: u32) -> Result<(), CommandError> {
         if self.is_gone() {
             return Err(CommandError::NoRenderer);
         }
@@ -167,7 +163,7 @@ impl Renderer {
             capset_max_size: info.max_size.into(),
             padding: 0.into(),
         };
-        Ok(Answer::with(VIRTIO_GPU_RESP_OK_CAPSET_INFO, &info).into())
+        Ok(Response::with(VIRTIO_GPU_RESP_OK_CAPSET_INFO, &info).into())
     }
 
     fn capset(&self, command: &GetCapset) -> Result<Outcome, CommandError> {
@@ -187,7 +183,7 @@ impl Renderer {
         &mut self,
         id: u32,
         mut command: CtxCreate,
-        places: &Places,
+        context: &CommandContext,
     ) -> Result<Outcome, CommandError> {
         if self.is_gone() {
             return Err(CommandError::NoRenderer);
@@ -195,7 +191,7 @@ impl Renderer {
         if id == 0 || self.contexts.contains(&id) || self.contexts.len() >= MAX_CONTEXTS {
             return Err(CommandError::Context(id));
         }
-        if places.display.0.lock().features & VIRTIO_GPU_F_CONTEXT_INIT == 0 {
+        if context.state.lock().features & VIRTIO_GPU_F_CONTEXT_INIT == 0 {
             command.context_init = 0.into();
         }
         let capset = command.context_init.get() & VIRTIO_GPU_CONTEXT_INIT_CAPSET_ID_MASK;
@@ -221,7 +217,7 @@ impl Renderer {
     /// gave to another one outlives the program.
     fn destroy_context(&mut self, id: u32) -> Result<Outcome, CommandError> {
         if self.is_gone() {
-            return Ok(Answer::OK.into());
+            return Ok(Response::OK.into());
         }
         if !self.contexts.remove(&id) {
             return Err(CommandError::Context(id));
@@ -235,34 +231,34 @@ impl Renderer {
     fn attach_to_context(
         &mut self,
         type_: u32,
-        context: u32,
+        ctx_id: u32,
         command: ResourceId,
-        places: &Places,
+        context: &CommandContext,
     ) -> Result<Outcome, CommandError> {
         if self.is_gone() && type_ == VIRTIO_GPU_CMD_CTX_DETACH_RESOURCE {
-            return Ok(Answer::OK.into());
+            return Ok(Response::OK.into());
         }
-        self.context(context)?;
-        let state = places.display.0.lock();
+        self.check_context(ctx_id)?;
+        let state = context.state.lock();
         match state.resources.get(command.resource_id.get())?.kind {
             // The library has no answer to it.
             Kind::Host(_) => {
-                let call = Call::new(type_, context, &command);
-                Ok(Outcome::Told(Box::new(call), Answer::OK))
+                let call = Call::new(type_, ctx_id, &command);
+                Ok(Outcome::Told(Box::new(call), Response::OK))
             }
             // Linux attaches whatever a program opens. The renderer has no use for what it does not know.
-            Kind::Image(_) | Kind::Blob(_) => Ok(Answer::OK.into()),
+            Kind::Image(_) | Kind::Blob(_) => Ok(Response::OK.into()),
         }
     }
 
     fn submit(
         &mut self,
-        context: u32,
+        ctx_id: u32,
         input: &mut Input,
-        places: &Places,
+        context: &CommandContext,
     ) -> Result<Outcome, CommandError> {
         let command: CmdSubmit = input.take()?;
-        self.context(context)?;
+        self.check_context(ctx_id)?;
         let size = u64::from(command.size.get());
         let stream = input.buffers.take_front(size);
         if stream.len() < size {
@@ -274,26 +270,26 @@ impl Renderer {
         let entries = stream
             .ranges()
             .map(|(address, len)| MemoryEntry { address, len });
-        let mut call = Call::new(VIRTIO_GPU_CMD_SUBMIT_3D, context, &command);
-        call.ranges = ranges(ScatterList::resolve_ram(places.map, entries, size)?);
+        let mut call = Call::new(VIRTIO_GPU_CMD_SUBMIT_3D, ctx_id, &command);
+        call.ranges = ranges(ScatterList::resolve_ram(context.map, entries, size)?);
         later(call, Then::Answer)
     }
 
     fn create_blob(
         &mut self,
-        context: u32,
+        ctx_id: u32,
         input: &mut Input,
-        places: &Places,
+        context: &CommandContext,
     ) -> Result<Outcome, CommandError> {
         let command: ResourceCreateBlob = input.take()?;
-        let mut state = places.display.0.lock();
+        let mut state = context.state.lock();
         if command.blob_mem.get() != VIRTIO_GPU_BLOB_MEM_HOST3D {
-            return Ok(state.create_blob(&command, input, places.map)?.into());
+            return Ok(state.create_blob(&command, input, context.map)?.into());
         }
         if state.features & VIRTIO_GPU_F_RESOURCE_BLOB == 0 {
             return Err(CommandError::Unknown(VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB));
         }
-        self.context(context)?;
+        self.check_context(ctx_id)?;
         let (id, size) = (command.resource_id.get(), command.size.get());
         let flags = command.blob_flags.get();
         if flags & !VIRTIO_GPU_BLOB_FLAGS != 0 {
@@ -312,7 +308,7 @@ impl Renderer {
             shareable: flags & shared != 0,
         };
         later(
-            Call::new(VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB, context, &command),
+            Call::new(VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB, ctx_id, &command),
             Then::Created { id, kind },
         )
     }
@@ -320,9 +316,9 @@ impl Renderer {
     fn map_blob(
         &mut self,
         command: &ResourceMapBlob,
-        places: &Places,
+        context: &CommandContext,
     ) -> Result<Outcome, CommandError> {
-        let mut state = places.display.0.lock();
+        let mut state = context.state.lock();
         let id = command.resource_id.get();
         let host = state.resources.host_mut(id)?;
         let HostKind::Blob { .. } = host.kind else {
@@ -347,9 +343,9 @@ impl Renderer {
     fn unmap_blob(
         &mut self,
         command: ResourceId,
-        places: &Places,
+        context: &CommandContext,
     ) -> Result<Outcome, CommandError> {
-        let mut state = places.display.0.lock();
+        let mut state = context.state.lock();
         let host = state.resources.host_mut(command.resource_id.get())?;
         let offset = host.mapped.ok_or(CommandError::Backing("is not shown"))?;
         self.rendering
@@ -357,11 +353,15 @@ impl Renderer {
             .unmap(offset)
             .map_err(CommandError::Map)?;
         host.mapped = None;
-        Ok(Answer::OK.into())
+        Ok(Response::OK.into())
     }
 
-    fn unref(&mut self, command: ResourceId, places: &Places) -> Result<Outcome, CommandError> {
-        let mut state = places.display.0.lock();
+    fn unref(
+        &mut self,
+        command: ResourceId,
+        context: &CommandContext,
+    ) -> Result<Outcome, CommandError> {
+        let mut state = context.state.lock();
         let mut is_host = false;
         if let Kind::Host(host) = &state.resources.get(command.resource_id.get())?.kind {
             is_host = true;
@@ -381,8 +381,12 @@ impl Renderer {
         Ok(answer.into())
     }
 
-    fn detach(&mut self, command: ResourceId, places: &Places) -> Result<Outcome, CommandError> {
-        let mut state = places.display.0.lock();
+    fn detach(
+        &mut self,
+        command: ResourceId,
+        context: &CommandContext,
+    ) -> Result<Outcome, CommandError> {
+        let mut state = context.state.lock();
         let id = command.resource_id.get();
         let Ok(host) = state.resources.host_mut(id) else {
             return Ok(state.detach(command)?.into());
@@ -392,7 +396,7 @@ impl Renderer {
         }
         if self.is_gone() {
             host.backed = false;
-            return Ok(Answer::OK.into());
+            return Ok(Response::OK.into());
         }
         later(
             Call::new(VIRTIO_GPU_CMD_RESOURCE_DETACH_BACKING, 0, &command),
@@ -408,7 +412,7 @@ fn show(
     id: u32,
     offset: u64,
     memory: &BlobFile,
-) -> Result<Answer, CommandError> {
+) -> Result<Response, CommandError> {
     let host = state.resources.host_mut(id)?;
     let HostKind::Blob { len, shareable } = host.kind else {
         return Err(CommandError::Resource(id));
@@ -421,12 +425,12 @@ fn show(
         map_info: memory.cache.into(),
         padding: 0.into(),
     };
-    Ok(Answer::with(VIRTIO_GPU_RESP_OK_MAP_INFO, &info))
+    Ok(Response::with(VIRTIO_GPU_RESP_OK_MAP_INFO, &info))
 }
 
-fn create_3d(command: ResourceCreate3d, places: &Places) -> Result<Outcome, CommandError> {
+fn create_3d(command: ResourceCreate3d, context: &CommandContext) -> Result<Outcome, CommandError> {
     let id = command.resource_id.get();
-    places.display.0.lock().resources.check_new(id)?;
+    context.state.lock().resources.check_new(id)?;
     let kind = HostKind::Texture {
         width: command.width.get(),
         height: command.height.get(),
@@ -438,19 +442,19 @@ fn create_3d(command: ResourceCreate3d, places: &Places) -> Result<Outcome, Comm
     )
 }
 
-fn attach(input: &mut Input, places: &Places) -> Result<Outcome, CommandError> {
+fn attach(input: &mut Input, context: &CommandContext) -> Result<Outcome, CommandError> {
     let command: ResourceAttachBacking = input.take()?;
-    let mut state = places.display.0.lock();
+    let mut state = context.state.lock();
     let id = command.resource_id.get();
     let Ok(host) = state.resources.host_mut(id) else {
-        return Ok(state.attach(&command, input, places.map)?.into());
+        return Ok(state.attach(&command, input, context.map)?.into());
     };
     if host.backed {
         return Err(CommandError::Backing("is there already"));
     }
     let entries = input.entries(command.nr_entries.get())?;
     let size = entries.iter().map(|entry| entry.len).sum();
-    let memory = ScatterList::resolve_ram(places.map, entries, size)?;
+    let memory = ScatterList::resolve_ram(context.map, entries, size)?;
     let mut call = Call::new(VIRTIO_GPU_CMD_RESOURCE_ATTACH_BACKING, 0, &command);
     call.ranges = ranges(memory);
     later(call, Then::Backed { id, backed: true })

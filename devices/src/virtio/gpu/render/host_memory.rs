@@ -12,13 +12,12 @@ use std::{
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
-use rustix::fs::MemfdFlags;
-
 use crate::{
     dma::{DeviceReach, Reachable, Source},
     hypervisor::{Hypervisor, MappedSlot},
     memory::{Arena, ArenaError, Backing, BackingKind, IoHandler, SlotMapping},
     pci::{BarContent, BarHandler, Piece},
+    sys::memfd,
     virtio::transport::SharedMemory,
 };
 
@@ -84,13 +83,13 @@ impl HostMemory {
             Vec::new()
         } else {
             // The map wants a file, and what lies there is of many: one that holds nothing.
-            let nothing = rustix::fs::memfd_create("fanlight-hostmem", MemfdFlags::CLOEXEC)?;
+            let nothing = memfd::empty("fanlight-hostmem")?;
             let backing = Backing {
                 kind: BackingKind::SharedMemory {
                     device: 0,
                     id: HOST_VISIBLE,
                 },
-                file: Arc::new(File::from(nothing)),
+                file: Arc::new(nothing),
                 offset: 0,
             };
             vec![Piece {
@@ -258,7 +257,7 @@ mod tests {
     }
 
     fn page() -> File {
-        let mut file = File::from(rustix::fs::memfd_create("blob", MemfdFlags::CLOEXEC).unwrap());
+        let mut file = memfd::empty("blob").unwrap();
         file.write_all(&[1; PAGE as usize]).unwrap();
         file
     }

@@ -3,52 +3,33 @@
 use std::fs::File;
 
 use fanlight_arch::layout::PAGE_SIZE;
-use zerocopy::{FromBytes, Immutable, IntoBytes};
+use zerocopy::FromBytes;
 
 use super::{
     super::{
-        commands::{Answer, CommandError, area},
-        display::State,
+        error::CommandError,
         format::Format,
+        geometry::Area,
         protocol::*,
-        resource::{CopyTo, HostKind},
-        scanout::{Area, Scanout},
+        request::area,
+        resource::{CopyTo, ExportedLayout, HostKind},
+        response::Response,
+        scanout::Scanout,
+        state::State,
     },
-    Outcome, Places, Renderer, Then,
-    commands::later,
-    wire::{CALL_EXPORT, CALL_EXPORT_TEXTURE, CALL_READ_BACK, Call, Say, TextureLayout},
+    completion::{CommandContext, Outcome, Then, later},
+    renderer::Renderer,
+    wire::{CALL_EXPORT, CALL_EXPORT_TEXTURE, CALL_READ_BACK, Call, ReadBack, Say, TextureLayout},
 };
-
-/// What [`CALL_READ_BACK`] is about.
-#[derive(Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, zerocopy::KnownLayout)]
-#[repr(C)]
-pub struct ReadBack {
-    /// The resource.
-    pub resource: u32,
-    /// Bytes from one row to the next in the file.
-    pub stride: u32,
-    /// Left edge.
-    pub x: u32,
-    /// Upper edge.
-    pub y: u32,
-    /// Pixels in a row.
-    pub width: u32,
-    /// Rows.
-    pub height: u32,
-    /// Where in the file the first pixel goes.
-    pub offset: u64,
-    /// Length of the file.
-    pub size: u64,
-}
 
 impl Renderer {
     /// A texture's own memory is asked for when an output is to show it for the first time.
     pub(super) fn set_scanout(
         &self,
         command: &SetScanout,
-        places: &Places,
+        context: &CommandContext,
     ) -> Result<Outcome, CommandError> {
-        let mut state = places.display.0.lock();
+        let mut state = context.state.lock();
         let id = command.resource_id.get();
         if !self.is_gone()
             && let Ok(host) = state.resources.host_mut(id)
@@ -71,9 +52,9 @@ impl Renderer {
     pub(super) fn set_scanout_blob(
         &mut self,
         command: &SetScanoutBlob,
-        places: &Places,
+        context: &CommandContext,
     ) -> Result<Outcome, CommandError> {
-        let mut state = places.display.0.lock();
+        let mut state = context.state.lock();
         let id = command.resource_id.get();
         if state.features & VIRTIO_GPU_F_RESOURCE_BLOB == 0 {
             return Err(CommandError::Unknown(VIRTIO_GPU_CMD_SET_SCANOUT_BLOB));
@@ -100,9 +81,9 @@ impl Renderer {
     pub(super) fn flush(
         &mut self,
         command: ResourceFlush,
-        places: &Places,
+        context: &CommandContext,
     ) -> Result<Outcome, CommandError> {
-        let mut state = places.display.0.lock();
+        let mut state = context.state.lock();
         let id = command.resource_id.get();
         let flushed = area(&command.r)?;
         let visible = visible(&state, id, &flushed);
@@ -167,7 +148,7 @@ pub(super) fn show_blob(
     state: &mut State,
     command: &SetScanoutBlob,
     file: File,
-) -> Result<Answer, CommandError> {
+) -> Result<Response, CommandError> {
     let on_outputs = on_outputs(state);
     let id = command.resource_id.get();
     state.resources.show_blob(id, file, &on_outputs)?;
@@ -179,12 +160,13 @@ pub(super) fn show_texture(
     state: &mut State,
     command: &SetScanout,
     say: Say,
-) -> Result<Answer, CommandError> {
+) -> Result<Response, CommandError> {
     let on_outputs = on_outputs(state);
     let id = command.resource_id.get();
     let layout = TextureLayout::read_from_bytes(&say.data);
     let shown = match (say.file, layout) {
-        (Some(file), Ok(layout)) => state.resources.show_texture(id, file, layout, &on_outputs),
+        (Some(file), Ok(layout)) => exported_layout(&layout)
+            .and_then(|layout| state.resources.show_texture(id, file, layout, &on_outputs)),
         _ => Err(CommandError::Renderer),
     };
     if let Err(error) = shown {
@@ -192,4 +174,12 @@ pub(super) fn show_texture(
         state.resources.host_mut(id)?.no_export = true;
     }
     state.set_scanout_2d(command)
+}
+
+fn exported_layout(layout: &TextureLayout) -> Result<ExportedLayout, CommandError> {
+    Ok(ExportedLayout {
+        format: Format::from_fourcc(layout.fourcc).ok_or(CommandError::Renderer)?,
+        stride: layout.stride,
+        offset: layout.offset,
+    })
 }

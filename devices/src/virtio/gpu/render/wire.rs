@@ -91,6 +91,28 @@ pub struct TextureLayout {
     pub offset: u32,
 }
 
+/// What [`CALL_READ_BACK`] is about.
+#[derive(Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout)]
+#[repr(C)]
+pub struct ReadBack {
+    /// The resource.
+    pub resource: u32,
+    /// Bytes from one row to the next in the file.
+    pub stride: u32,
+    /// Left edge.
+    pub x: u32,
+    /// Upper edge.
+    pub y: u32,
+    /// Pixels in a row.
+    pub width: u32,
+    /// Rows.
+    pub height: u32,
+    /// Where in the file the first pixel goes.
+    pub offset: u64,
+    /// Length of the file.
+    pub size: u64,
+}
+
 /// A place in the order of fences.
 #[derive(
     Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout, PartialEq, Eq,

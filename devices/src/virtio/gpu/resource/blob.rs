@@ -6,11 +6,21 @@ use std::{
     sync::{Arc, Weak},
 };
 
-use super::{super::budget::Charge, table::Surface};
+use super::surface::Surface;
 use crate::{
     dmabuf::{Piece, ScatterList},
-    memory::{AddressSpace, BackingKind, Segment},
+    memory::{AddressSpace, BackingKind, Charge, Segment},
 };
+
+/// A resource of guest memory.
+#[derive(Debug)]
+pub struct Blob {
+    /// Bytes.
+    pub size: u64,
+    /// The memory.
+    pub memory: BlobMemory,
+    pub(super) _charge: Charge,
+}
 
 /// Memory behind a blob.
 #[derive(Debug)]
@@ -22,7 +32,7 @@ pub enum BlobMemory {
     /// Memory of a passed-through device.
     Device {
         /// What the driver named, as it was when it did.
-        places: Vec<Place>,
+        ranges: Vec<BlobRange>,
         /// The memory while all of it is there.
         surface: Option<Arc<Surface>>,
         /// The guest pays for what it named.
@@ -33,7 +43,7 @@ pub enum BlobMemory {
 /// A range of guest-physical memory and what lay there. It does not keep the device open: one that was taken out
 /// is to go.
 #[derive(Debug)]
-pub struct Place {
+pub struct BlobRange {
     gpa: u64,
     len: u64,
     kind: BackingKind,
@@ -41,7 +51,7 @@ pub struct Place {
     offset: u64,
 }
 
-impl From<&Segment> for Place {
+impl From<&Segment> for BlobRange {
     fn from(segment: &Segment) -> Self {
         Self {
             gpa: segment.gpa,
@@ -53,7 +63,7 @@ impl From<&Segment> for Place {
     }
 }
 
-impl Place {
+impl BlobRange {
     fn overlaps(&self, gpa: u64, len: u64) -> bool {
         // Both are in the map or were, so neither is empty or passes the end of the addresses.
         self.gpa <= gpa + (len - 1) && gpa <= self.gpa + (self.len - 1)
@@ -83,12 +93,12 @@ impl BlobMemory {
         let in_device = segments
             .iter()
             .any(|segment| segment.backing.kind != BackingKind::Ram);
-        let places = in_device.then(|| segments.iter().map(Place::from).collect());
+        let ranges = in_device.then(|| segments.iter().map(BlobRange::from).collect());
         let surface = Surface::new(memory.into_pieces(), charge.clone());
-        match places {
+        match ranges {
             None => Self::Ram(surface),
-            Some(places) => Self::Device {
-                places,
+            Some(ranges) => Self::Device {
+                ranges,
                 surface: Some(surface),
                 charge,
             },
@@ -120,18 +130,18 @@ impl BlobMemory {
     /// nothing will ever be again (iommufd does).
     pub fn changed(&mut self, map: &AddressSpace, gpa: u64, len: u64) -> bool {
         let Self::Device {
-            places,
+            ranges,
             surface,
             charge,
         } = self
         else {
             return false;
         };
-        if !places.iter().any(|place| place.overlaps(gpa, len)) {
+        if !ranges.iter().any(|range| range.overlaps(gpa, len)) {
             return false;
         }
         let had = surface.is_some();
-        let pieces: Option<Vec<_>> = places.iter().map(|place| place.find(map)).collect();
+        let pieces: Option<Vec<_>> = ranges.iter().map(|range| range.find(map)).collect();
         match pieces {
             None => *surface = None,
             Some(_) if had => {}
@@ -144,7 +154,10 @@ impl BlobMemory {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::{dmabuf::MemoryEntry, memory::Backing, virtio::gpu::budget::Budget};
+    use crate::{
+        dmabuf::MemoryEntry,
+        memory::{Backing, Quota},
+    };
 
     const BAR: u64 = 0x10_0000;
     const LEN: u64 = 0x1_0000;
@@ -162,7 +175,7 @@ mod tests {
     }
 
     fn charge() -> Arc<Charge> {
-        Arc::new(Budget::new(1 << 20).charge(1).unwrap())
+        Arc::new(Quota::new(1 << 20).charge(1).unwrap())
     }
 
     fn memory(map: &AddressSpace, list: &[(u64, u64)]) -> BlobMemory {
@@ -224,19 +237,19 @@ mod tests {
 
     #[test]
     fn ranges_overlap_at_their_edges() {
-        let place = Place {
+        let range = BlobRange {
             gpa: 0,
             len: 0x1000,
             kind: BackingKind::Ram,
             file: Weak::new(),
             offset: 0,
         };
-        assert!(place.overlaps(0, 1) && place.overlaps(0xfff, 1));
-        assert!(!place.overlaps(0x1000, 0x1000));
-        let last = Place {
+        assert!(range.overlaps(0, 1) && range.overlaps(0xfff, 1));
+        assert!(!range.overlaps(0x1000, 0x1000));
+        let last = BlobRange {
             gpa: u64::MAX - 0xfff,
             len: 0x1000,
-            ..place
+            ..range
         };
         assert!(last.overlaps(u64::MAX, 1) && !last.overlaps(0, 0x1000));
     }

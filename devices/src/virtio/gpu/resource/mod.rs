@@ -1,9 +1,15 @@
-//! What the driver has the device remember.
+//! What the driver has the device remember: 2D resources, blobs and resources of the renderer.
 
 mod blob;
 mod host;
+mod host_shown;
+mod image;
+mod surface;
 mod table;
 
-pub use blob::BlobMemory;
+pub use blob::{Blob, BlobMemory};
 pub use host::{CopyTo, HostKind};
-pub use table::{Blob, Image, Kind, MAX_ENTRIES, Resource, Resources, Surface};
+pub use host_shown::ExportedLayout;
+pub use image::Image;
+pub use surface::Surface;
+pub use table::{Kind, Resource, Resources};

@@ -1,84 +1,26 @@
 //! What the driver has the device remember: 2D resources, whose pixels lie in memory of the device's, and
 //! blobs, whose pixels stay where the driver drew them.
 
-use std::{collections::BTreeMap, fs::File, io, sync::Arc};
-
-use rustix::fs::{MemfdFlags, SealFlags};
-use vm_memory::{FileOffset, MmapRegion};
+use std::{collections::BTreeMap, sync::Arc};
 
 use super::{
-    super::{
-        budget::{Budget, Charge},
-        commands::CommandError,
-        format::Format,
-        output::Mode,
-    },
-    blob::{BlobMemory, Place},
-    host::HostResource,
+    blob::{Blob, BlobMemory, BlobRange},
+    host::{HostKind, HostResource},
+    image::{Image, ImageBacking},
+    surface::{RESOURCE_COST, Surface},
 };
 use crate::{
-    dmabuf::{Buffer, MemoryEntry, Piece, ScatterList},
-    memory::{AddressSpace, BackingKind, Segment},
+    dmabuf::{MemoryEntry, Piece, ScatterList},
+    memory::{AddressSpace, Charge, Quota, Segment},
+    virtio::gpu::{error::CommandError, format::Format},
 };
 use fanlight_arch::layout::PAGE_SIZE;
 
-/// The longest list of entries: 1 GiB of single pages, which is more than any image.
-pub const MAX_ENTRIES: u32 = 1 << 18;
 /// The most 2D resources: each holds a descriptor.
 const MAX_IMAGES: usize = 512;
-/// What a resource costs besides its pixels and entries.
-pub const RESOURCE_COST: u64 = 1 << 10;
 /// What a page of a blob costs in the host's kernel while the blob is exported (udmabuf keeps a folio and an
 /// offset for each), whether or not it is.
 const PAGE_COST: u64 = 32;
-/// Rows of 2D resources start at multiples of this: what the strictest GPUs import.
-pub const ROW_ALIGNMENT: u32 = 256;
-
-/// Memory with pixels, on the account of the guest that has it.
-#[derive(Debug)]
-pub struct Surface {
-    /// The memory.
-    pub buffer: Buffer,
-    _charge: Arc<Charge>,
-}
-
-/// A 2D resource.
-#[derive(Debug)]
-pub struct Image {
-    /// Format of its pixels.
-    pub format: Format,
-    /// Pixels in a row.
-    pub width: u32,
-    /// Rows.
-    pub height: u32,
-    /// Bytes from one row to the next.
-    pub stride: u32,
-    /// The pixels.
-    pub surface: Arc<Surface>,
-    /// The same, mapped.
-    pub pixels: MmapRegion,
-    /// Where transfers read from.
-    pub backing: Option<ImageBacking>,
-}
-
-/// Guest memory behind a 2D resource.
-#[derive(Debug)]
-pub struct ImageBacking {
-    /// The memory.
-    pub memory: ScatterList,
-    _charge: Charge,
-}
-
-/// A resource of guest memory.
-#[derive(Debug)]
-pub struct Blob {
-    /// Bytes.
-    pub size: u64,
-    /// The memory.
-    pub memory: BlobMemory,
-    _charge: Charge,
-}
-
 /// Any kind.
 #[derive(Debug)]
 pub enum Kind {
@@ -115,17 +57,7 @@ impl Resource {
 pub struct Resources {
     all: BTreeMap<u32, Resource>,
     images: usize,
-    budget: Budget,
-}
-
-impl Surface {
-    /// Pieces of memory on an account.
-    pub(super) fn new(pieces: Vec<Piece>, charge: Arc<Charge>) -> Arc<Self> {
-        Arc::new(Self {
-            buffer: Buffer::new(pieces),
-            _charge: charge,
-        })
-    }
+    quota: Arc<Quota>,
 }
 
 impl Resources {
@@ -134,13 +66,13 @@ impl Resources {
         Self {
             all: BTreeMap::new(),
             images: 0,
-            budget: Budget::new(limit),
+            quota: Quota::new(limit),
         }
     }
 
     /// Host memory that resources hold, in bytes.
     pub fn memory_used(&self) -> u64 {
-        self.budget.used()
+        self.quota.used()
     }
 
     /// The resource of this id.
@@ -172,7 +104,7 @@ impl Resources {
     }
 
     pub fn charge(&self, bytes: u64) -> Result<Charge, CommandError> {
-        self.budget
+        self.quota
             .charge(bytes)
             .ok_or(CommandError::OutOfMemory(bytes))
     }
@@ -188,6 +120,30 @@ impl Resources {
         self.all.insert(id, Resource { kind, uuid: None });
     }
 
+    /// Enters a resource that the renderer has made.
+    pub fn create_host(&mut self, id: u32, kind: HostKind) -> Result<(), CommandError> {
+        self.check_new(id)?;
+        let resource = HostResource {
+            kind,
+            mapped: None,
+            backed: false,
+            shown: None,
+            no_export: false,
+            pixels: None,
+            _charge: self.charge(RESOURCE_COST)?,
+        };
+        self.insert(id, Kind::Host(resource));
+        Ok(())
+    }
+
+    /// The resource of this id, if it is the renderer's.
+    pub fn host_mut(&mut self, id: u32) -> Result<&mut HostResource, CommandError> {
+        match &mut self.get_mut(id)?.kind {
+            Kind::Host(resource) => Ok(resource),
+            _ => Err(CommandError::Resource(id)),
+        }
+    }
+
     /// RESOURCE_CREATE_2D.
     pub fn create_2d(
         &mut self,
@@ -197,35 +153,11 @@ impl Resources {
         height: u32,
     ) -> Result<(), CommandError> {
         self.check_new(id)?;
-        let fits = 1..=Mode::MAX;
-        if !fits.contains(&width) || !fits.contains(&height) {
-            return Err(CommandError::Parameter("size of a 2D resource"));
-        }
         if self.images >= MAX_IMAGES {
             return Err(CommandError::OutOfMemory(0));
         }
-        let stride = (width * Format::BYTES).next_multiple_of(ROW_ALIGNMENT);
-        let size = (u64::from(stride) * u64::from(height)).next_multiple_of(PAGE_SIZE);
-        let charge = self.charge(size + RESOURCE_COST)?;
-        let (file, pixels) = host_memory(size).map_err(CommandError::Host)?;
-        let piece = Piece {
-            kind: BackingKind::Ram,
-            file,
-            offset: 0,
-            len: size,
-        };
-        self.insert(
-            id,
-            Kind::Image(Image {
-                format,
-                width,
-                height,
-                stride,
-                surface: Surface::new(vec![piece], Arc::new(charge)),
-                pixels,
-                backing: None,
-            }),
-        );
+        let image = Image::new(format, width, height, |bytes| self.charge(bytes))?;
+        self.insert(id, Kind::Image(image));
         self.images += 1;
         Ok(())
     }
@@ -330,17 +262,6 @@ impl Resources {
 }
 
 fn list_cost(entries: &[MemoryEntry]) -> u64 {
-    entries.len() as u64 * (size_of::<Segment>() + size_of::<Piece>() + size_of::<Place>()) as u64
-}
-
-/// A memfd with its mapping. Sealed as udmabuf wants it: against shrinking, not against writing.
-pub fn host_memory(size: u64) -> io::Result<(Arc<File>, MmapRegion)> {
-    let flags = MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING;
-    let memfd = rustix::fs::memfd_create("fanlight-gpu", flags)?;
-    rustix::fs::ftruncate(&memfd, size)?;
-    rustix::fs::fcntl_add_seals(&memfd, SealFlags::SHRINK | SealFlags::GROW)?;
-    let file = Arc::new(File::from(memfd));
-    let mapping = MmapRegion::from_file(FileOffset::from_arc(file.clone(), 0), size as usize)
-        .map_err(io::Error::other)?;
-    Ok((file, mapping))
+    entries.len() as u64
+        * (size_of::<Segment>() + size_of::<Piece>() + size_of::<BlobRange>()) as u64
 }

@@ -226,7 +226,7 @@ fn without_dma_bufs_there_are_copies() {
     let image = copy.image().unwrap();
     assert_eq!(
         (image.memory, image.location, image.stride),
-        (ImageMemory::Shared, Location::Host, 128)
+        (FrameMemory::Shared, Location::Host, 128)
     );
     let file = File::from(image.fd);
     let pixel = |x: u64, y: u64| {
@@ -263,10 +263,13 @@ fn copies_are_bounded() {
     machine.create_2d(1, 2048, 2048);
     machine.set_scanout(0, 1, rect(0, 0, 2048, 2048));
     let frame = machine.display.frame(0).unwrap().unwrap();
-    let budget = super::super::budget::Budget::new(40 << 20);
-    let copy = |frame: &Frame| FrameCopy::new(frame.clone(), &budget);
+    let quota = crate::memory::Quota::new(40 << 20);
+    let copy = |frame: &Frame| FrameCopy::new(frame.clone(), &quota);
     let first = [copy(&frame).unwrap(), copy(&frame).unwrap()];
-    assert!(matches!(copy(&frame), Err(FrameError::TooManyCopies)));
+    assert!(matches!(
+        copy(&frame),
+        Err(FrameError::TooManyCopies { .. })
+    ));
     drop(first);
     assert!(copy(&frame).is_ok());
 }

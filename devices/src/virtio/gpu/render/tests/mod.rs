@@ -2,15 +2,15 @@
 
 use std::{
     fs::File,
-    io::Write,
-    os::unix::fs::FileExt,
+    io::{self, Write},
+    os::{fd::OwnedFd, unix::fs::FileExt},
     sync::{Arc, Mutex, mpsc},
     thread,
 };
 
 use rustix::{
     fs::{MemfdFlags, memfd_create},
-    net::{AddressFamily, SocketFlags, SocketType, socketpair},
+    net::{AddressFamily, RecvFlags, SocketFlags, SocketType, socketpair},
 };
 use virtio_queue::desc::split::Descriptor;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -18,16 +18,16 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 mod blobs;
 mod textures;
 
-use super::{wire::*, *};
+use super::{super::protocol::*, renderer::MAX_TOLD, wire::*, *};
 use crate::{
     dma::{DeviceReach, test_util::FakeSpace},
     dmabuf::Exporter,
     hypervisor::test_util::FakeHypervisor,
-    memory::GuestRam,
+    memory::{AddressSpace, GuestRam},
     pci::BarHandler,
     virtio::{
         VirtioDevice,
-        gpu::{DisplayConfig, Gpu, Mode, tests::rect},
+        gpu::{DisplayConfig, DisplayHandle, Gpu, Mode, tests::rect},
         test_util::{Driver, NEXT, WRITE},
     },
 };

@@ -1,0 +1,400 @@
+//! The queues of the GPU and the thread that serves them.
+
+use std::{
+    os::fd::{AsRawFd, OwnedFd, RawFd},
+    sync::Arc,
+    time::{Duration, Instant},
+};
+
+use rustix::time::{Itimerspec, TimerfdClockId, TimerfdFlags, TimerfdTimerFlags, Timespec};
+use zerocopy::IntoBytes;
+
+use super::{
+    display::DisplayHandle,
+    error::CommandError,
+    protocol::*,
+    render::{
+        CommandContext, Heard, Outcome, Pending, Renderer, Then,
+        wire::{FenceAt, Say},
+    },
+    request::Input,
+    response::Response,
+    subscriber::{FlushFence, MAX_FENCE_DELAY},
+};
+use crate::{
+    memory::AddressSpace,
+    virtio::{
+        ActivateError, Activation,
+        queue::{Buffers, DeviceQueue, QueueError, QueueHandler, Request},
+    },
+};
+
+/// A fenced answer that waits for those who show the frame.
+#[derive(Debug)]
+struct DeferredResponse {
+    head: u16,
+    written: u32,
+    fence: FlushFence,
+    until: Instant,
+}
+
+pub struct Queues {
+    control: DeviceQueue,
+    cursor: Option<DeviceQueue>,
+    display: DisplayHandle,
+    map: Arc<AddressSpace>,
+    renderer: Option<Renderer>,
+    /// In the order in which they came; no more than the control queue has room for.
+    deferred: Vec<DeferredResponse>,
+    timer: OwnedFd,
+    /// Whether a failure of the host's has been logged. The driver could have many.
+    told: bool,
+}
+
+const CONTROL: usize = 0;
+const RELEASED: usize = 1;
+const TIMER: usize = 2;
+/// The cursor queue if there is one, then the renderer.
+const CURSOR: usize = 3;
+
+impl Queues {
+    /// Takes the queues that the driver set up.
+    pub fn new(
+        activation: &mut Activation,
+        display: &DisplayHandle,
+        map: &Arc<AddressSpace>,
+        renderer: Option<Renderer>,
+    ) -> Result<Self, ActivateError> {
+        let flags = TimerfdFlags::CLOEXEC | TimerfdFlags::NONBLOCK;
+        let timer = rustix::time::timerfd_create(TimerfdClockId::Monotonic, flags);
+        let timer = timer.map_err(|error| ActivateError::Host {
+            device: "gpu",
+            action: "make a timer".into(),
+            source: error.into(),
+        })?;
+        Ok(Self {
+            control: activation.take_queue(CONTROL_QUEUE)?,
+            // Firmware's drivers, such as EDK2's, have no use for cursors.
+            cursor: activation.take_optional_queue(CURSOR_QUEUE),
+            display: display.clone(),
+            map: map.clone(),
+            renderer,
+            deferred: Vec::new(),
+            timer,
+            told: false,
+        })
+    }
+}
+
+impl QueueHandler for Queues {
+    fn sources(&self) -> Vec<RawFd> {
+        let cursor = self.cursor.as_ref();
+        [
+            self.control.kick().as_raw_fd(),
+            self.display.0.released.as_raw_fd(),
+            self.timer.as_raw_fd(),
+        ]
+        .into_iter()
+        .chain(cursor.map(|queue| queue.kick().as_raw_fd()))
+        .chain(self.renderer.as_ref().map(Renderer::fd))
+        .collect()
+    }
+
+    fn ready(&mut self, source: usize) -> Result<(), QueueError> {
+        match source {
+            CONTROL => {
+                self.control.clear_kick();
+                self.serve_control()
+            }
+            RELEASED => {
+                let _ = self.display.0.released.read();
+                self.send_deferred()
+            }
+            TIMER => {
+                // It may have been set again since it went off.
+                let _ = rustix::io::read(&self.timer, &mut [0; 8]);
+                self.send_deferred()
+            }
+            CURSOR if self.cursor.is_some() => self.serve_cursor(),
+            _ => self.hear_renderer(),
+        }
+    }
+}
+
+impl Queues {
+    fn serve_control(&mut self) -> Result<(), QueueError> {
+        loop {
+            self.control.set_notification(false)?;
+            while self.renderer.as_ref().is_none_or(Renderer::is_idle) {
+                let Some(request) = self.control.pop()? else {
+                    break;
+                };
+                self.serve(request)?;
+            }
+            // What waits for the renderer's answer is looked at when it comes.
+            if self.renderer.as_ref().is_some_and(|r| !r.is_idle())
+                || !self.control.set_notification(true)?
+            {
+                return Ok(());
+            }
+        }
+    }
+
+    fn serve(&mut self, request: Request) -> Result<(), QueueError> {
+        let mem = self.control.memory().clone();
+        let head = request.head;
+        let Some(renderer) = &mut self.renderer else {
+            let (written, fence) = answer(&mem, request, &mut self.told, |header, input| {
+                let type_ = header.type_.get();
+                self.display.0.state.lock().control(type_, input, &self.map)
+            });
+            return self.give(head, written, fence);
+        };
+        let mut input = Input {
+            mem: &mem,
+            buffers: request.readable,
+        };
+        let mut pending = Pending {
+            head,
+            writable: request.writable,
+            header: CtrlHdr::default(),
+            fence: FenceAt::default(),
+        };
+        let context = CommandContext {
+            state: &self.display.0.state,
+            map: &self.map,
+        };
+        let outcome = input.take::<CtrlHdr>().and_then(|header| {
+            pending.header = fence_of(&header);
+            pending.fence = renderer.fence(&header)?;
+            renderer.command(&header, &mut input, &context)
+        });
+        let (call, then) = match outcome {
+            Ok(Outcome::Now(answer)) if renderer.must_wait(&pending.fence) => {
+                (Renderer::fence_only(), Then::Give(answer))
+            }
+            Ok(Outcome::Now(answer)) => {
+                pending.fence = FenceAt::default();
+                return self.finish(pending, Ok(answer));
+            }
+            Ok(Outcome::Later(call, then)) => (*call, then),
+            // A fence needs an answer.
+            Ok(Outcome::Told(call, answer)) if pending.fence.number != 0 => {
+                (*call, Then::Give(answer))
+            }
+            Ok(Outcome::Told(call, answer)) => match renderer.tell(call) {
+                Ok(()) => return self.finish(pending, Ok(answer)),
+                Err(call) => (*call, Then::Give(answer)),
+            },
+            Err(error) => {
+                pending.fence = FenceAt::default();
+                return self.finish(pending, Err(error));
+            }
+        };
+        match renderer.ask(call, then, pending) {
+            Ok(()) => Ok(()),
+            Err(refused) => {
+                let (mut pending, error) = *refused;
+                pending.fence = FenceAt::default();
+                self.finish(pending, Err(error))
+            }
+        }
+    }
+
+    /// Writes the answer to a request, and gives it back now or when its fence is passed.
+    fn finish(
+        &mut self,
+        pending: Pending,
+        answer: Result<Response, CommandError>,
+    ) -> Result<(), QueueError> {
+        let mem = self.control.memory();
+        let (written, fence) = respond(
+            mem,
+            pending.header,
+            &pending.writable,
+            answer,
+            &mut self.told,
+        );
+        match &mut self.renderer {
+            Some(renderer) if pending.fence.number != 0 && fence.is_none() => {
+                renderer.wait(pending.fence, pending.head, written);
+                Ok(())
+            }
+            _ => self.give(pending.head, written, fence),
+        }
+    }
+
+    fn give(
+        &mut self,
+        head: u16,
+        written: u32,
+        fence: Option<FlushFence>,
+    ) -> Result<(), QueueError> {
+        let Some(fence) = fence else {
+            return self.control.push(head, written);
+        };
+        self.deferred.push(DeferredResponse {
+            head,
+            written,
+            fence,
+            until: Instant::now() + MAX_FENCE_DELAY,
+        });
+        self.arm_timer()
+    }
+
+    fn give_all(&mut self, answers: Vec<(u16, u32)>) -> Result<(), QueueError> {
+        for (head, written) in answers {
+            self.control.push(head, written)?;
+        }
+        Ok(())
+    }
+
+    fn hear_renderer(&mut self) -> Result<(), QueueError> {
+        while let Some(heard) = self.renderer.as_mut().and_then(|r| r.hear()) {
+            match heard {
+                Heard::Done(pending, then, say) => {
+                    let answer = say.and_then(|say| self.complete(then, say));
+                    self.finish(pending, answer)?;
+                    self.serve_control()?;
+                }
+                Heard::Passed(answers) => self.give_all(answers)?,
+                Heard::Died(asked, answers) => {
+                    self.give_all(answers)?;
+                    if let Some((pending, answer)) = asked {
+                        self.finish(pending, answer)?;
+                    }
+                    self.serve_control()?;
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// What is left to do of a command once the renderer has replied.
+    fn complete(&mut self, then: Then, say: Say) -> Result<Response, CommandError> {
+        let renderer = self.renderer.as_mut().ok_or(CommandError::NoRenderer)?;
+        renderer.finish(then, say, &self.display.0.state)
+    }
+
+    fn serve_cursor(&mut self) -> Result<(), QueueError> {
+        let Some(cursor) = &mut self.cursor else {
+            return Ok(());
+        };
+        cursor.clear_kick();
+        let (display, told) = (&self.display, &mut self.told);
+        cursor.drain(|mem, request| {
+            let (written, _) = answer(mem, request, told, |header, input| {
+                display.0.state.lock().cursor(header.type_.get(), input)
+            });
+            Ok(written)
+        })
+    }
+
+    /// Responses what nobody, or nobody in time, waits with.
+    fn send_deferred(&mut self) -> Result<(), QueueError> {
+        let now = Instant::now();
+        while let Some(first) = self.deferred.first() {
+            if first.until <= now {
+                first.fence.expire();
+            } else if !first.fence.is_signalled() {
+                break;
+            }
+            let DeferredResponse { head, written, .. } = self.deferred.remove(0);
+            self.control.push(head, written)?;
+        }
+        self.arm_timer()
+    }
+
+    fn arm_timer(&mut self) -> Result<(), QueueError> {
+        let Some(first) = self.deferred.first() else {
+            return Ok(());
+        };
+        let left = first.until.saturating_duration_since(Instant::now());
+        // Nothing at all would disarm it.
+        let left = left.max(Duration::from_millis(1));
+        let once = Itimerspec {
+            it_interval: Timespec::default(),
+            it_value: Timespec {
+                tv_sec: left.as_secs() as i64,
+                tv_nsec: left.subsec_nanos().into(),
+            },
+        };
+        rustix::time::timerfd_settime(&self.timer, TimerfdTimerFlags::empty(), &once)
+            .map(drop)
+            .map_err(|error| QueueError::Host {
+                action: "set a timer",
+                source: error.into(),
+            })
+    }
+}
+
+/// Reads a command, has it carried out and writes the response (5.7.6.7). How many bytes that were, and
+/// what holds the response back.
+fn answer(
+    mem: &crate::GuestMemory,
+    request: Request,
+    told: &mut bool,
+    execute: impl FnOnce(&CtrlHdr, &mut Input) -> Result<Response, CommandError>,
+) -> (u32, Option<FlushFence>) {
+    let mut input = Input {
+        mem,
+        buffers: request.readable,
+    };
+    // Without a header there is no fence to speak of either.
+    let header = input.take::<CtrlHdr>();
+    let fence = header.as_ref().map_or(CtrlHdr::default(), fence_of);
+    let answer = header.and_then(|header| execute(&header, &mut input));
+    respond(mem, fence, &request.writable, answer, told)
+}
+
+/// What of a request's header its response repeats.
+fn fence_of(header: &CtrlHdr) -> CtrlHdr {
+    let flags = VIRTIO_GPU_FLAG_FENCE | VIRTIO_GPU_FLAG_INFO_RING_IDX;
+    CtrlHdr {
+        type_: 0.into(),
+        flags: (header.flags.get() & flags).into(),
+        padding: [0; 3],
+        ..*header
+    }
+}
+
+fn respond(
+    mem: &crate::GuestMemory,
+    header: CtrlHdr,
+    writable: &Buffers,
+    answer: Result<Response, CommandError>,
+    told: &mut bool,
+) -> (u32, Option<FlushFence>) {
+    let response = answer.unwrap_or_else(|error| {
+        match &error {
+            error if error.is_of_host() && !std::mem::replace(told, true) => {
+                tracing::warn!(error = %crate::error_line(&error), "no memory for the guest's GPU");
+            }
+            // Rare, and told by nobody else: Linux's driver does not read the answer.
+            CommandError::Memory(_) => {
+                tracing::info!(
+                    "refused memory of the guest's GPU driver: {}",
+                    crate::error_line(&error)
+                );
+            }
+            _ => tracing::debug!(
+                error = %crate::error_line(&error),
+                "refused a command of the guest's GPU driver"
+            ),
+        }
+        Response::from(&error)
+    });
+    let fenced = header.flags.get() & VIRTIO_GPU_FLAG_FENCE != 0;
+    let mut bytes = CtrlHdr {
+        type_: response.type_.into(),
+        ..header
+    }
+    .as_bytes()
+    .to_vec();
+    bytes.extend(response.body);
+    let written = writable.write(mem, &bytes).unwrap_or(0);
+    let fence = response
+        .fence
+        .filter(|fence| fenced && !fence.is_signalled());
+    (written as u32, fence)
+}

@@ -1,0 +1,173 @@
+//! What the driver did and what the host decided, behind one lock.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use super::{
+    cursor::Cursor,
+    frame::Frame,
+    output::Mode,
+    output::{OUTPUTS, Output, outputs},
+    protocol::{VIRTIO_GPU_EVENT_DISPLAY, VIRTIO_GPU_F_EDID},
+    resource::{Blob, BlobMemory, Kind, Resource, Resources},
+    scanout::{Location, Scanout},
+    subscriber::Subscribers,
+};
+use crate::virtio::DeviceStatus;
+
+/// What the device did.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Statistics {
+    /// RESOURCE_FLUSH commands.
+    pub flushes: u64,
+    /// Pixels that TRANSFER_TO_HOST_2D copied, in bytes.
+    pub transferred_bytes: u64,
+    /// Host memory that the guest's resources hold, in bytes.
+    pub resource_memory: u64,
+}
+
+/// What the driver has asked since outputs changed. It clears the event after it has asked, so one that
+/// came while it was asking would be lost.
+#[derive(Debug, Default)]
+pub struct StaleDisplayInfo {
+    /// Display information is out of date.
+    display_info: bool,
+    /// So is the EDID of these outputs.
+    edids: [bool; OUTPUTS],
+    /// Whether it asked for anything since it was last told again.
+    read: bool,
+}
+
+impl StaleDisplayInfo {
+    pub fn output_changed(&mut self, output: usize) {
+        self.display_info = true;
+        self.edids[output] = true;
+    }
+
+    pub fn display_info_read(&mut self) {
+        self.display_info = false;
+        self.read = true;
+    }
+
+    pub fn edid_read(&mut self, output: usize) {
+        self.edids[output] = false;
+        self.read = true;
+    }
+}
+
+/// The lock. Held for the time of a command, never while pixels are read or exported.
+#[derive(Debug)]
+pub struct SharedState(Mutex<State>);
+
+impl SharedState {
+    /// A display that no guest drives yet.
+    pub fn new(name: String, modes: &[Mode], max_resource_memory: u64) -> Self {
+        Self(Mutex::new(State {
+            outputs: outputs(modes),
+            name,
+            scanouts: [None; OUTPUTS],
+            cursors: Default::default(),
+            resources: Resources::new(max_resource_memory),
+            subscribers: Subscribers::default(),
+            statistics: Statistics::default(),
+            features: 0,
+            events: 0,
+            stale_info: StaleDisplayInfo::default(),
+            status: None,
+        }))
+    }
+
+    pub fn lock(&self) -> MutexGuard<'_, State> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// Everything behind one lock. Held for the time of a command, never while pixels are read or exported.
+#[derive(Debug)]
+pub struct State {
+    pub name: String,
+    pub outputs: [Output; OUTPUTS],
+    pub scanouts: [Option<Scanout>; OUTPUTS],
+    pub cursors: [Cursor; OUTPUTS],
+    pub resources: Resources,
+    pub subscribers: Subscribers,
+    pub statistics: Statistics,
+    /// Features that the driver accepted.
+    pub features: u64,
+    /// `events_read` of the configuration.
+    pub events: u32,
+    /// What of the outputs the driver has heard.
+    pub stale_info: StaleDisplayInfo,
+    /// The way to the driver, while there is one.
+    pub status: Option<DeviceStatus>,
+}
+
+impl State {
+    pub fn set_scanout(&mut self, output: usize, scanout: Option<Scanout>) {
+        if self.scanouts[output] != scanout {
+            self.scanouts[output] = scanout;
+            self.subscribers.scanout(output);
+        }
+    }
+
+    /// The driver wrote `events_clear`. What it has not heard of stays, and it is told again; one that has
+    /// not asked meanwhile does not care.
+    pub fn clear_events(&mut self, events: u32) {
+        let edids = self.features & VIRTIO_GPU_F_EDID != 0;
+        let stale = self.stale_info.display_info || edids && self.stale_info.edids.contains(&true);
+        let again = events & VIRTIO_GPU_EVENT_DISPLAY != 0 && stale && self.stale_info.read;
+        self.stale_info.read = false;
+        self.events &= !events;
+        if again {
+            self.events |= VIRTIO_GPU_EVENT_DISPLAY;
+            if let Some(status) = &self.status {
+                status.config_changed();
+            }
+        }
+    }
+
+    /// Forgets what the driver did.
+    pub fn reset(&mut self) {
+        self.resources.clear();
+        for output in 0..OUTPUTS {
+            self.set_scanout(output, None);
+            if self.cursors[output].image.take().is_some() {
+                self.subscribers.cursor_image(output);
+            }
+        }
+        self.features = 0;
+        self.events = 0;
+        self.stale_info = StaleDisplayInfo::default();
+        self.status = None;
+    }
+
+    /// Whether an output shows memory of a passed-through device that is not there now.
+    pub fn is_gone(&self, output: usize) -> bool {
+        let scanout = self.scanouts.get(output).copied().flatten();
+        let resource = scanout.and_then(|scanout| self.resources.get(scanout.resource).ok());
+        resource.is_some_and(
+            |resource| matches!(&resource.kind, Kind::Blob(blob) if blob.memory.is_gone()),
+        )
+    }
+
+    pub fn frame(&self, output: usize) -> Option<Frame> {
+        let scanout = self.scanouts.get(output).copied().flatten()?;
+        let resource = self.resources.get(scanout.resource).ok()?;
+        Some(Frame {
+            layout: scanout.layout,
+            area: scanout.area,
+            location: location(resource),
+            surface: resource.surface()?.clone(),
+        })
+    }
+}
+
+pub fn location(resource: &Resource) -> Location {
+    match resource.kind {
+        Kind::Image(_) | Kind::Host(_) => Location::Host,
+        Kind::Blob(Blob {
+            memory: BlobMemory::Device { .. },
+            ..
+        }) => Location::Device,
+        Kind::Blob(_) => Location::GuestRam,
+    }
+}

@@ -1,0 +1,304 @@
+//! Those who look at outputs, and what they have not heard of yet.
+//!
+//! What happened is merged, not queued: a subscriber that does not listen costs as much as one that does. A
+//! subscriber may pace the guest: a fenced flush is answered when it has released what it shows, or after
+//! [`MAX_FENCE_DELAY`]; who lets that pass paces nobody until it has caught up.
+
+use std::{
+    mem,
+    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    time::Duration,
+};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{geometry::Area, output::OUTPUTS};
+
+/// The longest that subscribers delay a fence. Linux waits 50 ms for one.
+pub const MAX_FENCE_DELAY: Duration = Duration::from_millis(40);
+/// Rectangles that are kept apart; more become one.
+const MAX_DAMAGE: usize = 16;
+
+/// What a subscriber has not heard of one output.
+#[derive(Clone, Debug, Default)]
+pub struct OutputUpdate {
+    pub scanout: bool,
+    pub damage: Vec<Area>,
+    pub cursor_image: bool,
+    pub cursor_position: bool,
+}
+
+/// What a subscriber has not heard of.
+#[derive(Debug, Default)]
+pub struct DisplayUpdate {
+    pub modes: bool,
+    pub outputs: [OutputUpdate; OUTPUTS],
+    /// Number of the last flush that is in it.
+    pub serial: u64,
+}
+
+#[derive(Debug, Default)]
+struct Inner {
+    update: DisplayUpdate,
+    /// The last flush that it is done with.
+    released: u64,
+    /// The last flush that it was told of.
+    told: u64,
+    /// It let a fence wait for too long, and paces nothing until it has caught up.
+    lagging: bool,
+}
+
+/// One subscriber.
+#[derive(Debug)]
+pub struct Subscriber {
+    inner: Mutex<Inner>,
+    /// Readable while there is update.
+    pub ready: EventFd,
+    paces: bool,
+}
+
+impl Subscriber {
+    /// A subscriber that has heard of nothing.
+    pub fn new(ready: EventFd, paces: bool) -> Self {
+        let everything = OutputUpdate {
+            scanout: true,
+            cursor_image: true,
+            cursor_position: true,
+            ..Default::default()
+        };
+        let subscriber = Self {
+            inner: Mutex::default(),
+            ready,
+            paces,
+        };
+        subscriber.change(|inner| {
+            inner.update.modes = true;
+            inner.update.outputs = std::array::from_fn(|_| everything.clone());
+        });
+        subscriber
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Inner> {
+        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn change(&self, change: impl FnOnce(&mut Inner)) {
+        change(&mut self.lock());
+        if let Err(error) = self.ready.write(1) {
+            tracing::error!(%error, "cannot wake who subscribers the display");
+        }
+    }
+
+    /// What happened since the last call.
+    pub fn take(&self) -> DisplayUpdate {
+        let _ = self.ready.read();
+        let mut inner = self.lock();
+        inner.told = inner.update.serial.max(inner.told);
+        mem::take(&mut inner.update)
+    }
+
+    /// What all outputs show is update again.
+    pub fn repeat_scanouts(&self) {
+        self.change(|inner| {
+            for changes in &mut inner.update.outputs {
+                changes.scanout = true;
+            }
+        });
+    }
+
+    /// The subscriber is done with flush `serial` and all before it.
+    pub fn release(&self, serial: u64) {
+        let mut inner = self.lock();
+        inner.released = inner.released.max(serial);
+        if inner.released >= inner.told {
+            inner.lagging = false;
+        }
+    }
+
+    fn flushed(&self, output: usize, area: Area, serial: u64) -> bool {
+        self.change(|inner| {
+            inner.update.serial = serial;
+            let damage = &mut inner.update.outputs[output].damage;
+            damage.push(area);
+            if damage.len() > MAX_DAMAGE {
+                let whole = damage.iter().fold(area, |sum, area| sum.union(area));
+                *damage = vec![whole];
+            }
+        });
+        self.paces && !self.lock().lagging
+    }
+
+    fn is_done_with(&self, serial: u64) -> bool {
+        let inner = self.lock();
+        inner.lagging || inner.released >= serial
+    }
+}
+
+/// All subscribers.
+#[derive(Debug, Default)]
+pub struct Subscribers {
+    all: Vec<Weak<Subscriber>>,
+    serial: u64,
+}
+
+impl Subscribers {
+    pub fn add(&mut self, subscriber: &Arc<Subscriber>) {
+        self.all.retain(|subscriber| subscriber.strong_count() > 0);
+        self.all.push(Arc::downgrade(subscriber));
+    }
+
+    fn each(&self, mut notify: impl FnMut(&Arc<Subscriber>)) {
+        for subscriber in &self.all {
+            if let Some(subscriber) = subscriber.upgrade() {
+                notify(&subscriber);
+            }
+        }
+    }
+
+    /// An output was plugged in, pulled or resized.
+    pub fn outputs(&self) {
+        self.each(|subscriber| subscriber.change(|inner| inner.update.modes = true));
+    }
+
+    /// An output shows another image, or the same in other memory, or none.
+    pub fn scanout(&self, output: usize) {
+        self.each(|subscriber| {
+            subscriber.change(|inner| {
+                let changes = &mut inner.update.outputs[output];
+                changes.scanout = true;
+                changes.damage.clear();
+            });
+        });
+    }
+
+    /// An output's cursor looks different.
+    pub fn cursor_image(&self, output: usize) {
+        self.each(|subscriber| {
+            subscriber.change(|inner| inner.update.outputs[output].cursor_image = true)
+        });
+    }
+
+    /// An output's cursor is elsewhere.
+    pub fn cursor_position(&self, output: usize) {
+        self.each(|subscriber| {
+            subscriber.change(|inner| inner.update.outputs[output].cursor_position = true)
+        });
+    }
+
+    /// A flush is about to be told of.
+    pub fn next_flush(&mut self) -> FlushFence {
+        self.serial += 1;
+        FlushFence {
+            serial: self.serial,
+            subscribers: Vec::new(),
+        }
+    }
+
+    /// Something of an output was drawn; `fence` learns who must release it.
+    pub fn flushed(&self, output: usize, area: Area, fence: &mut FlushFence) {
+        self.each(|subscriber| {
+            if subscriber.flushed(output, area, fence.serial) {
+                fence.subscribers.push(Arc::downgrade(subscriber));
+            }
+        });
+    }
+}
+
+/// Those who must release a flush before its fence is signalled.
+#[derive(Debug)]
+pub struct FlushFence {
+    serial: u64,
+    subscribers: Vec<Weak<Subscriber>>,
+}
+
+impl FlushFence {
+    /// Whether nobody is waited for any more. Who has gone is not waited for.
+    pub fn is_signalled(&self) -> bool {
+        let waiting = |subscriber: &Weak<Subscriber>| {
+            subscriber
+                .upgrade()
+                .is_some_and(|subscriber| !subscriber.is_done_with(self.serial))
+        };
+        !self.subscribers.iter().any(waiting)
+    }
+
+    /// Waits for nobody any more: who is not done lags.
+    pub fn expire(&self) {
+        for subscriber in self.subscribers.iter().filter_map(Weak::upgrade) {
+            let mut inner = subscriber.lock();
+            if inner.released < self.serial {
+                inner.lagging = true;
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
+
+    use super::*;
+
+    fn area(x: u32) -> Area {
+        Area {
+            x,
+            y: 0,
+            width: 1,
+            height: 1,
+        }
+    }
+
+    fn subscriber(subscribers: &mut Subscribers, paces: bool) -> Arc<Subscriber> {
+        let subscriber = Arc::new(Subscriber::new(EventFd::new(EFD_NONBLOCK).unwrap(), paces));
+        subscribers.add(&subscriber);
+        subscriber
+    }
+
+    #[test]
+    fn news_is_merged_and_bounded() {
+        let mut subscribers = Subscribers::default();
+        let subscriber = subscriber(&mut subscribers, false);
+        assert!(subscriber.take().modes);
+        for x in 0..100 {
+            let mut fence = subscribers.next_flush();
+            subscribers.flushed(3, area(x), &mut fence);
+            assert!(fence.is_signalled());
+        }
+        let update = subscriber.take();
+        assert!(update.outputs[3].damage.len() <= MAX_DAMAGE);
+        let whole = update.outputs[3].damage.iter().copied();
+        assert_eq!(whole.reduce(|a, b| a.union(&b)).unwrap().width, 100);
+        assert_eq!(update.serial, 100);
+        assert!(subscriber.take().outputs[3].damage.is_empty());
+    }
+
+    #[test]
+    fn a_pacing_watcher_holds_fences_until_it_lags() {
+        let mut subscribers = Subscribers::default();
+        let subscriber = subscriber(&mut subscribers, true);
+        subscriber.take();
+        let flush = |subscribers: &mut Subscribers| {
+            let mut fence = subscribers.next_flush();
+            subscribers.flushed(0, area(0), &mut fence);
+            fence
+        };
+        let first = flush(&mut subscribers);
+        assert!(!first.is_signalled());
+        let serial = subscriber.take().serial;
+        subscriber.release(serial);
+        assert!(first.is_signalled());
+
+        let second = flush(&mut subscribers);
+        second.expire();
+        assert!(
+            flush(&mut subscribers).is_signalled(),
+            "who lags holds nothing"
+        );
+        let serial = subscriber.take().serial;
+        subscriber.release(serial);
+        let fourth = flush(&mut subscribers);
+        assert!(!fourth.is_signalled(), "who caught up paces again");
+        drop(subscriber);
+        assert!(fourth.is_signalled(), "who left is not waited for");
+    }
+}
