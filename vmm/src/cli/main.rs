@@ -8,7 +8,7 @@ mod vfio_bind;
 
 use std::{path::PathBuf, process::ExitCode, time::Instant};
 
-use crate::{doctor::Report, vfio_bind::HostDeviceError};
+use crate::vfio_bind::VfioBindError;
 use clap::{CommandFactory, Parser};
 use fanlight::{
     control::queue::{Desk, SetLog},
@@ -140,11 +140,11 @@ fn doctor(device: Option<&str>, json: bool) -> Ending {
             return Ending::BadInput;
         }
     };
-    let report = Report::of(device.as_ref());
+    let report = doctor::report(device.as_ref());
     if json {
         println!("{:#}", serde_json::json!(report));
     } else {
-        print!("{}", report.for_people());
+        print!("{}", report.to_text());
     }
     if report.ready {
         Ending::PowerOff
@@ -184,7 +184,7 @@ fn vfio(command: &VfioCommand) -> Ending {
         Err(error) => {
             eprintln!("fanlight: {}", error_line(&error));
             match error {
-                HostDeviceError::Host { .. } => Ending::Failed,
+                VfioBindError::Host { .. } => Ending::Failed,
                 _ => Ending::BadInput,
             }
         }

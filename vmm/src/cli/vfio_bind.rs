@@ -1,8 +1,6 @@
-//! `fanlight vfio`: gives PCI devices of the host to user space and takes them back, as people do by hand
-//! in sysfs.
+//! `fanlight vfio`: lists PCI devices of the host, binds them to vfio-pci and unbinds them, through sysfs.
 //!
-//! Nothing is remembered: what `bind` did is seen from the device itself, so `unbind` undoes it, whoever
-//! did it.
+//! There is no state file. `unbind` reads the device's present state, so it also undoes a manual bind.
 
 use std::{
     collections::BTreeSet,
@@ -14,36 +12,38 @@ use std::{
 use fanlight_devices::vfio::sysfs::{HostFunction, PciAddress, PciAddressError, VFIO_PCI};
 use thiserror::Error;
 
-/// Where drivers are looked for.
+/// PCI drivers that the kernel has loaded.
 const DRIVERS: &str = "/sys/bus/pci/drivers";
-/// Has a driver looked for that takes a device.
+/// Makes the kernel choose a driver for a device.
 const PROBE: &str = "/sys/bus/pci/drivers_probe";
 
-/// Why a device stays where it is.
+/// Why a device was not bound or unbound.
 #[derive(Debug, Error)]
-pub enum HostDeviceError {
-    /// Not an address.
+pub enum VfioBindError {
+    /// Not a PCI address.
     #[error(transparent)]
     Address(#[from] PciAddressError),
-    /// Nothing is there.
-    #[error("{0}: the host has no such PCI device; `fanlight vfio list` shows those it has")]
+    /// The host has no such device.
+    #[error("{0}: the host has no such PCI device; see 'fanlight vfio list'")]
     NoDevice(PciAddress),
-    /// Somebody uses it.
+    /// The host uses it.
     #[error("{address}: in use: {users}; stop that first")]
     InUse {
         /// The device.
         address: PciAddress,
-        /// By what.
+        /// What uses it.
         users: String,
     },
-    /// Bridges and the like.
-    #[error("{0}: a bridge, which cannot be given to a guest")]
+    /// A PCI bridge.
+    #[error("{0}: a PCI bridge cannot be passed through; choose another device")]
     Bridge(PciAddress),
-    /// It has no virtual functions.
-    #[error("{0}: has no virtual functions; leave --vfs away to bind the device itself")]
+    /// It does not support SR-IOV.
+    #[error("{0}: has no virtual functions; omit --vfs to bind the device itself")]
     NoVirtualFunctions(PciAddress),
     /// Too many virtual functions.
-    #[error("{address}: has at most {total} virtual functions; give --vfs a number from 1 to that")]
+    #[error(
+        "{address}: has at most {total} virtual functions; give --vfs a number from 1 to {total}"
+    )]
     TooManyVirtualFunctions {
         /// The device.
         address: PciAddress,
@@ -52,8 +52,8 @@ pub enum HostDeviceError {
     },
     /// It has another number of virtual functions.
     #[error(
-        "{address}: has {now} virtual functions already; give --vfs that number, or take them away first \
-         with `fanlight vfio unbind {address}`"
+        "{address}: has {now} virtual functions already; give --vfs {now}, or remove them with \
+         'fanlight vfio unbind {address}'"
     )]
     OtherVirtualFunctions {
         /// The device.
@@ -62,16 +62,14 @@ pub enum HostDeviceError {
         now: u32,
     },
     /// Nothing to undo.
-    #[error(
-        "{0}: not bound to {VFIO_PCI}, and without virtual functions: there is nothing to undo"
-    )]
+    #[error("{0}: not bound to {VFIO_PCI} and without virtual functions; there is nothing to undo")]
     NothingToUndo(PciAddress),
-    /// The driver is not there.
+    /// The driver is not loaded.
     #[error(
-        "the host has no driver {VFIO_PCI}: load it with `modprobe {VFIO_PCI}`, or install a kernel that has it"
+        "no driver {VFIO_PCI}: load it with `modprobe {VFIO_PCI}`, or install a kernel that has it"
     )]
     NoDriver,
-    /// Not allowed.
+    /// No permission.
     #[error("no permission on {}: run this as root", .0.display())]
     Permission(PathBuf),
     /// The kernel refused.
@@ -87,13 +85,13 @@ pub enum HostDeviceError {
     },
 }
 
-/// The device that a person names.
-pub fn find(text: &str) -> Result<HostFunction, HostDeviceError> {
+/// The device at an address that a user gave.
+pub fn find(text: &str) -> Result<HostFunction, VfioBindError> {
     let address: PciAddress = text.parse()?;
-    HostFunction::find(address).ok_or(HostDeviceError::NoDevice(address))
+    HostFunction::find(address).ok_or(VfioBindError::NoDevice(address))
 }
 
-/// A table of the functions that a guest could have, for people.
+/// A table of the functions that can be passed through.
 pub fn list() -> io::Result<String> {
     let mut rows = vec![["ADDRESS", "ID", "CLASS", "DRIVER", "GROUP", "NOTES"].map(String::from)];
     for function in HostFunction::all()? {
@@ -143,7 +141,7 @@ fn row(function: &HostFunction) -> [String; 6] {
     ]
 }
 
-/// Base classes (PCI Code and ID Assignment 1.11, 1), of which some are what people look for.
+/// Names of base classes (PCI Code and ID Assignment 1.11, section 1).
 fn class_name(class: u32) -> &'static str {
     match class >> 16 {
         0x01 => "storage",
@@ -169,12 +167,12 @@ fn is_bridge(function: &HostFunction) -> bool {
         .is_some_and(|class| class >> 16 == 0x06)
 }
 
-/// Binds `function` to vfio-pci, or makes `vfs` virtual functions of it and binds those. Gives what was
-/// bound.
-pub fn bind(function: &HostFunction, vfs: Option<u32>) -> Result<Vec<PciAddress>, HostDeviceError> {
+/// Binds `function` to vfio-pci, or creates `vfs` virtual functions of it and binds those. Returns the
+/// bound functions.
+pub fn bind(function: &HostFunction, vfs: Option<u32>) -> Result<Vec<PciAddress>, VfioBindError> {
     let address = function.address;
     if is_bridge(function) {
-        return Err(HostDeviceError::Bridge(address));
+        return Err(VfioBindError::Bridge(address));
     }
     load_driver()?;
     let Some(wanted) = vfs else {
@@ -183,26 +181,26 @@ pub fn bind(function: &HostFunction, vfs: Option<u32>) -> Result<Vec<PciAddress>
     };
     let (now, total) = function
         .virtual_functions()
-        .ok_or(HostDeviceError::NoVirtualFunctions(address))?;
+        .ok_or(VfioBindError::NoVirtualFunctions(address))?;
     if wanted == 0 || wanted > total {
-        return Err(HostDeviceError::TooManyVirtualFunctions { address, total });
+        return Err(VfioBindError::TooManyVirtualFunctions { address, total });
     }
     if now != 0 && now != wanted {
-        return Err(HostDeviceError::OtherVirtualFunctions { address, now });
+        return Err(VfioBindError::OtherVirtualFunctions { address, now });
     }
     if now == 0 {
-        make_virtual_functions(function, wanted)?;
+        create_virtual_functions(function, wanted)?;
     }
     let children = function.children();
     for child in &children {
-        let child = HostFunction::find(*child).ok_or(HostDeviceError::NoDevice(*child))?;
+        let child = HostFunction::find(*child).ok_or(VfioBindError::NoDevice(*child))?;
         bind_one(&child)?;
     }
     Ok(children)
 }
 
-/// Makes virtual functions that no driver of the host's takes first.
-fn make_virtual_functions(function: &HostFunction, count: u32) -> Result<(), HostDeviceError> {
+/// Creates virtual functions that no driver of the host probes first.
+fn create_virtual_functions(function: &HostFunction, count: u32) -> Result<(), VfioBindError> {
     const AUTOPROBE: &str = "sriov_drivers_autoprobe";
     let before = function.attribute(AUTOPROBE).ok();
     if before.is_some() {
@@ -215,7 +213,7 @@ fn make_virtual_functions(function: &HostFunction, count: u32) -> Result<(), Hos
     made
 }
 
-fn bind_one(function: &HostFunction) -> Result<(), HostDeviceError> {
+fn bind_one(function: &HostFunction) -> Result<(), VfioBindError> {
     let address = function.address;
     if function.driver().as_deref() == Some(VFIO_PCI) {
         return Ok(());
@@ -226,29 +224,30 @@ fn bind_one(function: &HostFunction) -> Result<(), HostDeviceError> {
     if bound.is_ok() && function.driver().as_deref() == Some(VFIO_PCI) {
         return Ok(());
     }
-    // Back to the driver that it had.
+    // Return the device to its former driver.
     let _ = write(function, "driver_override", "\n");
     let _ = probe(function);
     bound?;
-    Err(HostDeviceError::Host {
+    Err(VfioBindError::Host {
         address,
         action: format!("bind it to {VFIO_PCI}"),
         source: io::Error::other("the driver refused it; see dmesg"),
     })
 }
 
-/// Gives a device, or all virtual functions of one, back to the host. Gives what was given back.
-pub fn unbind(function: &HostFunction) -> Result<Vec<PciAddress>, HostDeviceError> {
+/// Returns a device to its host driver, or removes all its virtual functions. Returns the functions
+/// concerned.
+pub fn unbind(function: &HostFunction) -> Result<Vec<PciAddress>, VfioBindError> {
     let children = function.children();
     if !children.is_empty() {
         for child in &children {
-            refuse_if_used(&HostFunction::find(*child).ok_or(HostDeviceError::NoDevice(*child))?)?;
+            refuse_if_used(&HostFunction::find(*child).ok_or(VfioBindError::NoDevice(*child))?)?;
         }
         write(function, "sriov_numvfs", "0")?;
         return Ok(children);
     }
     if function.driver().as_deref() != Some(VFIO_PCI) {
-        return Err(HostDeviceError::NothingToUndo(function.address));
+        return Err(VfioBindError::NothingToUndo(function.address));
     }
     refuse_if_used(function)?;
     write(function, "driver_override", "\n")?;
@@ -257,27 +256,27 @@ pub fn unbind(function: &HostFunction) -> Result<Vec<PciAddress>, HostDeviceErro
     Ok(vec![function.address])
 }
 
-/// Takes the device away from its driver, if it has one.
-fn release(function: &HostFunction) -> Result<(), HostDeviceError> {
+/// Unbinds the device from its driver, if it has one.
+fn release(function: &HostFunction) -> Result<(), VfioBindError> {
     match function.driver() {
         Some(_) => write(function, "driver/unbind", &function.address.to_string()),
         None => Ok(()),
     }
 }
 
-fn probe(function: &HostFunction) -> Result<(), HostDeviceError> {
+fn probe(function: &HostFunction) -> Result<(), VfioBindError> {
     let text = function.address.to_string();
     write_file(function.address, Path::new(PROBE), &text)
 }
 
-fn write(function: &HostFunction, name: &str, value: &str) -> Result<(), HostDeviceError> {
+fn write(function: &HostFunction, name: &str, value: &str) -> Result<(), VfioBindError> {
     write_file(function.address, &function.path.join(name), value)
 }
 
-fn write_file(address: PciAddress, path: &Path, value: &str) -> Result<(), HostDeviceError> {
+fn write_file(address: PciAddress, path: &Path, value: &str) -> Result<(), VfioBindError> {
     fs::write(path, value).map_err(|source| match source.kind() {
-        io::ErrorKind::PermissionDenied => HostDeviceError::Permission(path.into()),
-        _ => HostDeviceError::Host {
+        io::ErrorKind::PermissionDenied => VfioBindError::Permission(path.into()),
+        _ => VfioBindError::Host {
             address,
             action: format!("write {:?} to {}", value.trim(), path.display()),
             source,
@@ -285,33 +284,33 @@ fn write_file(address: PciAddress, path: &Path, value: &str) -> Result<(), HostD
     })
 }
 
-fn load_driver() -> Result<(), HostDeviceError> {
+fn load_driver() -> Result<(), VfioBindError> {
     let driver = Path::new(DRIVERS).join(VFIO_PCI);
     if !driver.exists() {
-        // It may be a module; a host without modprobe has it built in or not at all.
+        // A host without modprobe has the driver built in, or not at all.
         let _ = Command::new("modprobe").arg(VFIO_PCI).status();
     }
     if driver.exists() {
         Ok(())
     } else {
-        Err(HostDeviceError::NoDriver)
+        Err(VfioBindError::NoDriver)
     }
 }
 
-fn refuse_if_used(function: &HostFunction) -> Result<(), HostDeviceError> {
+fn refuse_if_used(function: &HostFunction) -> Result<(), VfioBindError> {
     let users = users(function);
     if users.is_empty() {
         return Ok(());
     }
-    Err(HostDeviceError::InUse {
+    Err(VfioBindError::InUse {
         address: function.address,
         users: users.join(", "),
     })
 }
 
-/// What of the host uses a device, for people.
+/// Uses of a device by the host, as text.
 pub fn users(function: &HostFunction) -> Vec<String> {
-    /// An interface is up (Linux `include/uapi/linux/if.h`).
+    /// The interface is up (Linux `include/uapi/linux/if.h`).
     const IFF_UP: u32 = 1;
     let mut users = Vec::new();
     for (name, path) in members(function, "/sys/class/net") {
@@ -346,7 +345,7 @@ pub fn users(function: &HostFunction) -> Vec<String> {
     users
 }
 
-/// Members of a class (`/sys/class/net`) that belong to a device: names and directories.
+/// Members of a class (such as `/sys/class/net`) that belong to a device: names and directories.
 fn members(function: &HostFunction, class: &str) -> Vec<(String, PathBuf)> {
     members_below(&function.path, Path::new(class))
 }
@@ -365,7 +364,7 @@ fn members_below(device: &Path, class: &Path) -> Vec<(String, PathBuf)> {
         .collect()
 }
 
-/// Numbers `major:minor` of what is mounted or swapped to.
+/// Device numbers `major:minor` of mounted file systems.
 fn mounted_devices() -> BTreeSet<String> {
     let mounts = fs::read_to_string("/proc/self/mountinfo").unwrap_or_default();
     mounts
@@ -375,7 +374,7 @@ fn mounted_devices() -> BTreeSet<String> {
         .collect()
 }
 
-/// Whether a disk, one of its partitions, or what is built upon them is mounted.
+/// Whether a disk or one of its partitions is mounted, or in use by another block device.
 fn is_mounted(disk: &Path, mounted: &BTreeSet<String>) -> bool {
     let number = |path: &Path| fs::read_to_string(path.join("dev")).unwrap_or_default();
     let held = |path: &Path| {
@@ -387,7 +386,7 @@ fn is_mounted(disk: &Path, mounted: &BTreeSet<String>) -> bool {
     used(disk) || parts.any(|part| part.path().join("partition").exists() && used(&part.path()))
 }
 
-/// Processes that have one of `nodes` open: name with number, and which. Needs root to see all.
+/// Processes that have one of `nodes` open: name with number, and the node. Only root sees all processes.
 fn openers(nodes: &[PathBuf]) -> Vec<(String, PathBuf)> {
     let mut found = Vec::new();
     if nodes.is_empty() {
@@ -418,8 +417,8 @@ mod tests {
     use super::*;
 
     #[test]
-    fn what_is_not_there_is_named() {
-        assert!(matches!(find("gpu"), Err(HostDeviceError::Address(_))));
+    fn missing_devices_are_named() {
+        assert!(matches!(find("gpu"), Err(VfioBindError::Address(_))));
         let error = find("ffff:ff:1f.7").err().unwrap().to_string();
         assert!(
             error.contains("ffff:ff:1f.7") && error.contains("vfio list"),
@@ -428,7 +427,7 @@ mod tests {
     }
 
     #[test]
-    fn this_process_is_seen_to_have_a_file_open() {
+    fn open_files_of_this_process_are_found() {
         let file = tempfile::NamedTempFile::new().unwrap();
         let path = file.path().to_path_buf();
         let users = openers(std::slice::from_ref(&path));

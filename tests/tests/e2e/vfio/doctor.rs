@@ -28,7 +28,7 @@ impl Diagnosis {
         Ok(Self(output.status.code(), text))
     }
 
-    /// It ended with this status, and some lines start with these. A mend is the line after.
+    /// It ended with this status, and some lines start with these. A fix is a line of its own.
     fn says(&self, status: i32, lines: &[&str]) -> Result<()> {
         let Self(code, text) = self;
         ensure(*code == Some(status), format!("{code:?} {text}"))?;
@@ -50,35 +50,35 @@ pub fn doctor_and_list(assets: &Assets) -> Result<()> {
     ask(&[&physical])?.says(
         1,
         &[
-            "NO      driver: igb, which is the host's",
-            &format!("fanlight vfio bind {physical}"),
+            "NO    driver: igb, a driver of the host",
+            &format!("fix: fanlight vfio bind {physical}"),
         ],
     )?;
     let (_, vf) = virtual_function(assets, IGB)?;
     ask(&[&vf])?.says(
         0,
         &[
-            "yes     KVM:",
-            "yes     IOMMU:",
-            "yes     VFIO's driver: vfio-pci",
-            "yes     DMA interface: iommufd",
-            "partly  dma-bufs of guest memory: /dev/udmabuf, up to 64 MiB",
-            &format!("echo 1024 > {UDMABUF_LIMIT}"),
-            &format!("yes     virtual functions: this is one of {physical}"),
-            "yes     driver: vfio-pci",
-            "yes     isolation: IOMMU group",
-            "yes     reset: flr",
-            "yes     BARs: 16 KiB, 16 KiB",
-            "yes     access: opened through iommufd",
-            "yes     dma-bufs of device memory:",
-            "yes     DMA addresses:",
+            "yes   KVM:",
+            "yes   IOMMU:",
+            "yes   VFIO driver: vfio-pci is loaded",
+            "yes   DMA interface: iommufd",
+            "warn  dma-bufs of guest memory: /dev/udmabuf, at most 64 MiB",
+            &format!("fix: echo 1024 > {UDMABUF_LIMIT}"),
+            &format!("yes   virtual functions: is one, of {physical}"),
+            "yes   driver: vfio-pci",
+            "yes   isolation: IOMMU group",
+            "yes   reset: flr",
+            "yes   BARs: 16 KiB, 16 KiB",
+            "yes   access: opened through iommufd",
+            "yes   dma-bufs of device memory:",
+            "yes   DMA address width:",
         ],
     )?;
     ask(&[&physical])?.says(
         1,
         &[
-            "NO      virtual functions: 1 of 7",
-            &format!("fanlight doctor {vf}"),
+            "NO    virtual functions: 1 of 7",
+            &format!("fix: fanlight doctor {vf}"),
         ],
     )?;
     let report = ask(&[&vf, "--json"])?;
@@ -119,59 +119,62 @@ fn host_lacks(assets: &Assets, vf: &str) -> Result<()> {
             raise.as_str(),
             0,
             &[
-                "yes     dma-bufs of guest memory: /dev/udmabuf, up to 1024 MiB",
-                "yes     access: opened through iommufd",
+                "yes   dma-bufs of guest memory: /dev/udmabuf, at most 1024 MiB",
+                "yes   access: opened through iommufd",
             ][..],
         ),
         (
             "rm /dev/kvm",
             1,
-            &["NO      KVM: no /dev/kvm: load the module", "?       BARs:"],
+            &["NO    KVM: no /dev/kvm: load the module", "?     BARs:"],
         ),
         (
             "sed 's/ svm / /' /proc/cpuinfo > /dev/cpuinfo; mount --bind /dev/cpuinfo /proc/cpuinfo",
             1,
             &[
-                "NO      KVM: the processor shows neither vmx nor svm",
-                "use a host with hardware virtualization",
+                "NO    KVM: /proc/cpuinfo lists neither vmx nor svm",
+                "fix: use a host with hardware virtualization",
             ],
         ),
         (
             "mount -t tmpfs none /sys/kernel/iommu_groups",
             1,
             &[
-                "NO      IOMMU: no group of devices is isolated",
-                "switch VT-d or AMD-Vi on in the firmware; on Intel hosts add intel_iommu=on",
+                "NO    IOMMU: the kernel has no IOMMU groups",
+                "fix: enable VT-d or AMD-Vi in the firmware; on Intel hosts add intel_iommu=on",
             ],
         ),
         (
             "mount -t tmpfs none /sys/bus/pci/drivers",
             1,
-            &["NO      VFIO's driver: no vfio-pci", "modprobe vfio-pci"],
+            &[
+                "NO    VFIO driver: vfio-pci is not loaded",
+                "fix: modprobe vfio-pci",
+            ],
         ),
         (
             "rm /dev/iommu",
             0,
             &[
-                "yes     DMA interface: VFIO's container; this kernel has no iommufd",
-                "yes     access: opened through container",
+                "yes   DMA interface: VFIO container; the kernel has no iommufd",
+                "yes   access: opened through container",
             ],
         ),
         (
             "rm /dev/iommu /dev/vfio",
             1,
             &[
-                "NO      DMA interface: neither /dev/iommu nor /dev/vfio/vfio",
-                "modprobe vfio-pci",
-                "NO      access: no /dev/vfio/vfio: load VFIO",
+                "NO    DMA interface: neither /dev/iommu nor /dev/vfio/vfio",
+                "fix: modprobe vfio-pci",
+                "NO    access: no /dev/vfio/vfio: load VFIO",
             ],
         ),
         (
             "rm /dev/udmabuf",
             1,
             &[
-                "NO      dma-bufs of guest memory: no /dev/udmabuf",
-                "modprobe udmabuf",
+                "NO    dma-bufs of guest memory: no /dev/udmabuf",
+                "fix: modprobe udmabuf",
             ],
         ),
     ] {
@@ -197,33 +200,38 @@ fn device_lacks(assets: &Assets, vf: &str) -> Result<()> {
     for (directory, lines) in [
         (
             "rm iommu_group",
-            &["NO      isolation: in no IOMMU group", "see IOMMU above"][..],
+            &[
+                "NO    isolation: in no IOMMU group",
+                "fix: see the check IOMMU",
+            ][..],
         ),
         (
             ":",
             &[
-                "NO      isolation: IOMMU group 7 is shared with 0000:77:00.0 (driver nvme)",
-                "bind those to vfio-pci too",
-                "partly  reset: none",
+                "NO    isolation: IOMMU group 7 is shared with 0000:77:00.0 (driver nvme)",
+                "fix: bind those devices to vfio-pci too",
+                "warn  reset: not supported",
             ],
         ),
         (
             "rm driver; ln -s /drivers/xe-vfio-pci driver",
             &[
-                "NO      driver: xe-vfio-pci, a variant of vfio-pci",
-                &format!("echo vfio-pci > /sys/bus/pci/devices/{vf}/driver_override; echo {vf} >"),
+                "NO    driver: xe-vfio-pci, a variant of vfio-pci",
+                &format!(
+                    "fix: echo vfio-pci > /sys/bus/pci/devices/{vf}/driver_override; echo {vf} >"
+                ),
             ],
         ),
         (
             "echo 0 > sriov_numvfs; echo 7 > sriov_totalvfs",
             &[
-                "partly  virtual functions: none of 7",
-                &format!("fanlight vfio bind {vf} --vfs 1"),
+                "warn  virtual functions: 0 of 7",
+                &format!("fix: fanlight vfio bind {vf} --vfs 1"),
             ],
         ),
         (
             "echo 0x4000000000000 0x7ffffffffffff 0x14220c > resource",
-            &["NO      BARs: 1024 TiB", "make more virtual functions"],
+            &["NO    BARs: 1024 TiB", "fix: create more virtual functions"],
         ),
     ] {
         broken(assets, vf, &in_vain(directory))?
@@ -234,16 +242,19 @@ fn device_lacks(assets: &Assets, vf: &str) -> Result<()> {
     let failure = |error| Failure(format!("cannot hold the device: {error}"));
     let iommu = Iommu::open(std::slice::from_ref(&function), None, None).map_err(failure)?;
     let held = HostDevice::open(&function, iommu, None).map_err(failure)?;
-    broken(assets, vf, ":")?.says(0, &["?       access: ", "yes     driver: vfio-pci"])?;
+    broken(assets, vf, ":")?.says(0, &["?     access: ", "yes   driver: vfio-pci"])?;
     drop(held);
     let driver = Path::new("/sys/bus/pci/drivers/vfio-pci");
     fs::write(driver.join("unbind"), vf).context("cannot unbind")?;
     broken(assets, vf, ":")?.says(
         1,
-        &["NO      driver: none", &format!("fanlight vfio bind {vf}")],
+        &[
+            "NO    driver: none",
+            &format!("fix: fanlight vfio bind {vf}"),
+        ],
     )?;
     fs::write(driver.join("bind"), vf).context("cannot bind")?;
-    broken(assets, vf, ":")?.says(0, &["yes     access:"])
+    broken(assets, vf, ":")?.says(0, &["yes   access:"])
 }
 
 /// A kernel without VFIO_DEVICE_FEATURE, which Linux has since 5.16, or without its dma-bufs, since 6.19.
@@ -255,8 +266,8 @@ fn kernel_lacks(assets: &Assets, vf: &str) -> Result<()> {
     Diagnosis::of(&mut command)?.says(
         1,
         &[
-            "yes     access: opened through iommufd",
-            "NO      dma-bufs of device memory: the host's kernel cannot export device memory as a dma-buf: it needs \
+            "yes   access: opened through iommufd",
+            "NO    dma-bufs of device memory: the host's kernel cannot export device memory as a dma-buf: it needs \
              Linux 6.19 or later",
         ],
     )
@@ -324,21 +335,21 @@ fn user_lacks(assets: &Assets, vf: &str) -> Result<()> {
     ask()?.says(
         1,
         &[
-            "NO      KVM: no permission on /dev/kvm: join its group",
-            "NO      DMA interface: no permission on /dev/iommu",
-            "chown $USER /dev/iommu",
-            "NO      dma-bufs of guest memory: no permission on /dev/udmabuf",
-            "chown $USER /dev/udmabuf",
-            "NO      access: no permission on /dev/iommu",
+            "NO    KVM: no permission on /dev/kvm: join its group",
+            "NO    DMA interface: no permission on /dev/iommu",
+            "fix: chown $USER /dev/iommu",
+            "NO    dma-bufs of guest memory: no permission on /dev/udmabuf",
+            "fix: chown $USER /dev/udmabuf",
+            "NO    access: no permission on /dev/iommu",
         ],
     )?;
     allow(0o666)?;
     ask()?.says(
         0,
         &[
-            "partly  memory lock limit: 8 MiB",
-            "ulimit -l unlimited",
-            "yes     access: opened through iommufd",
+            "warn  memory lock limit: 8 MiB",
+            "fix: ulimit -l unlimited",
+            "yes   access: opened through iommufd",
         ],
     )
 }
