@@ -1,7 +1,7 @@
-//! The display: what methods take and give, and the messages of a display stream.
+//! The display: parameters and results of its methods, and the messages of a display stream.
 //!
-//! `display.subscribe` gives a socket of its own, so that pictures hold up no other call. Both ends send
-//! JSON objects on it, one a line; descriptors travel with the line that names them.
+//! `display.subscribe` returns a socket of its own, so that frames delay no other call. Both ends send JSON objects
+//! on it, one a line; descriptors travel with the line that names them.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -20,11 +20,11 @@ pub struct GpuIndex {
 pub struct OutputIndex {
     /// The GPU's number, from 0 on.
     pub gpu: u32,
-    /// Its number, from 0 on.
+    /// The output's number, from 0 on.
     pub output: u32,
 }
 
-/// Names a resource of the guest's.
+/// Names a guest resource.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct ResourceId {
@@ -35,16 +35,16 @@ pub struct ResourceId {
     pub resource: u32,
 }
 
-/// What an output is to be.
+/// The mode to give an output.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct SetOutput {
     /// The GPU's number, from 0 on.
     #[serde(default)]
     pub gpu: u32,
-    /// Its number, from 0 on.
+    /// The output's number, from 0 on.
     pub output: u32,
-    /// Its size in pixels: `1920x1080`; nothing pulls it.
+    /// Its size in pixels: `1920x1080`. Without one the output is disconnected.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mode: Option<String>,
 }
@@ -55,13 +55,13 @@ pub struct SetOutput {
 pub struct OutputState {
     /// Its number.
     pub output: u32,
-    /// Whether it is plugged in.
+    /// Whether a monitor is connected to it.
     pub connected: bool,
     /// The width that its EDID prefers, in pixels.
     pub width: u32,
-    /// The height.
+    /// The height that its EDID prefers, in pixels.
     pub height: u32,
-    /// The size of what the guest shows on it; nothing while it shows nothing.
+    /// Width and height of the scanout in pixels; absent while the guest shows nothing.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shown: Option<[u32; 2]>,
 }
@@ -74,7 +74,7 @@ pub struct Outputs {
     pub outputs: Vec<OutputState>,
 }
 
-/// A picture to be taken of an output.
+/// Which output to write as a PNG file, and where.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Screenshot {
@@ -82,7 +82,7 @@ pub struct Screenshot {
     pub gpu: u32,
     /// The output's number.
     pub output: u32,
-    /// Where to write a PNG file; the reply carries a descriptor of one if absent.
+    /// Path of the PNG file. Without one the reply carries a descriptor of a memory file.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub file: Option<std::path::PathBuf>,
 }
@@ -97,81 +97,81 @@ pub struct ScreenshotTaken {
     pub height: u32,
     /// The file's length in bytes.
     pub bytes: u64,
-    /// Its place among the message's descriptors, if no path was given.
+    /// Index of the memory file among the message's descriptors, if no path was given.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub fd: Option<u32>,
 }
 
-/// Where pixels are.
+/// The memory that pixels are in.
 #[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum PixelsIn {
-    /// The guest's RAM.
+pub enum PixelLocation {
+    /// Guest RAM.
     GuestRam,
-    /// Memory of a passed-through device.
+    /// A BAR of a passed-through device.
     Device,
-    /// Memory of Fanlight's, into which the guest's was copied, or of its renderer's, in which it draws.
+    /// Memory of the host: a copy that Fanlight made, or the memory that the renderer draws in.
     Host,
 }
 
-/// What a picture's descriptor is.
+/// The kind of a frame's descriptor.
 #[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
-pub enum PictureMemory {
+pub enum FrameMemory {
     /// A dma-buf with the pixels themselves.
     #[default]
     DmaBuf,
-    /// A memory file with a copy of them, for reading, which is brought up to date before each `damage`. Only
-    /// streams have such, where no dma-buf can be made, or the watcher wants none of a device's memory.
+    /// A memory file with a copy of them, to read. Each `damage` follows an update of the copy. Only streams have
+    /// copies: where no dma-buf can be made, or after `copy_device_memory`.
     Shared,
 }
 
-/// A picture that can be mapped or imported.
+/// A frame that can be mapped or imported: one scanout of an output.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[schemars(deny_unknown_fields)]
-pub struct ExportedPicture {
-    /// The descriptor's place among the message's.
+pub struct ExportedFrame {
+    /// Index of the descriptor among the message's descriptors.
     pub fd: u32,
-    /// What the descriptor is.
+    /// The kind of the descriptor.
     #[serde(default)]
-    pub memory: PictureMemory,
+    pub memory: FrameMemory,
     /// Pixels in a line.
     pub width: u32,
     /// Lines.
     pub height: u32,
-    /// Bytes from a line to the next.
+    /// Bytes from one line to the next.
     pub stride: u32,
     /// Bytes in front of the first line.
     pub offset: u64,
-    /// DRM's code of the format (`drm_fourcc.h`).
+    /// DRM format code (`drm_fourcc.h`).
     pub fourcc: u32,
-    /// DRM's code of the layout; 0 is linear.
+    /// DRM format modifier; 0 is linear.
     pub modifier: u64,
-    /// Where the pixels are.
-    pub location: PixelsIn,
+    /// The memory that the pixels are in.
+    pub location: PixelLocation,
 }
 
 /// A resource in a dma-buf.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[schemars(deny_unknown_fields)]
-pub struct ExportedMemory {
-    /// The dma-buf's place among the message's descriptors.
+pub struct ExportedResource {
+    /// Index of the dma-buf among the message's descriptors.
     pub fd: u32,
-    /// Bytes.
+    /// Size in bytes.
     pub size: u64,
-    /// Where they are.
-    pub location: PixelsIn,
+    /// The memory that the resource is in.
+    pub location: PixelLocation,
 }
 
-/// How to watch.
+/// Parameters of a display stream.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
-pub struct WatchDisplay {
+pub struct SubscribeDisplay {
     /// The GPU's number, from 0 on.
     pub gpu: u32,
-    /// Whether the guest's next frame waits, for a short time at most, until this one is released.
+    /// Whether the guest's next frame waits, for a short time at most, until the viewer has released this one.
     pub pace: bool,
-    /// Whether keys, pointer and sizes come from here. One stream of a GPU may at a time.
+    /// Whether this stream sends keys, pointer and sizes. One stream of a GPU can at a time.
     pub drive: bool,
 }
 
@@ -179,135 +179,135 @@ pub struct WatchDisplay {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[schemars(deny_unknown_fields)]
 pub struct DisplayStream {
-    /// The stream socket's place among the message's descriptors.
+    /// Index of the stream socket among the message's descriptors.
     pub fd: u32,
-    /// Whether this stream drives.
+    /// Whether this stream may send keys, pointer and sizes.
     pub drives: bool,
 }
 
 /// A rectangle: x, y, width and height in pixels.
 pub type Rectangle = [u32; 4];
 
-/// A cursor's look.
+/// An image of a cursor.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[schemars(deny_unknown_fields)]
-pub struct CursorLook {
-    /// A memory file's place among the message's descriptors: ARGB8888, lines without gaps.
+pub struct ExportedCursor {
+    /// Index of a memory file among the message's descriptors: ARGB8888, lines without gaps.
     pub fd: u32,
     /// Pixels in a line.
     pub width: u32,
     /// Lines.
     pub height: u32,
-    /// The point that points, from the left.
+    /// The hot spot, in pixels from the left.
     pub hot_x: u32,
-    /// The same from the top.
+    /// The hot spot, in pixels from the top.
     pub hot_y: u32,
 }
 
-/// What the display says on a stream.
+/// A message from the display to a viewer.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(tag = "type", rename_all = "snake_case")]
-pub enum DisplayNews {
-    /// Outputs were plugged in, pulled or resized.
+pub enum DisplayUpdate {
+    /// Outputs were connected, disconnected or resized.
     Outputs(Outputs),
-    /// An output shows another picture, or the same one in other memory, or none.
+    /// An output has another frame, the same frame in other memory, or none.
     Scanout {
         /// The output.
         output: u32,
         /// What it shows.
-        picture: Option<ExportedPicture>,
-        /// Why the guest shows a picture and yet there is none here: none can be made, or it lies in memory of a
+        frame: Option<ExportedFrame>,
+        /// Why `frame` is absent although the guest shows one: it cannot be exported, or it is in memory of a
         /// passed-through device that is off for the moment.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         error: Option<String>,
     },
-    /// The guest drew.
+    /// The guest has drawn into its frame.
     Damage {
         /// The output.
         output: u32,
-        /// Where.
+        /// The rectangles that changed.
         areas: Vec<Rectangle>,
-        /// To be released.
+        /// The number to release once this frame has been shown.
         serial: u64,
     },
-    /// A cursor looks different, or is hidden.
+    /// A cursor has another image, or is hidden.
     CursorImage {
         /// The output.
         output: u32,
-        /// How it looks.
-        look: Option<CursorLook>,
+        /// The image; absent when hidden.
+        image: Option<ExportedCursor>,
     },
-    /// A cursor is elsewhere.
+    /// A cursor moved.
     CursorPosition {
         /// The output.
         output: u32,
-        /// From the left.
+        /// Pixels from the left.
         x: i32,
-        /// From the top.
+        /// Pixels from the top.
         y: i32,
     },
 }
 
-/// What a watcher says on a stream. All but `release` and `copy_device_memory` are for the one that drives.
+/// A message from a viewer to the display. A stream that does not drive may send `release` and `copy_device_memory`.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(tag = "type", rename_all = "snake_case", deny_unknown_fields)]
-pub enum WatcherSays {
-    /// Everything up to this damage has been shown, or never will be.
+pub enum ViewerMessage {
+    /// The viewer has shown everything up to this damage, or will never show it.
     Release {
-        /// Of a `damage`.
+        /// The serial of a `damage`.
         serial: u64,
     },
-    /// Pictures in memory of a passed-through device, whose dma-bufs can be imported and not mapped, are to come as
-    /// copies from now on.
+    /// From now on, frames in memory of a passed-through device come as copies: their dma-bufs can be imported but
+    /// not mapped.
     CopyDeviceMemory,
-    /// The output is to have another size.
+    /// Resizes the output.
     Resize {
         /// The output.
         output: u32,
         /// Width in pixels.
         width: u32,
-        /// Height.
+        /// Height in pixels.
         height: u32,
     },
-    /// A key.
+    /// A key was pressed or released.
     Key {
         /// `KEY_*` of Linux `input-event-codes.h`.
         code: u16,
-        /// Down or up.
+        /// Whether it is down now.
         pressed: bool,
     },
-    /// The pointer, as parts of the output's size from 0 to 1.
+    /// The pointer moved.
     Pointer {
         /// The output.
         output: u32,
-        /// From the left.
+        /// From the left, as a part of the output's width: 0 to 1.
         x: f64,
-        /// From the top.
+        /// From the top, as a part of the output's height: 0 to 1.
         y: f64,
     },
-    /// All keys and buttons are up.
+    /// The window lost the focus: all keys and buttons are up.
     Unfocused,
-    /// A button of the pointer.
+    /// A pointer button was pressed or released.
     Button {
-        /// `BTN_*`.
+        /// `BTN_*` of Linux `input-event-codes.h`.
         code: u16,
-        /// Down or up.
+        /// Whether it is down now.
         pressed: bool,
     },
-    /// The wheel, in 120ths of a notch.
+    /// The wheel was turned, in 120ths of a notch.
     Wheel {
-        /// To the right.
+        /// Positive to the right.
         horizontal: i32,
-        /// Down.
+        /// Positive downwards.
         vertical: i32,
     },
-    /// A finger.
+    /// A finger touched, moved or left.
     Touch {
         /// The output.
         output: u32,
-        /// Which finger.
+        /// The finger's number, as the viewer chose it.
         finger: i32,
-        /// Where, as for the pointer; nothing when it has left.
+        /// Its position, as for the pointer; absent when it has left.
         at: Option<[f64; 2]>,
     },
 }

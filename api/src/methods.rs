@@ -1,28 +1,31 @@
 //! The methods: names, descriptions, parameters and results. One line here makes a method known to the
 //! server, its schema, the client and `fanlight ctl`.
+//!
+//! The group that a method stands in says who answers it. Each group is an enum of its own, which its one place
+//! matches without a wildcard: a method that nothing answers does not compile.
 
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
 use crate::{
-    VmConfig,
+    config,
     display::*,
     error::{ApiError, ErrorKind, read},
-    types::*,
+    types::{self, *},
 };
 
 /// A method.
 pub trait Method {
-    /// Its name.
+    /// Its name on the wire, such as `vm.info`.
     const NAME: &'static str;
-    /// What it takes.
+    /// Its parameters: an object.
     type Params: Serialize + DeserializeOwned + JsonSchema;
-    /// What it gives.
+    /// Its result.
     type Result: Serialize + DeserializeOwned + JsonSchema;
 }
 
-/// What is known of a method.
+/// The description of a method.
 pub struct MethodInfo {
     /// Its name.
     pub name: &'static str,
@@ -35,8 +38,12 @@ pub struct MethodInfo {
 }
 
 macro_rules! methods {
-    ($($(#[doc = $doc:literal])+ $name:literal $method:ident($params:ty) -> $result:ty;)*) => {
-        $(
+    ($(
+        $(#[doc = $group_doc:literal])+ $group:ident($calls:ident) {
+            $($(#[doc = $doc:literal])+ $name:literal $method:ident($params:ty) -> $result:ty;)*
+        }
+    )*) => {
+        $($(
             $(#[doc = $doc])+
             #[derive(Clone, Copy, Debug)]
             pub struct $method;
@@ -46,20 +53,38 @@ macro_rules! methods {
                 type Params = $params;
                 type Result = $result;
             }
+        )*)*
+
+        $(
+            $(#[doc = $group_doc])+
+            #[allow(clippy::large_enum_variant, reason = "one is alive at a time")]
+            #[derive(Clone, Debug)]
+            pub enum $calls {
+                $($(#[doc = $doc])+ $method($params),)*
+            }
+
+            impl $calls {
+                /// The method's name.
+                pub fn name(&self) -> &'static str {
+                    match self {
+                        $(Self::$method(_) => $name,)*
+                    }
+                }
+            }
         )*
 
-        /// A method with its parameters.
+        /// A method with its parameters, by who answers it.
         #[allow(clippy::large_enum_variant, reason = "one is alive at a time")]
         #[derive(Clone, Debug)]
         pub enum Call {
-            $($(#[doc = $doc])+ $method($params),)*
+            $($(#[doc = $group_doc])+ $group($calls),)*
         }
 
         impl Call {
             /// Reads a method's parameters.
             pub fn read(method: &str, params: Value) -> Result<Self, ApiError> {
                 match method {
-                    $($name => read(params).map(Self::$method),)*
+                    $($($name => read(params).map(|params| Self::$group($calls::$method(params))),)*)*
                     _ => Err(ApiError::new(
                         ErrorKind::UnknownMethod,
                         format!("there is no method {method:?}"),
@@ -71,79 +96,95 @@ macro_rules! methods {
             /// The method's name.
             pub fn name(&self) -> &'static str {
                 match self {
-                    $(Self::$method(_) => $name,)*
+                    $(Self::$group(call) => call.name(),)*
                 }
             }
         }
 
         /// All methods.
         pub const METHODS: &[MethodInfo] = &[
-            $(MethodInfo {
+            $($(MethodInfo {
                 name: $name,
                 description: concat!($($doc),+),
                 params: <$params>::json_schema,
                 result: |generator| generator.subschema_for::<$result>(),
-            },)*
+            },)*)*
         ];
     };
 }
 
 methods! {
-    /// Who answers: versions of the program and of the API.
-    "api.version" ApiVersion(NoParams) -> Version;
-    /// All methods with the JSON Schema of what they take and give, as an OpenRPC document.
-    "api.schema" ApiSchema(NoParams) -> Value;
-    /// Opens what a machine uses of the host: takes the same JSON as `--config`.
-    "vm.create" VmCreate(VmConfig) -> StateNow;
-    /// Starts a created machine; it runs when the reply comes.
-    "vm.boot" VmBoot(NoParams) -> StateNow;
-    /// The machine in short.
-    "vm.info" VmInfoMethod(NoParams) -> VmInfo;
-    /// What the machine was made of, devices that were added and removed since included.
-    "vm.config" VmConfigMethod(NoParams) -> VmConfig;
-    /// Stops the processors and the guest's clock.
-    "vm.pause" VmPause(NoParams) -> StateNow;
-    /// Lets a paused machine go on; its clock goes on from where it stood.
-    "vm.resume" VmResume(NoParams) -> StateNow;
-    /// Presses the power button: a guest that listens shuts down.
-    "vm.power_button" VmPowerButton(NoParams) -> Done;
-    /// Raises a non-maskable interrupt at each processor: a guest that hangs can tell where, if it is set up to
-    /// (Linux: `unknown_nmi_panic`).
-    "vm.nmi" VmNmi(NoParams) -> Done;
-    /// Restarts the machine at once, without asking the guest.
-    "vm.reset" VmReset(NoParams) -> StateNow;
-    /// Ends the machine at once, without asking the guest.
-    "vm.stop" VmStop(NoParams) -> StateNow;
-    /// Answers when the machine has ended.
-    "vm.wait" VmWait(NoParams) -> Ended;
-    /// Counters of vCPUs, devices' queues and memory.
-    "vm.stats" VmStatsMethod(NoParams) -> VmStats;
-    /// Devices with their PCI addresses, BARs and feature bits.
-    "device.list" DeviceListMethod(NoParams) -> DeviceList;
-    /// Puts a device into a free slot of the running machine.
-    "device.add" DeviceAdd(AddDevice) -> Added;
-    /// Asks the guest to give up a device that is behind a root port. The event `device_removed` tells when it has.
-    "device.remove" DeviceRemove(DeviceId) -> Done;
-    /// Makes a disk larger and tells the guest.
-    "disk.resize" DiskResize(ResizeDisk) -> DiskSize;
-    /// A stream socket to a console whose backend is `null` or `socket`, as a descriptor.
-    "console.attach" ConsoleAttach(AttachConsole) -> Attached;
-    /// All outputs of a GPU.
-    "gpu.outputs" GpuOutputs(GpuIndex) -> Outputs;
-    /// Plugs an output in, resizes it or pulls it. The guest is told.
-    "gpu.set_output" GpuSetOutput(SetOutput) -> Outputs;
-    /// A PNG file of what an output shows, at a path or as a descriptor.
-    "gpu.screenshot" GpuScreenshot(Screenshot) -> ScreenshotTaken;
-    /// A dma-buf of what an output shows, as a descriptor: the memory itself, not a copy.
-    "gpu.export_scanout" GpuExportScanout(OutputIndex) -> ExportedPicture;
-    /// A dma-buf of a resource of the guest's, as a descriptor.
-    "gpu.export_resource" GpuExportResource(ResourceId) -> ExportedMemory;
-    /// Starts a stream of what the display does, on a socket of its own that comes as a descriptor.
-    "display.subscribe" DisplaySubscribe(WatchDisplay) -> DisplayStream;
-    /// Changes what is logged to standard error.
-    "log.set_level" LogSetLevel(LogLevel) -> Done;
-    /// Sends events to this connection from now on, as notifications with method `event`.
-    "events.subscribe" EventsSubscribe(Subscribe) -> Subscribed;
+    /// Calls that the server answers itself.
+    Server(ServerCall) {
+        /// Versions of the program and of the API, and the server's process id.
+        "api.version" ApiVersion(NoParams) -> Version;
+        /// All methods with the JSON Schema of their parameters and results, as an OpenRPC document.
+        "api.schema" ApiSchema(NoParams) -> Value;
+        /// Sends events to this connection from now on, as notifications with method `event`.
+        "events.subscribe" EventsSubscribe(Subscribe) -> Subscribed;
+    }
+
+    /// Calls that are answered at once in every state of the machine.
+    Status(StatusCall) {
+        /// State, size and restarts of the machine.
+        "vm.info" VmInfo(NoParams) -> types::VmInfo;
+        /// The machine's configuration, with the devices that were added and removed since.
+        "vm.config" VmConfig(NoParams) -> config::VmConfig;
+        /// Changes what is logged to standard error.
+        "log.set_level" LogSetLevel(LogLevel) -> Done;
+    }
+
+    /// Calls that the thread of the machine answers, in the order in which they come.
+    Machine(MachineCall) {
+        /// Opens the host's files and devices for a machine: takes the same JSON as `--config`.
+        "vm.create" VmCreate(config::VmConfig) -> StateNow;
+        /// Starts a created machine. The reply comes when it runs.
+        "vm.boot" VmBoot(NoParams) -> StateNow;
+        /// Stops the processors and the guest's clock.
+        "vm.pause" VmPause(NoParams) -> StateNow;
+        /// Resumes a paused machine; the guest's clock continues from where it stopped.
+        "vm.resume" VmResume(NoParams) -> StateNow;
+        /// Presses the power button: a guest that handles it shuts down.
+        "vm.power_button" VmPowerButton(NoParams) -> Done;
+        /// Raises a non-maskable interrupt at each processor. A guest that hangs can print where, if it is set up to
+        /// (Linux: `unknown_nmi_panic`).
+        "vm.nmi" VmNmi(NoParams) -> Done;
+        /// Restarts the machine at once, without asking the guest.
+        "vm.reset" VmReset(NoParams) -> StateNow;
+        /// Ends the machine at once, without asking the guest.
+        "vm.stop" VmStop(NoParams) -> StateNow;
+        /// Answers when the machine has ended.
+        "vm.wait" VmWait(NoParams) -> Ended;
+        /// Counters of vCPUs, device queues and memory.
+        "vm.stats" VmStats(NoParams) -> types::VmStats;
+        /// Devices with their PCI addresses, BARs and feature bits.
+        "device.list" DeviceList(NoParams) -> types::DeviceList;
+        /// Plugs a device into a free slot of the running machine.
+        "device.add" DeviceAdd(AddDevice) -> Added;
+        /// Asks the guest to release a device that is behind a root port. The event `device_removed` follows when it
+        /// has.
+        "device.remove" DeviceRemove(DeviceId) -> Done;
+        /// Grows a disk and notifies the guest.
+        "disk.resize" DiskResize(ResizeDisk) -> DiskSize;
+        /// A stream socket to a console whose backend is `null` or `socket`, as a descriptor.
+        "console.attach" ConsoleAttach(AttachConsole) -> Attached;
+    }
+
+    /// Calls that the display of a GPU answers, each on a thread of its own: pixels take time.
+    Display(DisplayCall) {
+        /// All outputs of a GPU.
+        "gpu.outputs" GpuOutputs(GpuIndex) -> Outputs;
+        /// Connects, resizes or disconnects an output and notifies the guest.
+        "gpu.set_output" GpuSetOutput(SetOutput) -> Outputs;
+        /// A PNG file of what an output shows, at a path or as a descriptor.
+        "gpu.screenshot" GpuScreenshot(Screenshot) -> ScreenshotTaken;
+        /// A dma-buf of what an output shows, as a descriptor: the memory itself, not a copy.
+        "gpu.export_scanout" GpuExportScanout(OutputIndex) -> ExportedFrame;
+        /// A dma-buf of a guest resource, as a descriptor.
+        "gpu.export_resource" GpuExportResource(ResourceId) -> ExportedResource;
+        /// Starts a stream of display updates, on a socket of its own that comes as a descriptor.
+        "display.subscribe" DisplaySubscribe(SubscribeDisplay) -> DisplayStream;
+    }
 }
 
 #[cfg(test)]

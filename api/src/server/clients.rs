@@ -23,7 +23,7 @@ use crate::{
     API_VERSION,
     error::{ApiError, ErrorKind},
     message::{Id, Incoming, Request, Response, line},
-    methods::{ApiVersion, Call, EventsSubscribe},
+    methods::{ApiVersion, Call, EventsSubscribe, ServerCall},
     schema,
     socket::{Descriptors, LineReader, Progress, Untaken},
     types::{Subscribed, Version},
@@ -468,18 +468,27 @@ fn take_call(
     reply: Reply,
 ) {
     match call {
-        Call::ApiVersion(_) => reply.send::<ApiVersion>(Ok(Version {
+        Call::Server(call) => answer(call, events, reply),
+        Call::Status(call) => handler.status(call, reply),
+        Call::Display(call) => handler.display(call, reply),
+        Call::Machine(call) => handler.machine(call, descriptors, reply),
+    }
+}
+
+/// Answers what concerns the server itself.
+fn answer(call: ServerCall, events: &Events, reply: Reply) {
+    match call {
+        ServerCall::ApiVersion(_) => reply.send::<ApiVersion>(Ok(Version {
             fanlight: env!("CARGO_PKG_VERSION").into(),
             api: API_VERSION.into(),
             pid: std::process::id(),
         })),
-        Call::ApiSchema(_) => reply.send_raw(schema::text()),
-        Call::EventsSubscribe(params) => {
+        ServerCall::ApiSchema(_) => reply.send_raw(schema::text()),
+        ServerCall::EventsSubscribe(params) => {
             let connection = reply.connection();
             events.subscribe(&connection, params.events, |sequence| {
                 reply.send::<EventsSubscribe>(Ok(Subscribed { sequence }));
             });
         }
-        call => handler.call(call, descriptors, reply),
     }
 }

@@ -1,4 +1,4 @@
-//! The server: transport and policy. What methods do is its [`Handler`]'s.
+//! The server: transport and policy. Its [`Handler`] answers the methods.
 //!
 //! One thread serves all clients. A client that sends half a line, floods, stops reading or dies costs the
 //! others nothing: what it may make the server keep is bounded, and beyond that it is disconnected.
@@ -18,7 +18,10 @@ use std::{
 
 use thiserror::Error;
 
-use crate::{methods::Call, socket::Descriptors};
+use crate::{
+    methods::{DisplayCall, MachineCall, StatusCall},
+    socket::Descriptors,
+};
 
 pub use connection::Reply;
 pub use events::Events;
@@ -50,12 +53,17 @@ pub const FDS_PATIENCE: Duration = if cfg!(test) {
     Duration::from_secs(10)
 };
 
-/// Does what methods say. Called on the server's thread: what takes time is done elsewhere, and the reply
-/// is sent from there.
+/// Answers all calls but those of [`ServerCall`](crate::methods::ServerCall).
+///
+/// Its functions run on the server's thread, which all clients share. Work that takes time goes to another thread,
+/// which sends the reply.
 pub trait Handler: Send + Sync + 'static {
-    /// Handles a call. Of the methods `api.version`, `api.schema` and `events.subscribe` are the server's
-    /// own.
-    fn call(&self, call: Call, descriptors: Descriptors, reply: Reply);
+    /// Answers a call that is possible in every state of the machine.
+    fn status(&self, call: StatusCall, reply: Reply);
+    /// Answers a call of a display.
+    fn display(&self, call: DisplayCall, reply: Reply);
+    /// Answers a call for the thread of the machine.
+    fn machine(&self, call: MachineCall, descriptors: Descriptors, reply: Reply);
 }
 
 /// Where to listen, and for whom.

@@ -32,18 +32,24 @@ struct Example {
 }
 
 impl Handler for Example {
-    fn call(&self, call: Call, descriptors: Descriptors, reply: Reply) {
+    fn status(&self, _: StatusCall, _: Reply) {}
+
+    fn display(&self, _: DisplayCall, _: Reply) {}
+
+    fn machine(&self, call: MachineCall, descriptors: Descriptors, reply: Reply) {
         match call {
-            Call::VmPowerButton(_) => reply.send::<methods::VmPowerButton>(Ok(Default::default())),
-            Call::ConsoleAttach(_) => {
+            MachineCall::VmPowerButton(_) => {
+                reply.send::<methods::VmPowerButton>(Ok(Default::default()));
+            }
+            MachineCall::ConsoleAttach(_) => {
                 let file = std::fs::File::open("/dev/null").unwrap();
                 reply.send_with::<methods::ConsoleAttach>(
                     Ok(crate::types::Attached { fd: 0 }),
                     vec![file.into()],
                 );
             }
-            Call::VmWait(_) => self.waiting.lock().unwrap().push(reply),
-            Call::DeviceAdd(add) => {
+            MachineCall::VmWait(_) => self.waiting.lock().unwrap().push(reply),
+            MachineCall::DeviceAdd(add) => {
                 let disk = add.disk.map(|disk| descriptors.take_of(&disk.path));
                 match disk {
                     Some(Err(error)) => reply.refuse(error),

@@ -23,7 +23,7 @@ use std::{
 use fanlight_api::{
     client::Client,
     display::{OutputIndex, ResourceId},
-    methods::{GpuExportResource, GpuExportScanout, VmStatsMethod},
+    methods::{GpuExportResource, GpuExportScanout, VmStats},
     types::NoParams,
 };
 use fanlight_tests::{
@@ -275,9 +275,7 @@ impl Run {
         let Host::Fanlight(client) = &mut self.host else {
             return Ok(f64::NAN);
         };
-        let stats = client
-            .call::<VmStatsMethod>(&NoParams {})
-            .context("vm.stats")?;
+        let stats = client.call::<VmStats>(&NoParams {}).context("vm.stats")?;
         let gpu = stats.gpus.first().ok_or(Failure("no GPU".into()))?;
         Ok(gpu.copied as f64)
     }

@@ -15,7 +15,8 @@ use std::{
 use fanlight_api::{
     client::{Client, ClientError},
     display::{
-        DisplayNews, ExportedPicture, OutputIndex, Screenshot, SetOutput, WatchDisplay, WatcherSays,
+        DisplayUpdate, ExportedFrame, OutputIndex, Screenshot, SetOutput, SubscribeDisplay,
+        ViewerMessage,
     },
     methods::{DisplaySubscribe, GpuExportScanout, GpuScreenshot, GpuSetOutput},
     stream::MessageStream,
@@ -144,7 +145,7 @@ impl Screen {
 
     fn subscribe(&mut self, pace: bool, drive: bool) -> Result<News> {
         let gpu = self.gpu;
-        let watch = WatchDisplay { gpu, pace, drive };
+        let watch = SubscribeDisplay { gpu, pace, drive };
         let (_, fds) = self
             .client
             .call_with::<DisplaySubscribe>(&watch, &[])
@@ -206,14 +207,14 @@ impl Picture {
 /// A picture's memory, mapped.
 pub struct Shown {
     /// What it is.
-    pub picture: ExportedPicture,
+    pub picture: ExportedFrame,
     fd: OwnedFd,
     start: *mut u8,
     len: usize,
 }
 
 impl Shown {
-    fn map(picture: ExportedPicture, fds: Vec<OwnedFd>) -> Result<Self> {
+    fn map(picture: ExportedFrame, fds: Vec<OwnedFd>) -> Result<Self> {
         let fd = one(fds)?;
         let len = picture.offset as usize + picture.stride as usize * picture.height as usize;
         // SAFETY: a new mapping at an address of the kernel's choice.
@@ -263,7 +264,7 @@ impl News {
     /// The first news that `wanted` takes.
     pub fn find<T>(
         &mut self,
-        mut wanted: impl FnMut(DisplayNews, Vec<OwnedFd>) -> Option<T>,
+        mut wanted: impl FnMut(DisplayUpdate, Vec<OwnedFd>) -> Option<T>,
     ) -> Result<T> {
         let start = Instant::now();
         while start.elapsed() < PATIENCE {
@@ -275,8 +276,8 @@ impl News {
                 .context("cannot wait")?;
             let mut found = None;
             for (news, fds) in self.0.receive().context("the stream")? {
-                if let DisplayNews::Damage { serial, .. } = news {
-                    let release = WatcherSays::Release { serial };
+                if let DisplayUpdate::Damage { serial, .. } = news {
+                    let release = ViewerMessage::Release { serial };
                     self.0.send(&release, vec![]).context("cannot release")?;
                 }
                 if found.is_none() {
@@ -291,16 +292,16 @@ impl News {
     }
 
     /// Says something to the display.
-    pub fn say(&mut self, says: &WatcherSays) -> Result<()> {
+    pub fn say(&mut self, says: &ViewerMessage) -> Result<()> {
         self.0.send(says, vec![]).context("cannot say it")
     }
 
     /// The next picture of an output.
     pub fn picture(&mut self, wanted: u32) -> Result<Shown> {
         self.find(|news, fds| match news {
-            DisplayNews::Scanout {
+            DisplayUpdate::Scanout {
                 output,
-                picture: Some(picture),
+                frame: Some(picture),
                 ..
             } if output == wanted => Some(Shown::map(picture, fds)),
             _ => None,
@@ -310,9 +311,9 @@ impl News {
     /// Waits until an output shows nothing.
     pub fn dark(&mut self, wanted: u32) -> Result<()> {
         self.find(|news, _| match news {
-            DisplayNews::Scanout {
+            DisplayUpdate::Scanout {
                 output,
-                picture: None,
+                frame: None,
                 ..
             } => (output == wanted).then_some(()),
             _ => None,

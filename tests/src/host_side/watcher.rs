@@ -12,7 +12,7 @@ use std::{
 use crate::{Context, Failure, Result};
 use fanlight_api::{
     client::Client,
-    display::{DisplayNews, WatchDisplay, WatcherSays},
+    display::{DisplayUpdate, SubscribeDisplay, ViewerMessage},
     methods::DisplaySubscribe,
     stream::MessageStream,
 };
@@ -27,9 +27,9 @@ pub struct Watcher {
 impl Watcher {
     /// Starts to watch; one that paces has the guest wait until it is told that a frame was shown.
     pub fn start(client: &mut Client, paces: bool) -> Result<Self> {
-        let watch = WatchDisplay {
+        let watch = SubscribeDisplay {
             pace: paces,
-            ..WatchDisplay::default()
+            ..SubscribeDisplay::default()
         };
         let (_, fds) = client
             .call_with::<DisplaySubscribe>(&watch, &[])
@@ -64,15 +64,15 @@ fn watch_until(stop: &AtomicBool, mut stream: MessageStream) -> Result<u64> {
         if poll(&mut fds, Some(&pause)).context("cannot wait")? == 0 {
             continue;
         }
-        for (news, fds) in stream.receive::<DisplayNews>().context("the stream")? {
+        for (news, fds) in stream.receive::<DisplayUpdate>().context("the stream")? {
             match news {
-                DisplayNews::Damage { serial, .. } => {
+                DisplayUpdate::Damage { serial, .. } => {
                     heard += 1;
-                    let release = WatcherSays::Release { serial };
+                    let release = ViewerMessage::Release { serial };
                     stream.send(&release, vec![]).context("cannot release")?;
                 }
                 // What is on the screen stays with who shows it.
-                DisplayNews::Scanout { .. } => shown = fds,
+                DisplayUpdate::Scanout { .. } => shown = fds,
                 _ => {}
             }
         }

@@ -3,7 +3,7 @@
 use std::{fs, path::Path};
 
 use fanlight_api::{
-    display::{DisplayNews, PictureMemory, PixelsIn},
+    display::{DisplayUpdate, FrameMemory, PixelLocation},
     methods::VmReset,
     types::NoParams,
 };
@@ -117,9 +117,9 @@ fn patterns(assets: &Assets) -> Result<()> {
     screen.wait_for(1, (640, 480), |x, y| whole(800 + x, y))?;
     for wanted in [0, 1] {
         let cursor = news.find(|news, fds| match news {
-            DisplayNews::CursorImage {
+            DisplayUpdate::CursorImage {
                 output,
-                look: Some(look),
+                image: Some(look),
             } if output == wanted => Some((look, fds)),
             _ => None,
         });
@@ -134,7 +134,7 @@ fn patterns(assets: &Assets) -> Result<()> {
         // It moves to the right and down, by one pixel and more.
         for _ in 0..3 {
             last = news.find(|news, _| match news {
-                DisplayNews::CursorPosition { output, x, y } if output == wanted => {
+                DisplayUpdate::CursorPosition { output, x, y } if output == wanted => {
                     (Some((x, y)) != last).then_some(Some((x, y)))
                 }
                 _ => None,
@@ -193,7 +193,7 @@ fn flips(assets: &Assets) -> Result<()> {
     let mut news = screen.watch(true)?;
     let mut frame = || {
         news.find(|news, _| match news {
-            DisplayNews::Damage {
+            DisplayUpdate::Damage {
                 output: 0, serial, ..
             } => Some(serial),
             _ => None,
@@ -269,13 +269,16 @@ fn formats(assets: &Assets) -> Result<()> {
     }
     let first = screen.export(0)?;
     ensure(
-        first.picture.location == PixelsIn::GuestRam,
+        first.picture.location == PixelLocation::GuestRam,
         "the pixels are somewhere else",
     )?;
     let round = |round| move |x, y| pixel_formats::pixel(x, y, round);
     ensure(first.is(round(0)), "the dma-buf has other pixels")?;
     let copied = screen.export(8)?;
-    ensure(copied.picture.location == PixelsIn::Host, "it is no copy")?;
+    ensure(
+        copied.picture.location == PixelLocation::Host,
+        "it is no copy",
+    )?;
     ensure(copied.is(round(0)), "the copy has other pixels")?;
 
     let mut news = screen.watch(false)?;
@@ -318,8 +321,8 @@ fn copies(assets: &Assets) -> Result<()> {
     loop {
         let shown = news.picture(0)?;
         ensure(
-            shown.picture.memory == PictureMemory::Shared
-                && shown.picture.location == PixelsIn::Host,
+            shown.picture.memory == FrameMemory::Shared
+                && shown.picture.location == PixelLocation::Host,
             format!("{:?}", shown.picture),
         )?;
         let same = |x, y| shown.pixel(x, y)[..3] == bgr(x, y);
@@ -340,7 +343,7 @@ fn copies(assets: &Assets) -> Result<()> {
     guest.send("head -c 1228800 /dev/zero | tr '\\0' '\\063' > /dev/fb0; echo re''painted\n")?;
     guest.wait_for("repainted")?;
     again.find(|news, _| {
-        matches!(news, DisplayNews::Damage { .. } if console.is(|_, _| [0x33; 4])).then_some(())
+        matches!(news, DisplayUpdate::Damage { .. } if console.is(|_, _| [0x33; 4])).then_some(())
     })?;
     guest.send("poweroff -f\n")?;
     guest.expect_exit(0)?;

@@ -2,7 +2,7 @@
 
 use std::{fs, os::fd::AsFd};
 
-use fanlight_api::display::{DisplayNews, PixelsIn, WatcherSays};
+use fanlight_api::display::{DisplayUpdate, PixelLocation, ViewerMessage};
 use fanlight_devices::virtio::{
     gpu::{self, Mode},
     input::{EV_ABS, EV_KEY, KEY_A},
@@ -144,7 +144,7 @@ fn console(assets: &Assets) -> Result<()> {
     ensure(blue > 300 && red > 50, said)?;
     let shown = screen.export(0)?;
     ensure(
-        shown.picture.location == PixelsIn::GuestRam,
+        shown.picture.location == PixelLocation::GuestRam,
         "the pixels were copied",
     )
 }
@@ -174,7 +174,7 @@ fn shared(assets: &Assets) -> Result<()> {
     guest.wait_for("written")?;
     ensure(before != *b"ABCD", "it was there before")?;
     ensure(shown.pixel(10, 100) == *b"ABCD", "a write is not seen")?;
-    news.find(|news, _| matches!(news, DisplayNews::Damage { output: 0, .. }).then_some(()))
+    news.find(|news, _| matches!(news, DisplayUpdate::Damage { output: 0, .. }).then_some(()))
 }
 
 /// What tells one dma-buf from another.
@@ -259,7 +259,7 @@ fn input(assets: &Assets) -> Result<()> {
     let cases = [
         (
             "keyboard",
-            WatcherSays::Key {
+            ViewerMessage::Key {
                 code: KEY_A,
                 pressed: true,
             },
@@ -267,7 +267,7 @@ fn input(assets: &Assets) -> Result<()> {
         ),
         (
             "pointer",
-            WatcherSays::Pointer {
+            ViewerMessage::Pointer {
                 output: 0,
                 x: 0.5,
                 y: 0.25,
@@ -276,7 +276,7 @@ fn input(assets: &Assets) -> Result<()> {
         ),
         (
             "touch screen",
-            WatcherSays::Touch {
+            ViewerMessage::Touch {
                 output: 0,
                 finger: 5,
                 at: Some([0.5, 1.0]),

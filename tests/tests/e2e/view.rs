@@ -9,7 +9,9 @@ use std::{
 
 use fanlight_api::{
     client::Client,
-    display::{DisplayNews, OutputIndex, PixelsIn, SetOutput, WatchDisplay, WatcherSays},
+    display::{
+        DisplayUpdate, OutputIndex, PixelLocation, SetOutput, SubscribeDisplay, ViewerMessage,
+    },
     methods::{DisplaySubscribe, GpuExportScanout, GpuSetOutput},
     stream::MessageStream,
 };
@@ -78,7 +80,7 @@ fn screenshot(assets: &Assets) -> Result<()> {
     )?;
     let pixels = Pixels::map(&one(fds)?, &exported)?;
     ensure(pixels.rgb() == picture, "the picture is not the dma-buf's")?;
-    if exported.location == PixelsIn::GuestRam {
+    if exported.location == PixelLocation::GuestRam {
         // Nothing is called: what the guest writes is there.
         guest.send("head -c 1228800 /dev/zero | tr '\\0' '\\125' > /dev/fb0; echo pain''ted\n")?;
         guest.wait_for("painted")?;
@@ -109,7 +111,7 @@ struct Pixels {
 }
 
 impl Pixels {
-    fn map(fd: &OwnedFd, exported: &fanlight_api::display::ExportedPicture) -> Result<Self> {
+    fn map(fd: &OwnedFd, exported: &fanlight_api::display::ExportedFrame) -> Result<Self> {
         let (offset, stride) = (exported.offset as usize, exported.stride as usize);
         let len = offset + stride * exported.height as usize;
         // SAFETY: a new mapping at an address of the kernel's choice.
@@ -156,10 +158,10 @@ impl Drop for Pixels {
 
 fn stream(assets: &Assets) -> Result<()> {
     let (mut guest, mut client, _) = drawing(assets)?;
-    let watch = WatchDisplay {
+    let watch = SubscribeDisplay {
         pace: true,
         drive: true,
-        ..WatchDisplay::default()
+        ..SubscribeDisplay::default()
     };
     let (stream, fds) = client
         .call_with::<DisplaySubscribe>(&watch, &[])
@@ -171,9 +173,9 @@ fn stream(assets: &Assets) -> Result<()> {
     ensure(!second.drives, "two drive")?;
     let mut stream = MessageStream::new(UnixStream::from(one(fds)?)).context("a stream")?;
     let shown = wait_for(&mut stream, |news, fds| match news {
-        DisplayNews::Scanout {
+        DisplayUpdate::Scanout {
             output: 0,
-            picture: Some(picture),
+            frame: Some(picture),
             ..
         } => Some((picture.clone(), fds)),
         _ => None,
@@ -182,20 +184,20 @@ fn stream(assets: &Assets) -> Result<()> {
     guest.send("head -c 1228800 /dev/zero | tr '\\0' '\\052' > /dev/fb0; echo pain''ted\n")?;
     guest.wait_for("painted")?;
     let serial = wait_for(&mut stream, |news, _| match news {
-        DisplayNews::Damage {
+        DisplayUpdate::Damage {
             output: 0, serial, ..
         } if pixels.rgb().iter().all(|&byte| byte == 0x2a) => Some(*serial),
         _ => None,
     })?;
     let say = |stream: &mut MessageStream, says| stream.send(&says, vec![]).context("cannot say");
-    say(&mut stream, WatcherSays::Release { serial })?;
+    say(&mut stream, ViewerMessage::Release { serial })?;
 
     // The input device keeps events for those who have it open.
     guest.send("for e in /dev/input/event*; do grep -q keyboard /sys/class/input/${e##*/}/device/name || continue; exec 3< $e; echo liste''ning; dd bs=24 count=1 <&3 2>/dev/null | od -An -tu2 -j 16 -N 8 | sed 's/^/key: /'; echo hea''rd; done\n")?;
     guest.wait_for("listening")?;
     // KEY_K.
     for pressed in [true, false] {
-        say(&mut stream, WatcherSays::Key { code: 37, pressed })?;
+        say(&mut stream, ViewerMessage::Key { code: 37, pressed })?;
     }
     guest.wait_for("heard")?;
     let said = guest.transcript();
@@ -203,14 +205,14 @@ fn stream(assets: &Assets) -> Result<()> {
     ensure(key == ["1", "37", "1", "0"], &said)?;
 
     let (width, height) = (800, 600);
-    let resize = WatcherSays::Resize {
+    let resize = ViewerMessage::Resize {
         output: 0,
         width,
         height,
     };
     say(&mut stream, resize)?;
     wait_for(&mut stream, |news, _| match news {
-        DisplayNews::Outputs(outputs) => outputs
+        DisplayUpdate::Outputs(outputs) => outputs
             .outputs
             .first()
             .filter(|output| (output.width, output.height) == (width, height))
@@ -226,7 +228,7 @@ fn stream(assets: &Assets) -> Result<()> {
 /// The first news that `wanted` takes.
 pub fn wait_for<T>(
     stream: &mut MessageStream,
-    wanted: impl Fn(&DisplayNews, Vec<OwnedFd>) -> Option<T>,
+    wanted: impl Fn(&DisplayUpdate, Vec<OwnedFd>) -> Option<T>,
 ) -> Result<T> {
     let start = Instant::now();
     while start.elapsed() < PATIENCE {
@@ -237,9 +239,9 @@ pub fn wait_for<T>(
         };
         poll(&mut fds, Some(&second)).context("cannot wait")?;
         let mut found = None;
-        for (news, fds) in stream.receive::<DisplayNews>().context("the stream")? {
-            if let DisplayNews::Damage { serial, .. } = news {
-                let release = WatcherSays::Release { serial };
+        for (news, fds) in stream.receive::<DisplayUpdate>().context("the stream")? {
+            if let DisplayUpdate::Damage { serial, .. } = news {
+                let release = ViewerMessage::Release { serial };
                 stream.send(&release, vec![]).context("cannot release")?;
             }
             found = found.or(wanted(&news, fds));

@@ -13,7 +13,7 @@ use std::{
 
 use fanlight_api::{
     client::Client,
-    display::{DisplayNews, OutputIndex, PixelsIn, Screenshot, WatchDisplay},
+    display::{DisplayUpdate, OutputIndex, PixelLocation, Screenshot, SubscribeDisplay},
     methods::{DisplaySubscribe, GpuExportScanout, GpuScreenshot},
     stream::MessageStream,
 };
@@ -85,7 +85,7 @@ fn does(guest: &mut Guest, line: &str) -> Result<()> {
     guest.wait_for_times(&done, before + 1)
 }
 
-fn export(client: &mut Client, from: PixelsIn) -> Result<OwnedFd> {
+fn export(client: &mut Client, from: PixelLocation) -> Result<OwnedFd> {
     let (exported, fds) = client
         .call_with::<GpuExportScanout>(&OutputIndex::default(), &[])
         .context("gpu.export_scanout")?;
@@ -158,7 +158,7 @@ pub fn shown_from(assets: &Assets, address: &str, ids: &str, bar: u32, offset: u
     does(&mut guest, "reset")?;
     does(&mut guest, "draw 3")?;
     shows(&mut client, 3)?;
-    let by = exporter(&export(&mut client, PixelsIn::Device)?)?;
+    let by = exporter(&export(&mut client, PixelLocation::Device)?)?;
     ensure(by.contains("vfio"), format!("a dma-buf of {by}"))?;
     guest.send("end\n")?;
     guest.expect_exit(0)
@@ -171,7 +171,7 @@ fn shown(assets: &Assets) -> Result<()> {
     let (mut guest, mut client) = guest(assets, &script, &[&format!("{memory},port=1")])?;
     let reader = DmaReader::open(&edu)?;
     shows(&mut client, 1)?;
-    let first = export(&mut client, PixelsIn::Device)?;
+    let first = export(&mut client, PixelLocation::Device)?;
     let by = exporter(&first)?;
     ensure(by.contains("vfio"), format!("a dma-buf of {by}"))?;
     read_by_device(&reader, &first, 1)?;
@@ -180,18 +180,18 @@ fn shown(assets: &Assets) -> Result<()> {
     shows(&mut client, 2)?;
     read_by_device(&reader, &first, 2)?;
 
-    let watch = WatchDisplay::default();
+    let watch = SubscribeDisplay::default();
     let (_, fds) = client
         .call_with::<DisplaySubscribe>(&watch, &[])
         .context("display.subscribe")?;
     let mut stream = MessageStream::new(UnixStream::from(one(fds)?)).context("a stream")?;
     let mut heard = |there: bool| {
         wait_for(&mut stream, |news, _| match news {
-            DisplayNews::Scanout {
+            DisplayUpdate::Scanout {
                 output: 0,
-                picture,
+                frame,
                 error,
-            } if picture.is_some() == there => Some(error.clone()),
+            } if frame.is_some() == there => Some(error.clone()),
             _ => None,
         })
     };
@@ -222,7 +222,7 @@ fn shown(assets: &Assets) -> Result<()> {
         let error = heard(true)?;
         ensure(error.is_none(), format!("{way}: {error:?}"))?;
         shows(&mut client, 2)?;
-        read_by_device(&reader, &export(&mut client, PixelsIn::Device)?, 2)?;
+        read_by_device(&reader, &export(&mut client, PixelLocation::Device)?, 2)?;
     }
     // Both at once, by the port that the device is behind.
     does(&mut guest, "reset")?;
@@ -230,7 +230,7 @@ fn shown(assets: &Assets) -> Result<()> {
     does(&mut guest, "draw 3")?;
     shows(&mut client, 3)?;
     in_window(3)?;
-    read_by_device(&reader, &export(&mut client, PixelsIn::Device)?, 3)?;
+    read_by_device(&reader, &export(&mut client, PixelLocation::Device)?, 3)?;
     guest.send("end\n")?;
     guest.expect_exit(0)
 }
@@ -248,7 +248,7 @@ fn buffers(assets: &Assets) -> Result<()> {
     let scattered = format!("pages,{ids},2,100000,3000,12c");
     does(&mut guest, &format!("show 1 {scattered}"))?;
     shows(&mut client, 1)?;
-    let dmabuf = export(&mut client, PixelsIn::Device)?;
+    let dmabuf = export(&mut client, PixelLocation::Device)?;
     ensure(exporter(&dmabuf)?.contains("vfio"), "no dma-buf of VFIO's")?;
     does(&mut guest, "where")?;
     let said = guest.transcript();
@@ -258,33 +258,33 @@ fn buffers(assets: &Assets) -> Result<()> {
     ensure(said.contains(reached), said)?;
 
     // Each time the bytes are the same, and those who watch get the memory where they are now.
-    let watch = WatchDisplay::default();
+    let watch = SubscribeDisplay::default();
     let (_, fds) = client
         .call_with::<DisplaySubscribe>(&watch, &[])
         .context("display.subscribe")?;
     let mut stream = MessageStream::new(UnixStream::from(one(fds)?)).context("a stream")?;
-    let mut heard = |wanted: PixelsIn| {
+    let mut heard = |wanted: PixelLocation| {
         wait_for(&mut stream, |news, _| match news {
-            DisplayNews::Scanout {
+            DisplayUpdate::Scanout {
                 output: 0,
-                picture: Some(picture),
+                frame: Some(picture),
                 ..
             } if picture.location == wanted => Some(()),
             _ => None,
         })
     };
-    heard(PixelsIn::Device)?;
+    heard(PixelLocation::Device)?;
     let whole = format!("bar,{ids},2,2000000,{SIZE:x}");
     let ram = format!("ram,{SIZE:x}");
     does(&mut guest, &format!("move {ram}"))?;
-    heard(PixelsIn::GuestRam)?;
+    heard(PixelLocation::GuestRam)?;
     shows(&mut client, 1)?;
-    let dmabuf = export(&mut client, PixelsIn::GuestRam)?;
+    let dmabuf = export(&mut client, PixelLocation::GuestRam)?;
     ensure(exporter(&dmabuf)?.contains("udmabuf"), "no udmabuf")?;
     does(&mut guest, &format!("move {whole}"))?;
-    heard(PixelsIn::Device)?;
+    heard(PixelLocation::Device)?;
     shows(&mut client, 1)?;
-    let dmabuf = export(&mut client, PixelsIn::Device)?;
+    let dmabuf = export(&mut client, PixelLocation::Device)?;
     read_by_device(&reader, &dmabuf, 1)?;
     does(&mut guest, "draw 2")?;
     shows(&mut client, 2)?;
@@ -292,7 +292,7 @@ fn buffers(assets: &Assets) -> Result<()> {
     does(&mut guest, &format!("move {scattered}"))?;
     shows(&mut client, 2)?;
     does(&mut guest, &format!("move {ram}"))?;
-    heard(PixelsIn::GuestRam)?;
+    heard(PixelLocation::GuestRam)?;
     shows(&mut client, 2)?;
 
     // What no dma-buf can be is refused, and the message says which entry it is and why.

@@ -16,8 +16,8 @@ use std::{
 
 use fanlight_api::{
     client::Client,
-    display::{WatchDisplay, WatcherSays},
-    methods::{DisplaySubscribe, VmInfoMethod, VmStatsMethod},
+    display::{SubscribeDisplay, ViewerMessage},
+    methods::{DisplaySubscribe, VmInfo, VmStats},
     stream::MessageStream,
     types::NoParams,
 };
@@ -172,7 +172,7 @@ fn stopped(drawing: &mut DrawingGuest, socket: &Path, viewer: &Viewer) -> Result
 fn flooded(drawing: &mut DrawingGuest, socket: &Path) -> Result<()> {
     let mut client = Client::connect(socket).context("cannot connect")?;
     let memory = |client: &mut Client| -> Result<u64> {
-        let stats = client.call::<VmStatsMethod>(&NoParams {});
+        let stats = client.call::<VmStats>(&NoParams {});
         Ok(stats.context("vm.stats")?.memory.resident)
     };
     let before = memory(&mut client)?;
@@ -180,10 +180,10 @@ fn flooded(drawing: &mut DrawingGuest, socket: &Path) -> Result<()> {
     let mut floods = Vec::new();
     let start = Instant::now();
     while floods.len() < 2 {
-        let watch = WatchDisplay {
+        let watch = SubscribeDisplay {
             pace: true,
             drive: floods.is_empty(),
-            ..WatchDisplay::default()
+            ..SubscribeDisplay::default()
         };
         let (stream, fds) = client
             .call_with::<DisplaySubscribe>(&watch, &[])
@@ -197,13 +197,13 @@ fn flooded(drawing: &mut DrawingGuest, socket: &Path) -> Result<()> {
     }
     // Nonsense ends the stream that it came on.
     let (_, fds) = client
-        .call_with::<DisplaySubscribe>(&WatchDisplay::default(), &[])
+        .call_with::<DisplaySubscribe>(&SubscribeDisplay::default(), &[])
         .context("display.subscribe")?;
     let mut nonsense = UnixStream::from(one(fds)?);
     let _ = nonsense.write_all(&vec![b'{'; 4 << 20]);
     for _ in 0..3 {
         flush(drawing)?;
-        let info = client.call::<VmInfoMethod>(&NoParams {});
+        let info = client.call::<VmInfo>(&NoParams {});
         info.context("vm.info while the stream is flooded")?;
     }
     let grown = memory(&mut client)?.saturating_sub(before);
@@ -231,30 +231,30 @@ fn flood(fd: OwnedFd, end: &AtomicBool) -> Result<u64> {
             continue;
         }
         let says = match number % 7 {
-            0 => WatcherSays::Release {
+            0 => ViewerMessage::Release {
                 serial: u64::from(number),
             },
-            1 => WatcherSays::Resize {
+            1 => ViewerMessage::Resize {
                 output: 0,
                 width: 600 + number % 512,
                 height: 400 + number % 256,
             },
-            2 => WatcherSays::Key {
+            2 => ViewerMessage::Key {
                 code: (number % 255) as u16,
                 pressed: number % 4 < 2,
             },
-            3 => WatcherSays::Pointer {
+            3 => ViewerMessage::Pointer {
                 output: number,
                 x: f64::from(number),
                 y: -0.5,
             },
-            4 => WatcherSays::Touch {
+            4 => ViewerMessage::Touch {
                 output: 0,
                 finger: number as i32,
                 at: Some([0.5, 2.0]),
             },
-            5 => WatcherSays::CopyDeviceMemory,
-            _ => WatcherSays::Wheel {
+            5 => ViewerMessage::CopyDeviceMemory,
+            _ => ViewerMessage::Wheel {
                 horizontal: i32::MIN,
                 vertical: i32::MAX,
             },

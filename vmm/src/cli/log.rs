@@ -1,6 +1,6 @@
 //! What is logged to standard error.
 
-use fanlight::control::queue::SetLog;
+use fanlight::control::requests::SetLog;
 use tracing_subscriber::{filter::Targets, layer::SubscriberExt, reload, util::SubscriberInitExt};
 
 /// Words for how much is logged.

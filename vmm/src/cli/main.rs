@@ -11,7 +11,8 @@ use std::{path::PathBuf, process::ExitCode, time::Instant};
 use crate::vfio_bind::VfioBindError;
 use clap::{CommandFactory, Parser};
 use fanlight::{
-    control::queue::{Desk, SetLog},
+    control::queue::ControlQueue,
+    control::requests::SetLog,
     control::run_loop,
     control::serve::{self, with_api_defaults},
     host::files,
@@ -85,9 +86,9 @@ fn run(mut options: RunOptions, started: Instant) -> Ending {
         Ok(resources) => resources,
         Err(error) => return bad_input(&error),
     };
-    with_desk(set_log, settings, |signals, desk| {
-        desk.created(&resources);
-        run_loop::run(resources, signals, desk, started)
+    with_queue(set_log, settings, |signals, queue| {
+        queue.created(&resources);
+        run_loop::run(resources, signals, queue, started)
     })
 }
 
@@ -95,34 +96,35 @@ fn serve(options: ServeOptions) -> Ending {
     files::allow_all();
     let set_log = log::start(&options.log.level);
     let settings = (options.api_socket, options.api);
-    with_desk(set_log, Some(settings), serve::serve)
+    with_queue(set_log, Some(settings), serve::serve)
 }
 
 /// Runs `life` with signals caught and, if there are settings for it, the API served.
-fn with_desk(
+fn with_queue(
     set_log: SetLog,
     settings: Option<(PathBuf, ApiOptions)>,
-    life: impl FnOnce(&Signals, &mut Desk) -> Result<Ending, LifeError>,
+    life: impl FnOnce(&Signals, &mut ControlQueue) -> Result<Ending, LifeError>,
 ) -> Ending {
     let host = |action| move |source| LifeError::Host { action, source };
     let signals = match Signals::catch().map_err(host("catch signals")) {
         Ok(signals) => signals,
         Err(error) => return failed(&error),
     };
-    let (mut desk, handler) = match Desk::new(set_log).map_err(host("make an event descriptor")) {
-        Ok(desk) => desk,
-        Err(error) => return failed(&error),
-    };
+    let (mut queue, handler) =
+        match ControlQueue::new(set_log).map_err(host("make an event descriptor")) {
+            Ok(queue) => queue,
+            Err(error) => return failed(&error),
+        };
     let server = settings
-        .map(|(path, api)| Server::start(&api.settings(path), desk.events.clone(), handler))
+        .map(|(path, api)| Server::start(&api.settings(path), queue.events.clone(), handler))
         .transpose();
     let server = match server {
         Ok(server) => server,
         Err(error) => return bad_input(&error),
     };
-    let result = life(&signals, &mut desk);
+    let result = life(&signals, &mut queue);
     // Whoever still waits is answered, and the answers are sent.
-    drop(desk);
+    drop(queue);
     drop(server);
     match result {
         Ok(ending) => ending,

@@ -1,49 +1,50 @@
-//! How long a guest whose kernel has panicked goes on.
+//! How long a guest continues after a panic of its kernel.
 //!
-//! Linux tells pvpanic before it has flushed its consoles (`kernel/panic.c`: the notifiers run before
-//! `console_flush_on_panic`), so a machine that ended there would take the reason with it.
+//! Linux notifies pvpanic before it flushes its consoles (`kernel/panic.c`: the notifiers run before
+//! `console_flush_on_panic`). A machine that ended at the notification would lose the reason on the console.
 
 use std::time::{Duration, Instant};
 
-/// A guest that asked the machine for nothing for so long has said what it had to say.
+/// The guest has finished when its vCPUs have not exited for so long.
 const QUIET: Duration = Duration::from_millis(300);
-/// It ends after this at the latest.
+/// The machine ends after this at the latest.
 const LONGEST: Duration = Duration::from_secs(5);
 
 /// The time between a panic and the end.
 #[derive(Debug)]
-pub struct LastWords {
-    /// Exits of the vCPUs when they were last seen to change, and when that was.
+pub struct PanicGrace {
+    /// Exits of the vCPUs at the last check that found more of them.
     exits: u64,
-    heard: Instant,
+    /// The time of that check.
+    last_exit: Instant,
     until: Instant,
 }
 
-impl LastWords {
-    /// The panic is at `now`, after `exits` exits of the vCPUs.
+impl PanicGrace {
+    /// The panic was at `now`, after `exits` exits of the vCPUs.
     pub fn begin(now: Instant, exits: u64) -> Self {
         Self {
             exits,
-            heard: now,
+            last_exit: now,
             until: now + LONGEST,
         }
     }
 
-    /// When to ask [`Self::are_over`] again.
-    pub fn look_at(&self) -> Instant {
-        (self.heard + QUIET).min(self.until)
+    /// When to call [`Self::is_over`] next.
+    pub fn check_at(&self) -> Instant {
+        (self.last_exit + QUIET).min(self.until)
     }
 
-    /// Whether the guest has nothing more to say at `now`, after `exits` exits of the vCPUs.
-    pub fn are_over(&mut self, now: Instant, exits: u64) -> bool {
+    /// Whether the guest has finished at `now`, after `exits` exits of the vCPUs.
+    pub fn is_over(&mut self, now: Instant, exits: u64) -> bool {
         if now >= self.until {
             return true;
         }
         if exits != self.exits {
             self.exits = exits;
-            self.heard = now;
+            self.last_exit = now;
         }
-        now >= self.heard + QUIET
+        now >= self.last_exit + QUIET
     }
 }
 
@@ -54,22 +55,22 @@ mod tests {
     #[test]
     fn silence_ends_it() {
         let start = Instant::now();
-        let mut words = LastWords::begin(start, 10);
-        assert!(!words.are_over(start + QUIET / 2, 10));
-        assert!(!words.are_over(start + QUIET, 11));
-        assert_eq!(words.look_at(), start + QUIET * 2);
-        assert!(!words.are_over(start + QUIET * 3 / 2, 11));
-        assert!(words.are_over(start + QUIET * 2, 11));
+        let mut grace = PanicGrace::begin(start, 10);
+        assert!(!grace.is_over(start + QUIET / 2, 10));
+        assert!(!grace.is_over(start + QUIET, 11));
+        assert_eq!(grace.check_at(), start + QUIET * 2);
+        assert!(!grace.is_over(start + QUIET * 3 / 2, 11));
+        assert!(grace.is_over(start + QUIET * 2, 11));
     }
 
     #[test]
     fn a_guest_that_goes_on_and_on_is_ended() {
         let start = Instant::now();
-        let mut words = LastWords::begin(start, 0);
+        let mut grace = PanicGrace::begin(start, 0);
         let mut now = start;
         let mut exits = 0;
-        while !words.are_over(now, exits) {
-            now = words.look_at();
+        while !grace.is_over(now, exits) {
+            now = grace.check_at();
             exits += 1;
             assert!(now <= start + LONGEST);
         }

@@ -21,11 +21,14 @@ use fanlight_devices::legacy::GuestRequest;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::{
-    control::console_input::{ConsoleInput, inputs},
-    control::panic_grace::LastWords,
-    control::queue::Desk,
+    control::{
+        console_input::{ConsoleInput, inputs},
+        panic_grace::PanicGrace,
+        queue::ControlQueue,
+        running::{Outcome, RunningMachine},
+    },
     host::console::Received,
-    host::resources::{Holdings, Resources},
+    host::resources::Resources,
     host::signals::Signals,
     kvm::VcpuError,
     vm::ending::Ending,
@@ -49,43 +52,35 @@ enum Event {
     Ejected(u8),
 }
 
-/// What comes of an event.
-#[derive(Debug)]
-pub(super) enum Outcome {
-    End(Ending),
-    Restart,
-    Failed(LifeError),
-}
-
 /// Runs the machine until its end. `started` is when the process started, for the log.
 ///
 /// When it returns the machine is gone, and everybody who waited for that has been told.
 pub fn run(
     resources: Resources,
     signals: &Signals,
-    desk: &mut Desk,
+    queue: &mut ControlQueue,
     started: Instant,
 ) -> Result<Ending, LifeError> {
-    let result = run_lives(resources, signals, desk, started);
-    desk.ended(&result);
+    let result = run_lives(resources, signals, queue, started);
+    queue.ended(&result);
     result
 }
 
 fn run_lives(
     mut resources: Resources,
     signals: &Signals,
-    desk: &mut Desk,
+    queue: &mut ControlQueue,
     started: Instant,
 ) -> Result<Ending, LifeError> {
     let mut restarts = 0;
     loop {
         let begun = Instant::now();
-        let outcome = live(&mut resources, signals, desk, started)?;
+        let outcome = live(&mut resources, signals, queue, started)?;
         match outcome {
             Outcome::End(ending) => return Ok(ending),
             Outcome::Failed(error) => return Err(error),
             Outcome::Restart => {
-                let asked_for = desk.is_starting();
+                let asked_for = queue.is_starting();
                 restarts = if begun.elapsed() < RESTART_LOOP.1 && !asked_for {
                     restarts + 1
                 } else {
@@ -98,7 +93,7 @@ fn run_lives(
                     });
                 }
                 tracing::info!("the guest restarts");
-                desk.restarting();
+                queue.restarting();
                 resources.ram.clear().map_err(MachineError::from)?;
             }
         }
@@ -109,7 +104,7 @@ fn run_lives(
 fn live(
     resources: &mut Resources,
     signals: &Signals,
-    desk: &mut Desk,
+    queue: &mut ControlQueue,
     started: Instant,
 ) -> Result<Outcome, LifeError> {
     let host = |action| move |source| LifeError::Host { action, source };
@@ -118,12 +113,12 @@ fn live(
     let callbacks = callbacks(
         sender,
         wake.try_clone().map_err(host("duplicate a descriptor"))?,
-        desk.events.clone(),
+        queue.events.clone(),
     );
     let mut machine = Machine::build(resources, callbacks)?;
     tracing::info!(after = ?started.elapsed(), "the first vCPU is about to run");
     machine.start()?;
-    desk.started();
+    queue.started();
 
     let mut manager =
         EventManager::new().map_err(|error| host("wait for events")(io::Error::other(error)))?;
@@ -131,17 +126,19 @@ fn live(
     let main = manager.add_subscriber(MainLoop {
         on_reset: holdings.config.on_reset,
         on_panic: holdings.config.on_panic,
-        inputs: inputs(consoles, &machine),
-        holdings,
-        machine,
+        vm: RunningMachine {
+            inputs: inputs(consoles, &machine),
+            holdings,
+            machine,
+            queue,
+            requested: BTreeSet::new(),
+            outcome: None,
+        },
         events,
         wake,
         signals,
-        desk,
-        requested: BTreeSet::new(),
         kill_at: None,
-        last_words: None,
-        outcome: None,
+        panic_grace: None,
     });
     loop {
         let timeout = manager
@@ -154,15 +151,15 @@ fn live(
             continue;
         };
         main.check_patience();
-        if let Some(outcome) = main.outcome.take() {
+        if let Some(outcome) = main.vm.outcome.take() {
             tracing::info!(
-                exits = main.machine.total_exits(),
+                exits = main.vm.machine.total_exits(),
                 ?outcome,
                 "the guest stops"
             );
             // What the guest was asked to give up does not come back after a reset.
-            for id in main.machine.inventory.removing() {
-                main.removed(&id);
+            for id in main.vm.machine.inventory.removing() {
+                main.vm.removed(&id);
             }
             return Ok(outcome);
         }
@@ -187,23 +184,17 @@ fn callbacks(sender: Sender<Event>, wake: EventFd, published: Published) -> Call
     }
 }
 
-pub(super) struct MainLoop<'a> {
-    pub(super) machine: Machine,
-    pub(super) holdings: Holdings<'a>,
-    pub(super) desk: &'a mut Desk,
-    /// Passed-through devices that the host wants back.
-    pub(super) requested: BTreeSet<String>,
+struct MainLoop<'a> {
+    vm: RunningMachine<'a>,
     on_reset: OnReset,
     on_panic: OnPanic,
-    pub(super) inputs: Vec<ConsoleInput<'a>>,
     events: Receiver<Event>,
     wake: EventFd,
     signals: &'a Signals,
     /// When a guest that was asked to shut down is stopped.
     kill_at: Option<Instant>,
-    /// What comes of a panic, once its messages are out.
-    last_words: Option<(LastWords, Outcome)>,
-    pub(super) outcome: Option<Outcome>,
+    /// The time that a guest has after a panic to flush its consoles, and what follows it.
+    panic_grace: Option<(PanicGrace, Outcome)>,
 }
 
 /// Data of the loop's events. Inputs and the room in their consoles follow, two numbers for each.
@@ -216,52 +207,51 @@ const FIRST_INPUT: u32 = 4;
 impl MainLoop<'_> {
     /// Milliseconds until [`Self::check_patience`] has something to look at; -1 for never.
     fn patience(&self) -> i32 {
-        let look = self.last_words.as_ref().map(|(words, _)| words.look_at());
-        self.kill_at.into_iter().chain(look).min().map_or(-1, |at| {
-            let left = at.saturating_duration_since(Instant::now()).as_millis();
-            i32::try_from(left).map_or(i32::MAX, |left| left.saturating_add(1))
-        })
+        let grace = self.panic_grace.as_ref().map(|(grace, _)| grace.check_at());
+        self.kill_at
+            .into_iter()
+            .chain(grace)
+            .min()
+            .map_or(-1, |at| {
+                let left = at.saturating_duration_since(Instant::now()).as_millis();
+                i32::try_from(left).map_or(i32::MAX, |left| left.saturating_add(1))
+            })
     }
 
     fn check_patience(&mut self) {
         let now = Instant::now();
         if self.kill_at.is_some_and(|at| now >= at) {
             tracing::warn!("the guest did not shut down within {SHUTDOWN_PATIENCE:?}: stopped");
-            self.end(Outcome::End(Ending::Stopped));
+            self.vm.end(Outcome::End(Ending::Stopped));
         }
-        let exits = self.machine.total_exits();
-        if let Some((mut words, outcome)) = self.last_words.take() {
-            if words.are_over(now, exits) {
-                self.end(outcome);
+        let exits = self.vm.machine.total_exits();
+        if let Some((mut grace, outcome)) = self.panic_grace.take() {
+            if grace.is_over(now, exits) {
+                self.vm.end(outcome);
             } else {
-                self.last_words = Some((words, outcome));
+                self.panic_grace = Some((grace, outcome));
             }
         }
     }
 
-    /// The first outcome counts.
-    pub(super) fn end(&mut self, outcome: Outcome) {
-        self.outcome.get_or_insert(outcome);
-    }
-
     /// The guest has ended its life by itself: after a panic that comes of the panic.
     fn gone(&mut self, outcome: Outcome) {
-        let panicked = self.last_words.take().map(|(_, outcome)| outcome);
-        self.end(panicked.unwrap_or(outcome));
+        let panicked = self.panic_grace.take().map(|(_, outcome)| outcome);
+        self.vm.end(panicked.unwrap_or(outcome));
     }
 
     fn take_events(&mut self) {
         let _ = self.wake.read();
-        while self.outcome.is_none()
+        while self.vm.outcome.is_none()
             && let Ok(event) = self.events.try_recv()
         {
             match event {
                 Event::Ejected(slot) => {
-                    if let Some(id) = self.machine.inventory.ejected(slot) {
-                        self.removed(&id);
+                    if let Some(id) = self.vm.machine.inventory.ejected(slot) {
+                        self.vm.removed(&id);
                     }
                 }
-                Event::Failed(error) => self.end(Outcome::Failed(error.into())),
+                Event::Failed(error) => self.vm.end(Outcome::Failed(error.into())),
                 Event::Guest(GuestRequest::PowerOff) => self.gone(Outcome::End(Ending::PowerOff)),
                 Event::Guest(GuestRequest::Reset) => self.gone(match self.on_reset {
                     OnReset::Restart => Outcome::Restart,
@@ -269,20 +259,29 @@ impl MainLoop<'_> {
                 }),
                 Event::Guest(GuestRequest::Panicked) => {
                     tracing::error!("the guest's kernel panicked");
-                    self.desk.events.publish(EventName::Panic);
+                    self.vm.queue.events.publish(EventName::Panic);
                     let outcome = match self.on_panic {
                         OnPanic::Exit => Outcome::End(Ending::Panicked),
                         OnPanic::Restart => Outcome::Restart,
                         OnPanic::Continue => continue,
                     };
-                    let words = LastWords::begin(Instant::now(), self.machine.total_exits());
-                    self.last_words.get_or_insert((words, outcome));
+                    let grace = PanicGrace::begin(Instant::now(), self.vm.machine.total_exits());
+                    self.panic_grace.get_or_insert((grace, outcome));
                 }
                 Event::Guest(GuestRequest::CrashLoaded) => {
                     tracing::error!("the guest's kernel panicked and starts its crash kernel");
-                    self.desk.events.publish(EventName::Panic);
+                    self.vm.queue.events.publish(EventName::Panic);
                 }
             }
+        }
+    }
+
+    fn take_commands(&mut self) {
+        // Once the machine is to end or to restart, the rest is for the one after.
+        if self.vm.outcome.is_none()
+            && let Some(command) = self.vm.queue.next()
+        {
+            self.vm.answer(command);
         }
     }
 
@@ -299,23 +298,23 @@ impl MainLoop<'_> {
     /// The first SIGTERM presses the power button, the second ends the machine.
     fn terminate(&mut self) {
         if self.kill_at.is_some() {
-            return self.end(Outcome::End(Ending::Stopped));
+            return self.vm.end(Outcome::End(Ending::Stopped));
         }
-        self.desk.leave();
-        if self.desk.state() == VmState::Paused {
+        self.vm.queue.leave();
+        if self.vm.queue.state() == VmState::Paused {
             // A guest that stands still would never know.
-            self.resume_silently();
+            self.vm.resume_silently();
         }
         tracing::info!("asked the guest to shut down; a second signal stops it at once");
         self.kill_at = Some(Instant::now() + SHUTDOWN_PATIENCE);
-        if let Err(error) = self.machine.press_power_button() {
+        if let Err(error) = self.vm.machine.press_power_button() {
             tracing::error!(%error, "cannot press the guest's power button");
-            self.end(Outcome::End(Ending::Stopped));
+            self.vm.end(Outcome::End(Ending::Stopped));
         }
     }
 
     fn resize_console(&self) {
-        if let (Some((handle, _)), Some(input)) = (&self.machine.console, self.inputs.get(1))
+        if let (Some((handle, _)), Some(input)) = (&self.vm.machine.console, self.vm.inputs.get(1))
             && let Some((cols, rows)) = input.source.terminal_size()
         {
             handle.resize(cols, rows);
@@ -324,7 +323,7 @@ impl MainLoop<'_> {
 
     /// Input came, or a console has room again.
     fn move_input(&mut self, index: usize, readable: bool, ops: &mut EventOps) {
-        let Some(input) = self.inputs.get_mut(index) else {
+        let Some(input) = self.vm.inputs.get_mut(index) else {
             return;
         };
         let mut ended = false;
@@ -344,7 +343,7 @@ impl MainLoop<'_> {
             set_waiting(input, index, wanted, ops);
         }
         if quit {
-            self.end(Outcome::End(Ending::Stopped));
+            self.vm.end(Outcome::End(Ending::Stopped));
         }
     }
 }
@@ -372,7 +371,7 @@ impl MutEventSubscriber for MainLoop<'_> {
             WAKE => self.take_events(),
             SIGNAL => self.take_signals(),
             COMMAND => self.take_commands(),
-            REQUESTED => self.take_requests(),
+            REQUESTED => self.vm.take_requests(),
             data => {
                 let (index, room) = ((data - FIRST_INPUT) / 2, (data - FIRST_INPUT) % 2 == 1);
                 self.move_input(index as usize, !room, ops);
@@ -388,12 +387,12 @@ impl MutEventSubscriber for MainLoop<'_> {
         };
         add(self.wake.as_raw_fd(), WAKE);
         add(self.signals.as_fd().as_raw_fd(), SIGNAL);
-        add(self.desk.as_fd().as_raw_fd(), COMMAND);
-        add(self.holdings.requests.as_fd().as_raw_fd(), REQUESTED);
-        for (index, input) in (0..).zip(&self.inputs) {
+        add(self.vm.queue.as_fd().as_raw_fd(), COMMAND);
+        add(self.vm.holdings.requests.as_fd().as_raw_fd(), REQUESTED);
+        for (index, input) in (0..).zip(&self.vm.inputs) {
             add(input.room.as_raw_fd(), FIRST_INPUT + 2 * index + 1);
         }
-        for (index, input) in self.inputs.iter_mut().enumerate() {
+        for (index, input) in self.vm.inputs.iter_mut().enumerate() {
             set_waiting(input, index, true, ops);
         }
     }

@@ -1,97 +1,132 @@
-//! `fanlight serve`: no machine, until the API asks for one.
+//! `fanlight serve`: no machine until `vm.create` asks for one.
 
 use std::{io, time::Instant};
 
-use fanlight_api::{VmConfig, methods, methods::Call, types::VmState};
+use fanlight_api::{
+    VmConfig,
+    methods::{self, MachineCall},
+    server::Reply,
+    socket::Descriptors,
+    types::{ConsoleName, VmState},
+};
 use fanlight_devices::error_line;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::{
-    control::handlers::{attach, config_error},
-    control::queue::{Command, DEFAULT_HOTPLUG_PORTS, Desk},
-    control::run_loop,
+    control::{
+        errors,
+        handlers::attach,
+        queue::{Command, ControlQueue},
+        run_loop,
+    },
     host::resources::Resources,
     host::signals::Signals,
     vm::ending::Ending,
     vm::error::LifeError,
 };
 
-/// The defaults of a machine that has an API.
+/// Empty root ports of a machine with an API whose configuration has no `hotplug_ports`.
+pub const DEFAULT_HOTPLUG_PORTS: u8 = 4;
+
+/// Fills in the defaults of a machine with an API.
 pub fn with_api_defaults(mut config: VmConfig) -> VmConfig {
     config.hotplug_ports.get_or_insert(DEFAULT_HOTPLUG_PORTS);
     config
 }
 
-/// Creates and runs machines, one after the other, until a signal asks for the end.
-pub fn serve(signals: &Signals, desk: &mut Desk) -> Result<Ending, LifeError> {
+/// Creates and runs machines, one after the other, until a signal asks the process to end.
+pub fn serve(signals: &Signals, queue: &mut ControlQueue) -> Result<Ending, LifeError> {
     let mut created: Option<Resources> = None;
     loop {
-        wait(signals, desk).map_err(|source| LifeError::Host {
+        wait(signals, queue).map_err(|source| LifeError::Host {
             action: "wait for events",
             source,
         })?;
         if signals.ask_to_end() {
             return Ok(Ending::PowerOff);
         }
-        let Some(command) = desk.next() else { continue };
-        let state = desk.state();
-        match (&command.call, state) {
-            (Call::VmCreate(_), VmState::None | VmState::Stopped) => {
-                created = create(command, desk);
+        let Some(command) = queue.next() else {
+            continue;
+        };
+        let Command {
+            call,
+            descriptors,
+            reply,
+        } = command;
+        let state = queue.state();
+        match call {
+            MachineCall::VmCreate(config) if matches!(state, VmState::None | VmState::Stopped) => {
+                created = create(config, &descriptors, reply, queue);
             }
-            (Call::VmBoot(_), VmState::Created) => {
+            MachineCall::VmBoot(_) if state == VmState::Created => {
                 let Some(resources) = created.take() else {
                     continue;
                 };
-                desk.will_start(command.reply);
-                let result = run_loop::run(resources, signals, desk, Instant::now());
+                queue.will_start(reply);
+                let result = run_loop::run(resources, signals, queue, Instant::now());
                 if let Err(error) = &result {
                     tracing::error!(error = %error_line(error), "the machine failed");
                 }
-                if desk.is_leaving() {
+                if queue.is_leaving() {
                     return result;
                 }
             }
-            (Call::VmStop(_), VmState::Created) => {
+            MachineCall::VmStop(_) if state == VmState::Created => {
                 created = None;
-                desk.will_stop(command.reply);
-                desk.ended(&Ok(Ending::Stopped));
+                queue.will_stop(reply);
+                queue.ended(&Ok(Ending::Stopped));
             }
-            (Call::ConsoleAttach(which), VmState::Created) => {
-                let console = created.as_mut().and_then(|resources| match which.console {
-                    fanlight_api::types::ConsoleName::Serial => Some(&mut resources.serial),
-                    fanlight_api::types::ConsoleName::Console => resources.console.as_mut(),
+            MachineCall::ConsoleAttach(params) if state == VmState::Created => {
+                let console = created.as_mut().and_then(|resources| match params.console {
+                    ConsoleName::Serial => Some(&mut resources.serial),
+                    ConsoleName::Console => resources.console.as_mut(),
                 });
-                attach(console.map(|console| &mut console.input), command.reply);
+                attach(console.map(|console| &mut console.input), reply);
             }
-            (Call::VmWait(_), _) => desk.wait(command.reply),
-            _ => desk.refuse(command),
+            MachineCall::VmWait(_) => queue.wait(reply),
+            MachineCall::VmCreate(_)
+            | MachineCall::VmBoot(_)
+            | MachineCall::VmStop(_)
+            | MachineCall::ConsoleAttach(_)
+            | MachineCall::VmPause(_)
+            | MachineCall::VmResume(_)
+            | MachineCall::VmPowerButton(_)
+            | MachineCall::VmNmi(_)
+            | MachineCall::VmReset(_)
+            | MachineCall::VmStats(_)
+            | MachineCall::DeviceList(_)
+            | MachineCall::DeviceAdd(_)
+            | MachineCall::DeviceRemove(_)
+            | MachineCall::DiskResize(_) => queue.refuse(&call, reply),
         }
     }
 }
 
-fn create(command: Command, desk: &Desk) -> Option<Resources> {
-    let Call::VmCreate(config) = command.call else {
-        return None;
-    };
-    match Resources::open(with_api_defaults(config), &command.descriptors) {
+/// Opens what a machine uses of the host.
+fn create(
+    config: VmConfig,
+    descriptors: &Descriptors,
+    reply: Reply,
+    queue: &ControlQueue,
+) -> Option<Resources> {
+    match Resources::open(with_api_defaults(config), descriptors) {
         Ok(resources) => {
-            let now = desk.created(&resources);
-            command.reply.send::<methods::VmCreate>(Ok(now));
+            let now = queue.created(&resources);
+            reply.send::<methods::VmCreate>(Ok(now));
             Some(resources)
         }
         Err(error) => {
-            command.reply.refuse(config_error(&error, String::new()));
+            reply.refuse(errors::config(&error, ""));
             None
         }
     }
 }
 
 /// Waits for a signal or a command.
-fn wait(signals: &Signals, desk: &Desk) -> io::Result<()> {
+fn wait(signals: &Signals, queue: &ControlQueue) -> io::Result<()> {
     let mut fds = [
         PollFd::new(signals, PollFlags::IN),
-        PollFd::new(desk, PollFlags::IN),
+        PollFd::new(queue, PollFlags::IN),
     ];
     match poll(&mut fds, None) {
         Err(rustix::io::Errno::INTR) => Ok(()),

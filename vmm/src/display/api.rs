@@ -14,8 +14,8 @@ use std::{
 use fanlight_api::{
     ApiError, ErrorKind, OutputMode,
     display::{
-        DisplayStream, ExportedMemory, ExportedPicture, OutputState, Outputs, PictureMemory,
-        PixelsIn, Screenshot, ScreenshotTaken, SetOutput, WatchDisplay,
+        self, DisplayStream, ExportedResource, OutputState, Outputs, PixelLocation, Screenshot,
+        ScreenshotTaken, SetOutput, SubscribeDisplay,
     },
     server::Reply,
 };
@@ -134,17 +134,20 @@ impl Display {
     }
 
     /// A dma-buf of what an output shows.
-    pub fn export_scanout(&self, output: u32) -> Result<(ExportedPicture, OwnedFd), ApiError> {
+    pub fn export_scanout(
+        &self,
+        output: u32,
+    ) -> Result<(display::ExportedFrame, OwnedFd), ApiError> {
         let image = self.handle.export_scanout(output as usize);
         let image = image.map_err(|error| api_error(&error))?;
         Ok((described(&image), image.fd))
     }
 
     /// A dma-buf of a resource.
-    pub fn export_resource(&self, id: u32) -> Result<(ExportedMemory, OwnedFd), ApiError> {
+    pub fn export_resource(&self, id: u32) -> Result<(ExportedResource, OwnedFd), ApiError> {
         let exported = self.handle.export_resource(id);
         let exported = exported.map_err(|error| api_error(&error))?;
-        let memory = ExportedMemory {
+        let memory = ExportedResource {
             fd: 0,
             size: exported.size,
             location: location(exported.location),
@@ -153,7 +156,10 @@ impl Display {
     }
 
     /// Starts a stream; the socket's other end is the caller's.
-    pub fn subscribe(&self, wanted: &WatchDisplay) -> Result<(DisplayStream, OwnedFd), ApiError> {
+    pub fn subscribe(
+        &self,
+        wanted: &SubscribeDisplay,
+    ) -> Result<(DisplayStream, OwnedFd), ApiError> {
         let slot = Slot::take(&self.streams, MAX_STREAMS).ok_or_else(|| {
             ApiError::new(
                 ErrorKind::Busy,
@@ -228,28 +234,28 @@ pub(super) fn outputs(handle: &DisplayHandle) -> Outputs {
     }
 }
 
-fn location(location: Location) -> PixelsIn {
+fn location(location: Location) -> PixelLocation {
     match location {
-        Location::GuestRam => PixelsIn::GuestRam,
-        Location::Device => PixelsIn::Device,
-        Location::Host => PixelsIn::Host,
+        Location::GuestRam => PixelLocation::GuestRam,
+        Location::Device => PixelLocation::Device,
+        Location::Host => PixelLocation::Host,
     }
 }
 
-pub(super) fn described(image: &ExportedFrame) -> ExportedPicture {
-    ExportedPicture {
+pub(super) fn described(frame: &ExportedFrame) -> display::ExportedFrame {
+    display::ExportedFrame {
         fd: 0,
-        memory: match image.memory {
-            FrameMemory::DmaBuf => PictureMemory::DmaBuf,
-            FrameMemory::Shared => PictureMemory::Shared,
+        memory: match frame.memory {
+            FrameMemory::DmaBuf => display::FrameMemory::DmaBuf,
+            FrameMemory::Shared => display::FrameMemory::Shared,
         },
-        width: image.width,
-        height: image.height,
-        stride: image.stride,
-        offset: image.offset,
-        fourcc: image.fourcc,
-        modifier: image.modifier,
-        location: location(image.location),
+        width: frame.width,
+        height: frame.height,
+        stride: frame.stride,
+        offset: frame.offset,
+        fourcc: frame.fourcc,
+        modifier: frame.modifier,
+        location: location(frame.location),
     }
 }
 

@@ -5,7 +5,7 @@ use std::{
     sync::{Arc, Mutex, PoisonError},
 };
 
-use fanlight_api::display::WatcherSays;
+use fanlight_api::display::ViewerMessage;
 use fanlight_devices::virtio::{
     gpu::DisplayHandle,
     input::{
@@ -53,40 +53,40 @@ impl Inputs {
     }
 
     /// Passes on what the user did. What the devices do not have is left out.
-    pub fn take(&self, says: &WatcherSays) {
+    pub fn take(&self, says: &ViewerMessage) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let [keyboard, pointer, touch] = &self.devices;
         match *says {
-            WatcherSays::Key { code, pressed } => {
+            ViewerMessage::Key { code, pressed } => {
                 note(&mut state.keys, code, pressed);
                 send(keyboard, &[event(EV_KEY, code, pressed.into())]);
             }
-            WatcherSays::Button { code, pressed } => {
+            ViewerMessage::Button { code, pressed } => {
                 note(&mut state.buttons, code, pressed);
                 send(pointer, &[event(EV_KEY, code, pressed.into())]);
             }
-            WatcherSays::Pointer { output, x, y } => {
+            ViewerMessage::Pointer { output, x, y } => {
                 if let Some((x, y)) = self.place(output, x, y) {
                     send(pointer, &[event(EV_ABS, ABS_X, x), event(EV_ABS, ABS_Y, y)]);
                 }
             }
-            WatcherSays::Wheel {
+            ViewerMessage::Wheel {
                 horizontal,
                 vertical,
             } => send(pointer, &turn(&mut state.wheels, horizontal, vertical)),
-            WatcherSays::Touch { output, finger, at } => {
+            ViewerMessage::Touch { output, finger, at } => {
                 let at = at.map(|[x, y]| self.place(output, x, y));
                 if at != Some(None) {
                     send(touch, &state.touch(finger, at.flatten()));
                 }
             }
-            WatcherSays::Unfocused => {
+            ViewerMessage::Unfocused => {
                 drop(state);
                 self.release_all();
             }
-            WatcherSays::Release { .. }
-            | WatcherSays::CopyDeviceMemory
-            | WatcherSays::Resize { .. } => {}
+            ViewerMessage::Release { .. }
+            | ViewerMessage::CopyDeviceMemory
+            | ViewerMessage::Resize { .. } => {}
         }
     }
 

@@ -14,7 +14,7 @@ use std::{
 };
 
 use fanlight_api::{
-    display::{CursorLook, DisplayNews, WatcherSays},
+    display::{DisplayUpdate, ExportedCursor, ViewerMessage},
     stream::{MessageStream, StreamError},
 };
 use fanlight_devices::{
@@ -101,7 +101,7 @@ impl Server {
         let [watcher, news] = [&fds[0], &fds[1]].map(|fd| !fd.revents().is_empty());
         if watcher {
             self.stream.flush()?;
-            for (says, _) in self.stream.receive::<WatcherSays>()? {
+            for (says, _) in self.stream.receive::<ViewerMessage>()? {
                 self.obey(says);
             }
         }
@@ -114,9 +114,9 @@ impl Server {
         Ok(())
     }
 
-    fn tell(&mut self, event: DisplayEvent) -> (DisplayNews, Vec<OwnedFd>) {
+    fn tell(&mut self, event: DisplayEvent) -> (DisplayUpdate, Vec<OwnedFd>) {
         match event {
-            DisplayEvent::Outputs => (DisplayNews::Outputs(outputs(&self.display)), vec![]),
+            DisplayEvent::Outputs => (DisplayUpdate::Outputs(outputs(&self.display)), vec![]),
             DisplayEvent::Scanout {
                 output,
                 frame,
@@ -131,9 +131,9 @@ impl Server {
                     Some(Err(error)) => (None, Some(error_line(&error)), vec![]),
                 };
                 let output = output as u32;
-                let news = DisplayNews::Scanout {
+                let news = DisplayUpdate::Scanout {
                     output,
-                    picture,
+                    frame: picture,
                     error,
                 };
                 (news, fds)
@@ -153,7 +153,7 @@ impl Server {
                     .map(|area| [area.x, area.y, area.width, area.height])
                     .collect();
                 let output = output as u32;
-                let news = DisplayNews::Damage {
+                let news = DisplayUpdate::Damage {
                     output,
                     areas,
                     serial,
@@ -171,11 +171,17 @@ impl Server {
                     None => (None, vec![]),
                 };
                 let output = output as u32;
-                (DisplayNews::CursorImage { output, look }, fds)
+                (
+                    DisplayUpdate::CursorImage {
+                        output,
+                        image: look,
+                    },
+                    fds,
+                )
             }
             DisplayEvent::CursorPosition { output, x, y } => {
                 let output = output as u32;
-                (DisplayNews::CursorPosition { output, x, y }, vec![])
+                (DisplayUpdate::CursorPosition { output, x, y }, vec![])
             }
         }
     }
@@ -206,10 +212,10 @@ impl Server {
         }))
     }
 
-    fn obey(&mut self, says: WatcherSays) {
+    fn obey(&mut self, says: ViewerMessage) {
         match says {
-            WatcherSays::Release { serial } => return self.subscription.release(serial),
-            WatcherSays::CopyDeviceMemory => {
+            ViewerMessage::Release { serial } => return self.subscription.release(serial),
+            ViewerMessage::CopyDeviceMemory => {
                 if !mem::replace(&mut self.copies_devices, true) {
                     self.subscription.repeat_scanouts();
                 }
@@ -221,7 +227,7 @@ impl Server {
             return;
         };
         match says {
-            WatcherSays::Resize {
+            ViewerMessage::Resize {
                 output,
                 width,
                 height,
@@ -237,7 +243,7 @@ impl Server {
 }
 
 /// A cursor's look in a memory file, in the format that compositors know.
-fn cursor(image: &CursorImage) -> io::Result<(CursorLook, OwnedFd)> {
+fn cursor(image: &CursorImage) -> io::Result<(ExportedCursor, OwnedFd)> {
     let fd = memfd_create("fanlight-cursor", MemfdFlags::CLOEXEC)?;
     let mut argb = image.rgba.clone();
     for pixel in argb.as_chunks_mut::<4>().0 {
@@ -246,7 +252,7 @@ fn cursor(image: &CursorImage) -> io::Result<(CursorLook, OwnedFd)> {
     let mut file = std::fs::File::from(fd);
     io::Write::write_all(&mut file, &argb)?;
     io::Seek::rewind(&mut file)?;
-    let look = CursorLook {
+    let look = ExportedCursor {
         fd: 0,
         width: CURSOR_SIZE,
         height: CURSOR_SIZE,

@@ -13,8 +13,8 @@ use std::{
 use fanlight_api::{
     client::{Client, ClientError},
     display::{
-        CursorLook, DisplayNews, ExportedPicture, PictureMemory, PixelsIn, WatchDisplay,
-        WatcherSays,
+        DisplayUpdate, ExportedCursor, ExportedFrame, FrameMemory, PixelLocation, SubscribeDisplay,
+        ViewerMessage,
     },
     methods::DisplaySubscribe,
     stream::{MessageStream, StreamError},
@@ -65,7 +65,7 @@ pub fn run(socket: &Path, gpu: u32, output: u32) -> Result<(), ViewError> {
         source,
     };
     let mut client = Client::connect(socket).map_err(api)?;
-    let watch = WatchDisplay {
+    let watch = SubscribeDisplay {
         gpu,
         pace: true,
         drive: true,
@@ -124,7 +124,7 @@ impl View {
         let heard = !fds[0].revents().is_empty();
         if heard {
             self.stream.flush()?;
-            for (news, fds) in self.stream.receive::<DisplayNews>()? {
+            for (news, fds) in self.stream.receive::<DisplayUpdate>()? {
                 self.take_news(news, fds)?;
             }
         }
@@ -137,11 +137,11 @@ impl View {
         Ok(true)
     }
 
-    fn take_news(&mut self, news: DisplayNews, fds: Vec<OwnedFd>) -> Result<(), ViewError> {
+    fn take_news(&mut self, news: DisplayUpdate, fds: Vec<OwnedFd>) -> Result<(), ViewError> {
         match news {
-            DisplayNews::Scanout {
+            DisplayUpdate::Scanout {
                 output,
-                picture,
+                frame: picture,
                 error,
             } if output == self.output => {
                 if let Some(error) = error {
@@ -152,7 +152,7 @@ impl View {
                     .transpose()?;
                 self.window.show(picture)?;
             }
-            DisplayNews::Damage {
+            DisplayUpdate::Damage {
                 output,
                 areas,
                 serial,
@@ -161,18 +161,22 @@ impl View {
                     let areas: Vec<_> = areas.iter().map(|area| area.map(clamped)).collect();
                     self.window.damage(&areas, serial)?;
                 } else {
-                    self.stream.send(&WatcherSays::Release { serial }, vec![])?;
+                    self.stream
+                        .send(&ViewerMessage::Release { serial }, vec![])?;
                 }
             }
-            DisplayNews::CursorImage { output, look } if output == self.output => {
+            DisplayUpdate::CursorImage {
+                output,
+                image: look,
+            } if output == self.output => {
                 let picture = look.map(|look| cursor_of(&look, fds)).transpose()?;
                 self.window.set_cursor(picture)?;
             }
             // The host's pointer is where the guest was told that it is.
-            DisplayNews::CursorPosition { .. }
-            | DisplayNews::Outputs(_)
-            | DisplayNews::Scanout { .. }
-            | DisplayNews::CursorImage { .. } => {}
+            DisplayUpdate::CursorPosition { .. }
+            | DisplayUpdate::Outputs(_)
+            | DisplayUpdate::Scanout { .. }
+            | DisplayUpdate::CursorImage { .. } => {}
         }
         Ok(())
     }
@@ -180,36 +184,36 @@ impl View {
     fn pass_on(&mut self, event: WindowEvent) -> Result<(), ViewError> {
         let output = self.output;
         let says = match event {
-            WindowEvent::Shown { serial } => WatcherSays::Release { serial },
-            WindowEvent::Unreadable => WatcherSays::CopyDeviceMemory,
+            WindowEvent::Shown { serial } => ViewerMessage::Release { serial },
+            WindowEvent::Unreadable => ViewerMessage::CopyDeviceMemory,
             _ if !self.drives => return Ok(()),
-            WindowEvent::Resized { width, height } => WatcherSays::Resize {
+            WindowEvent::Resized { width, height } => ViewerMessage::Resize {
                 output,
                 width,
                 height,
             },
-            WindowEvent::Key { code, pressed } => WatcherSays::Key {
+            WindowEvent::Key { code, pressed } => ViewerMessage::Key {
                 code: u16::try_from(code).unwrap_or(0),
                 pressed,
             },
-            WindowEvent::Pointer { x, y } => WatcherSays::Pointer { output, x, y },
-            WindowEvent::Button { code, pressed } => WatcherSays::Button {
+            WindowEvent::Pointer { x, y } => ViewerMessage::Pointer { output, x, y },
+            WindowEvent::Button { code, pressed } => ViewerMessage::Button {
                 code: u16::try_from(code).unwrap_or(0),
                 pressed,
             },
             WindowEvent::Wheel {
                 horizontal,
                 vertical,
-            } => WatcherSays::Wheel {
+            } => ViewerMessage::Wheel {
                 horizontal,
                 vertical,
             },
-            WindowEvent::Touch { id, at } => WatcherSays::Touch {
+            WindowEvent::Touch { id, at } => ViewerMessage::Touch {
                 output,
                 finger: id,
                 at: at.map(|(x, y)| [x, y]),
             },
-            WindowEvent::Unfocused => WatcherSays::Unfocused,
+            WindowEvent::Unfocused => ViewerMessage::Unfocused,
             WindowEvent::Closed => return Ok(()),
         };
         Ok(self.stream.send(&says, vec![])?)
@@ -220,7 +224,7 @@ fn clamped(pixels: u32) -> i32 {
     i32::try_from(pixels).unwrap_or(i32::MAX)
 }
 
-fn picture_of(described: ExportedPicture, fds: Vec<OwnedFd>) -> Result<Picture, ViewError> {
+fn picture_of(described: ExportedFrame, fds: Vec<OwnedFd>) -> Result<Picture, ViewError> {
     Ok(Picture {
         fd: take(fds, described.fd)?,
         width: described.width,
@@ -230,12 +234,12 @@ fn picture_of(described: ExportedPicture, fds: Vec<OwnedFd>) -> Result<Picture, 
             .map_err(|_| io::Error::other("a picture is too far into its dma-buf"))?,
         fourcc: described.fourcc,
         modifier: described.modifier,
-        mappable: described.memory == PictureMemory::Shared
-            || described.location != PixelsIn::Device,
+        mappable: described.memory == FrameMemory::Shared
+            || described.location != PixelLocation::Device,
     })
 }
 
-fn cursor_of(look: &CursorLook, fds: Vec<OwnedFd>) -> Result<CursorPicture, ViewError> {
+fn cursor_of(look: &ExportedCursor, fds: Vec<OwnedFd>) -> Result<CursorPicture, ViewError> {
     let mut pixels = Vec::new();
     File::from(take(fds, look.fd)?)
         .take(MAX_CURSOR)

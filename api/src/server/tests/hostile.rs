@@ -19,9 +19,17 @@ struct Gate {
 }
 
 impl Handler for Gate {
-    fn call(&self, call: Call, _: Descriptors, _reply: Reply) {
+    fn status(&self, call: StatusCall, _reply: Reply) {
         self.calls.lock().unwrap().push(call.name());
-        if let Call::VmBoot(_) = call {
+    }
+
+    fn display(&self, call: DisplayCall, _reply: Reply) {
+        self.calls.lock().unwrap().push(call.name());
+    }
+
+    fn machine(&self, call: MachineCall, _: Descriptors, _reply: Reply) {
+        self.calls.lock().unwrap().push(call.name());
+        if let MachineCall::VmBoot(_) = call {
             let open = self.open.lock().unwrap();
             drop(self.opened.wait_while(open, |open| !*open).unwrap());
         }
