@@ -107,9 +107,10 @@ impl AddedDevice {
 #[cfg(any(test, feature = "test-util"))]
 #[allow(missing_docs)]
 pub(crate) mod test_util {
-    use std::sync::{Mutex, atomic::AtomicUsize};
+    use std::sync::atomic::AtomicUsize;
 
     use super::*;
+    use crate::sync::Mutex;
 
     /// A hypervisor that only remembers what it was asked for.
     #[derive(Debug, Default)]
@@ -124,13 +125,13 @@ pub(crate) mod test_util {
     impl FakeHypervisor {
         /// The memory slots: address and length.
         pub fn slots(&self) -> Vec<(u64, u64)> {
-            self.slots.lock().unwrap().clone()
+            self.slots.lock().clone()
         }
 
         /// Where each vector is routed to; `None` for a masked one.
         pub fn routes(&self) -> Vec<Option<MsiMessage>> {
-            let vectors = self.vectors.lock().unwrap();
-            vectors.iter().map(|v| *v.route.lock().unwrap()).collect()
+            let vectors = self.vectors.lock();
+            vectors.iter().map(|v| *v.route.lock()).collect()
         }
     }
 
@@ -159,26 +160,26 @@ pub(crate) mod test_util {
                 route: Mutex::new(None),
                 event: EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK)?,
             });
-            self.vectors.lock().unwrap().push(vector.clone());
+            self.vectors.lock().push(vector.clone());
             Ok(vector)
         }
 
         fn add_doorbell(&self, gpa: u64, _: &EventFd) -> io::Result<()> {
-            self.doorbells.lock().unwrap().push(gpa);
+            self.doorbells.lock().push(gpa);
             Ok(())
         }
 
         fn remove_doorbell(&self, gpa: u64, _: &EventFd) -> io::Result<()> {
-            self.doorbells.lock().unwrap().retain(|&at| at != gpa);
+            self.doorbells.lock().retain(|&at| at != gpa);
             Ok(())
         }
 
         fn map_slot(&self, mapping: SlotMapping) -> io::Result<MappedSlot> {
             let slot = (mapping.gpa, mapping.len);
-            self.slots.lock().unwrap().push(slot);
+            self.slots.lock().push(slot);
             let slots = self.slots.clone();
             Ok(MappedSlot::new(move || {
-                slots.lock().unwrap().retain(|&other| other != slot);
+                slots.lock().retain(|&other| other != slot);
             }))
         }
 
@@ -189,12 +190,12 @@ pub(crate) mod test_util {
 
     impl MsiVector for FakeVector {
         fn unmask(&self, message: MsiMessage) -> io::Result<()> {
-            *self.route.lock().unwrap() = Some(message);
+            *self.route.lock() = Some(message);
             Ok(())
         }
 
         fn mask(&self) -> io::Result<()> {
-            *self.route.lock().unwrap() = None;
+            *self.route.lock() = None;
             Ok(())
         }
 

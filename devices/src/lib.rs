@@ -10,6 +10,7 @@ pub mod hypervisor;
 pub mod legacy;
 pub mod memory;
 pub mod pci;
+pub mod sync;
 mod sys;
 pub mod vfio;
 pub mod virtio;

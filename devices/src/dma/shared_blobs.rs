@@ -9,13 +9,16 @@ use std::{
     collections::BTreeMap,
     fmt, io,
     sync::{
-        Arc, Mutex, MutexGuard, PoisonError,
+        Arc, MutexGuard,
         atomic::{AtomicBool, Ordering},
     },
 };
 
 use super::space::{DmaSpace, Memory, Source};
-use crate::memory::{Charge, Quota};
+use crate::{
+    memory::{Charge, Quota},
+    sync::Mutex,
+};
 
 /// Dma-bufs that are kept open, so that devices which come later reach them too: a guest can make more than this
 /// process may have descriptors.
@@ -59,7 +62,7 @@ impl Default for DeviceReach {
 
 impl DeviceReach {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// There are passed-through devices from now on, which `space` bounds.

@@ -45,9 +45,10 @@ impl Source {
 
 #[cfg(test)]
 pub(crate) mod test_util {
-    use std::{collections::BTreeMap, sync::Mutex};
+    use std::collections::BTreeMap;
 
     use super::*;
+    use crate::sync::Mutex;
 
     /// An address space that remembers what is mapped: address and length.
     #[derive(Debug, Default)]
@@ -62,13 +63,13 @@ pub(crate) mod test_util {
 
     impl Drop for FakeMapping {
         fn drop(&mut self) {
-            self.0.mapped.lock().unwrap().remove(&self.1);
+            self.0.mapped.lock().remove(&self.1);
         }
     }
 
     impl FakeSpace {
         pub fn mapped(&self) -> Vec<(u64, u64)> {
-            let mapped = self.mapped.lock().unwrap();
+            let mapped = self.mapped.lock();
             mapped.iter().map(|(&at, &len)| (at, len)).collect()
         }
     }
@@ -83,7 +84,7 @@ pub(crate) mod test_util {
             if self.refuses {
                 return Err(io::ErrorKind::Unsupported.into());
             }
-            let before = self.mapped.lock().unwrap().insert(iova, len);
+            let before = self.mapped.lock().insert(iova, len);
             assert!(before.is_none(), "{iova:#x} is mapped twice");
             Ok(Box::new(FakeMapping(self, iova)))
         }

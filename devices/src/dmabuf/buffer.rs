@@ -1,10 +1,6 @@
 //! Memory that holds pixels: exported once and kept, or read by the processor.
 
-use std::{
-    io,
-    os::unix::fs::FileExt,
-    sync::{Mutex, OnceLock, PoisonError},
-};
+use std::{io, os::unix::fs::FileExt, sync::OnceLock};
 
 use thiserror::Error;
 
@@ -12,7 +8,7 @@ use super::{
     device_view::View,
     export::{Dmabuf, ExportError, Exporter, Piece},
 };
-use crate::memory::BackingKind;
+use crate::{memory::BackingKind, sync::Mutex};
 
 /// Why a buffer cannot be read.
 #[derive(Debug, Error)]
@@ -66,7 +62,7 @@ impl Buffer {
 
     /// Its dma-buf. A failure is the same ever after, unless others had taken what it needs.
     pub fn dmabuf(&self, exporter: &Exporter) -> Result<&Dmabuf, ExportError> {
-        let mut failed = self.failed.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut failed = self.failed.lock();
         if let Some(dmabuf) = self.dmabuf.get() {
             return Ok(dmabuf);
         }

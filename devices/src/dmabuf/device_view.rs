@@ -5,18 +5,15 @@
 //! SIGBUS. So nothing in this process touches it: the kernel copies, and gives an error instead.
 
 use std::{
-    ffi::c_void,
     fs::File,
     io,
     os::{fd::AsRawFd, unix::fs::FileExt},
-    ptr,
 };
 
 use fanlight_arch::layout::PAGE_SIZE;
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
 use super::export::Piece;
-use crate::sys::memfd;
+use crate::sys::{memfd, reservation::Reservation};
 
 /// Mappings of one view: Linux gives a process 65530 (`vm.max_map_count`), and several views may be there at
 /// a time.
@@ -25,8 +22,7 @@ const MAX_SLICES: usize = 8192;
 /// Pieces of device memory behind each other.
 #[derive(Debug)]
 pub struct View {
-    start: *mut c_void,
-    len: usize,
+    slices: Reservation,
     /// What the kernel copies into.
     copy: File,
 }
@@ -51,45 +47,25 @@ impl View {
             .and_then(|sum| usize::try_from(sum).ok());
         let len = len.ok_or_else(invalid)?;
         let copy = memfd::empty("fanlight-view")?;
-        // SAFETY: a new mapping at an address of the kernel's choice, which nothing can access.
-        let start = unsafe {
-            mmap_anonymous(
-                ptr::null_mut(),
-                len,
-                ProtFlags::empty(),
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
-            )
-        }?;
-        let view = Self { start, len, copy };
+        let slices = Reservation::new(len)?;
         let mut at = 0;
         for piece in pieces {
-            let place = view.start.wrapping_byte_add(at);
-            let slice = piece.len.next_multiple_of(PAGE_SIZE) as usize;
-            // SAFETY: within the reservation, which is as long as all pieces and of which nobody else knows.
-            unsafe {
-                mmap(
-                    place,
-                    slice,
-                    ProtFlags::READ,
-                    MapFlags::SHARED | MapFlags::FIXED,
-                    &piece.file,
-                    piece.offset,
-                )
-            }?;
+            let slice = piece.len.next_multiple_of(PAGE_SIZE);
+            slices.map(at, slice, &piece.file, piece.offset, false)?;
             at += slice;
         }
-        Ok(view)
+        Ok(Self { slices, copy })
     }
 
     /// Copies bytes from `offset` on; fails if they are not there, or not now.
     pub fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
         let end = offset.checked_add(data.len() as u64);
-        if end.is_none_or(|end| end > self.len as u64) {
+        if end.is_none_or(|end| end > self.slices.len() as u64) {
             return Err(io::ErrorKind::UnexpectedEof.into());
         }
         let mut done = 0;
         while done < data.len() {
-            let from = self.start.wrapping_byte_add(offset as usize + done);
+            let from = self.slices.address(offset + done as u64);
             let (left, to) = (data.len() - done, done as libc::off_t);
             // SAFETY: the kernel reads memory of the reservation, and says EFAULT where it cannot.
             let copied = unsafe { libc::pwrite(self.copy.as_raw_fd(), from, left, to) };
@@ -100,15 +76,6 @@ impl View {
             }
         }
         self.copy.read_exact_at(data, 0)
-    }
-}
-
-impl Drop for View {
-    fn drop(&mut self) {
-        // SAFETY: the whole reservation with what was mapped over it, which nobody else knows.
-        if let Err(error) = unsafe { munmap(self.start, self.len) } {
-            tracing::error!(%error, "cannot unmap a view of a device's memory");
-        }
     }
 }
 

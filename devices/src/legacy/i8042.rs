@@ -1,15 +1,12 @@
 //! The part of the i8042 keyboard controller that restarts a PC: command 0xFE pulses the CPU's
 //! reset line. There is no keyboard behind it, and the ACPI tables say so.
 
-use std::{
-    convert::Infallible,
-    sync::{Mutex, PoisonError},
-};
+use std::convert::Infallible;
 
 use vm_superio::{I8042Device, Trigger};
 
 use super::{GuestRequest, RequestSink};
-use crate::memory::IoHandler;
+use crate::{memory::IoHandler, sync::Mutex};
 
 /// Ports 0x60 to 0x64.
 pub struct I8042(Mutex<I8042Device<ResetLine>>);
@@ -38,21 +35,13 @@ impl I8042 {
 impl IoHandler for I8042 {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let ([byte], Ok(port)) = (data, u8::try_from(offset)) {
-            *byte = self
-                .0
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .read(port);
+            *byte = self.0.lock().read(port);
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         if let (&[byte], Ok(port)) = (data, u8::try_from(offset)) {
-            let Ok(()) = self
-                .0
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner)
-                .write(port, byte);
+            let Ok(()) = self.0.lock().write(port, byte);
         }
     }
 }
@@ -68,8 +57,8 @@ mod tests {
         let device = I8042::new(sink);
         device.write(4, &[0xaa]);
         device.write(4, &[0xfe, 0xfe]);
-        assert!(seen.lock().unwrap().is_empty());
+        assert!(seen.lock().is_empty());
         device.write(4, &[0xfe]);
-        assert_eq!(*seen.lock().unwrap(), [GuestRequest::Reset]);
+        assert_eq!(*seen.lock(), [GuestRequest::Reset]);
     }
 }

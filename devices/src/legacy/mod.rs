@@ -50,7 +50,7 @@ impl Trigger for InterruptLine {
 
 #[cfg(test)]
 pub(crate) mod test_util {
-    use std::sync::Mutex;
+    use crate::sync::Mutex;
 
     use super::*;
 
@@ -59,7 +59,7 @@ pub(crate) mod test_util {
         let seen = Arc::new(Mutex::new(Vec::new()));
         let sink = {
             let seen = seen.clone();
-            Arc::new(move |request| seen.lock().unwrap().push(request))
+            Arc::new(move |request| seen.lock().push(request))
         };
         (sink, seen)
     }

@@ -3,10 +3,12 @@
 
 use std::{
     io::{self, Write},
-    sync::{Arc, Condvar, Mutex, PoisonError},
+    sync::Arc,
     thread::JoinHandle,
     time::{Duration, Instant},
 };
+
+use crate::sync::{Condvar, Mutex};
 
 /// What a console keeps for a reader that has fallen behind: several times a kernel's boot log.
 const CAPACITY: usize = 1 << 20;
@@ -87,7 +89,7 @@ impl Write for Output {
 
 impl Shared {
     fn lock(&self) -> std::sync::MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+        self.queue.lock()
     }
 
     fn run(&self, sink: &mut impl Write) {
@@ -101,10 +103,7 @@ impl Shared {
                     if queue.closed {
                         return;
                     }
-                    queue = self
-                        .changed
-                        .wait(queue)
-                        .unwrap_or_else(PoisonError::into_inner);
+                    queue = self.changed.wait(queue);
                 }
                 std::mem::swap(&mut taken, &mut queue.bytes);
                 queue.writing = true;
@@ -135,12 +134,7 @@ impl Drop for OutputThread {
                 // The reader is stuck: leave the thread to end with the process.
                 return;
             }
-            queue = self
-                .shared
-                .changed
-                .wait_timeout(queue, left)
-                .unwrap_or_else(PoisonError::into_inner)
-                .0;
+            queue = self.shared.changed.wait_timeout(queue, left);
         }
         drop(queue);
         if let Some(thread) = self.thread.take() {
@@ -158,7 +152,7 @@ mod tests {
 
     impl Write for Collect {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().unwrap().extend_from_slice(bytes);
+            self.0.lock().extend_from_slice(bytes);
             Ok(bytes.len())
         }
         fn flush(&mut self) -> io::Result<()> {
@@ -174,7 +168,7 @@ mod tests {
             output.write_all(&[byte]).unwrap();
         }
         drop(thread);
-        assert_eq!(*sink.0.lock().unwrap(), (0..=255).collect::<Vec<u8>>());
+        assert_eq!(*sink.0.lock(), (0..=255).collect::<Vec<u8>>());
     }
 
     #[test]

@@ -109,12 +109,9 @@ mod tests {
         device.write(SLEEP_CONTROL, &[SLP_EN | 3 << SLP_TYP_SHIFT]);
         device.write(SLEEP_CONTROL, &[SLEEP_TYPE_S5 << SLP_TYP_SHIFT]);
         device.write(RESET, &[0xff]);
-        assert!(seen.lock().unwrap().is_empty());
+        assert!(seen.lock().is_empty());
         device.write(SLEEP_CONTROL, &[SLP_EN | SLEEP_TYPE_S5 << SLP_TYP_SHIFT]);
         device.write(RESET, &[RESET_VALUE]);
-        assert_eq!(
-            *seen.lock().unwrap(),
-            [GuestRequest::PowerOff, GuestRequest::Reset]
-        );
+        assert_eq!(*seen.lock(), [GuestRequest::PowerOff, GuestRequest::Reset]);
     }
 }

@@ -66,7 +66,7 @@ mod tests {
             device.write(0, &[byte[0] & PANICKED]);
         }
         assert_eq!(
-            *seen.lock().unwrap(),
+            *seen.lock(),
             [GuestRequest::CrashLoaded, GuestRequest::Panicked]
         );
     }

@@ -3,12 +3,9 @@
 //! Time registers follow the host's clock plus what the guest has set them to; the other bytes are
 //! plain memory.
 
-use std::{
-    sync::{Mutex, PoisonError},
-    time::{SystemTime, UNIX_EPOCH},
-};
+use std::time::{SystemTime, UNIX_EPOCH};
 
-use crate::memory::IoHandler;
+use crate::{memory::IoHandler, sync::Mutex};
 
 /// How many ports the device answers.
 pub const PORTS: u64 = 2;
@@ -135,13 +132,13 @@ impl State {
 impl IoHandler for Rtc {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let ([byte], 1) = (data, offset) {
-            *byte = self.0.lock().unwrap_or_else(PoisonError::into_inner).read();
+            *byte = self.0.lock().read();
         }
     }
 
     fn write(&self, offset: u64, data: &[u8]) {
         let &[byte] = data else { return };
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.0.lock();
         match offset {
             0 => state.index = byte & INDEX_MASK,
             1 => state.write(byte),

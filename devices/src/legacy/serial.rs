@@ -1,16 +1,13 @@
 //! The first serial port: a 16550A of vm-superio between the guest's port accesses and an
 //! [`Output`](super::output::Output).
 
-use std::{
-    io::Write,
-    sync::{Mutex, MutexGuard, PoisonError},
-};
+use std::{io::Write, sync::MutexGuard};
 
 use vm_superio::{Serial, serial::SerialEvents};
 use vmm_sys_util::eventfd::EventFd;
 
 use super::InterruptLine;
-use crate::memory::IoHandler;
+use crate::{memory::IoHandler, sync::Mutex};
 
 /// How many ports the device answers.
 pub const PORTS: u64 = 8;
@@ -47,7 +44,7 @@ impl SerialPort {
     }
 
     fn uart(&self) -> MutexGuard<'_, Uart> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// Gives input to the guest; what the port has no room for is left to the caller. Returns how many
@@ -96,7 +93,7 @@ mod tests {
 
     impl Write for Collect {
         fn write(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
-            self.0.lock().unwrap().extend_from_slice(bytes);
+            self.0.lock().extend_from_slice(bytes);
             Ok(bytes.len())
         }
         fn flush(&mut self) -> std::io::Result<()> {
@@ -113,7 +110,7 @@ mod tests {
             room.try_clone().unwrap(),
         );
         port.write(DATA, b"x");
-        assert_eq!(*out.0.lock().unwrap(), b"x");
+        assert_eq!(*out.0.lock(), b"x");
         assert_eq!(port.input(b"ab"), 2);
         let mut byte = [0];
         port.read(LSR, &mut byte);

@@ -11,10 +11,12 @@ use std::{
     collections::BTreeMap,
     fmt,
     fs::File,
-    sync::{Arc, RwLock, RwLockReadGuard, Weak},
+    sync::{Arc, RwLockReadGuard, Weak},
 };
 
 use thiserror::Error;
+
+use crate::sync::RwLock;
 
 /// What answers the guest's accesses to a range that is not memory.
 ///
@@ -292,13 +294,13 @@ impl AddressSpace {
 
     /// Has `watcher` told of memory that comes and goes from now on, for as long as it is there.
     pub fn watch(&self, watcher: Weak<dyn MapWatcher>) {
-        let mut watchers = self.watchers.write().unwrap_or_else(|e| e.into_inner());
+        let mut watchers = self.watchers.write();
         watchers.retain(|watcher| watcher.strong_count() > 0);
         watchers.push(watcher);
     }
 
     fn tell(&self, gpa: u64, len: u64) {
-        let all = self.watchers.read().unwrap_or_else(|e| e.into_inner());
+        let all = self.watchers.read();
         let watchers: Vec<_> = all.iter().filter_map(Weak::upgrade).collect();
         drop(all);
         for watcher in watchers {
@@ -308,7 +310,7 @@ impl AddressSpace {
 
     fn insert(&self, gpa: u64, len: u64, region: Region) -> Result<(), AddressSpaceError> {
         let end = range_end(gpa, len)?;
-        let mut entries = self.entries.write().unwrap_or_else(|e| e.into_inner());
+        let mut entries = self.entries.write();
         if let Some((&other_gpa, other)) = entries.range(..=end - 1).next_back()
             && other_gpa + (other.len - 1) >= gpa
         {
@@ -325,7 +327,7 @@ impl AddressSpace {
 
     /// Removes the region that was inserted with exactly this start and length.
     pub fn remove(&self, gpa: u64, len: u64) -> Result<(), AddressSpaceError> {
-        let mut entries = self.entries.write().unwrap_or_else(|e| e.into_inner());
+        let mut entries = self.entries.write();
         let removed = match entries.get(&gpa) {
             Some(entry) if entry.len == len => entries.remove(&gpa),
             _ => return Err(AddressSpaceError::NotFound { gpa, len }),
@@ -346,7 +348,7 @@ impl AddressSpace {
 
     /// The map as it is now, for many questions: nobody changes it while the view is there.
     pub fn view(&self) -> MapView<'_> {
-        MapView(self.entries.read().unwrap_or_else(|e| e.into_inner()))
+        MapView(self.entries.read())
     }
 
     /// Which files and offsets back `[gpa, gpa + len)`, in order; pieces that continue each other
@@ -402,7 +404,7 @@ fn range_end(gpa: u64, len: u64) -> Result<u64, AddressSpaceError> {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use crate::sync::Mutex;
 
     use proptest::prelude::*;
 
@@ -416,7 +418,7 @@ mod tests {
             data[0] = offset as u8;
         }
         fn write(&self, offset: u64, data: &[u8]) {
-            self.0.lock().unwrap().push((offset, data.to_vec()));
+            self.0.lock().push((offset, data.to_vec()));
         }
     }
 
@@ -497,12 +499,12 @@ mod tests {
     }
 
     #[derive(Debug, Default)]
-    struct Watcher(std::sync::Mutex<Vec<(u64, bool)>>);
+    struct Watcher(crate::sync::Mutex<Vec<(u64, bool)>>);
 
     impl MapWatcher for Watcher {
         fn memory_changed(&self, map: &AddressSpace, gpa: u64, len: u64) {
             let there = map.resolve(gpa, len).is_ok();
-            self.0.lock().unwrap().push((gpa, there));
+            self.0.lock().push((gpa, there));
         }
     }
 
@@ -518,10 +520,7 @@ mod tests {
             .unwrap();
         map.remove(0x3000, 8).unwrap();
         map.remove(0x1000, 0x1000).unwrap();
-        assert_eq!(
-            *watcher.0.lock().unwrap(),
-            [(0x1000, true), (0x1000, false)]
-        );
+        assert_eq!(*watcher.0.lock(), [(0x1000, true), (0x1000, false)]);
         drop(watcher);
         map.insert_backed(0x1000, 0x1000, ram(&file, 0)).unwrap();
     }
@@ -533,7 +532,7 @@ mod tests {
         map.write(0x1004, &[1, 2]);
         map.write(0x100f, &[3, 4]);
         map.write(0x1010, &[5]);
-        assert_eq!(*device.0.lock().unwrap(), [(4, vec![1, 2])]);
+        assert_eq!(*device.0.lock(), [(4, vec![1, 2])]);
         let mut data = [0xaa; 2];
         map.read(0x1008, &mut data);
         assert_eq!(data, [8, 0]);

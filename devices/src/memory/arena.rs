@@ -6,20 +6,17 @@
 //! through its notifier of the host's page tables, so that neither waits for a vCPU or a memory slot.
 //!
 //! A page can be nobody's when a file refuses to be mapped: Linux up to 6.11 takes the reservation away before it asks
-//! the file. So the range lies where Linux puts nothing that does not ask for the place ([`quiet_place::reserve`]), and no other
+//! the file. So the range lies where Linux puts nothing that does not ask for the place ([`Reservation::isolated`]), and no other
 //! mapping can come to lie in it before the reservation is back.
 
-use std::{collections::BTreeMap, ffi::c_void, fs::File, io, ops::Bound, os::fd::AsFd, sync::Arc};
+use std::{collections::BTreeMap, fs::File, io, mem::ManuallyDrop, ops::Bound, sync::Arc};
 
 use fanlight_arch::layout::PAGE_SIZE;
-use rustix::{
-    fs::{SeekFrom, seek},
-    mm::{Advice, MapFlags, ProtFlags, madvise, mmap, mmap_anonymous, munmap},
-};
+use rustix::fs::{SeekFrom, seek};
 use thiserror::Error;
 
 use super::limits::{Charge, Quota, arena_mappings};
-use crate::sys::reservation as quiet_place;
+use crate::sys::reservation::Reservation;
 
 /// Why something could not be mapped or unmapped.
 #[derive(Debug, Error)]
@@ -85,7 +82,8 @@ pub enum ArenaError {
 /// The range and what is mapped in it.
 #[derive(Debug)]
 pub struct Arena {
-    start: *mut c_void,
+    /// Not dropped once a page is lost: a mapping of another part of this process may lie there.
+    reservation: ManuallyDrop<Reservation>,
     len: u64,
     /// Lengths, by offset; never overlapping.
     mapped: BTreeMap<u64, u64>,
@@ -94,9 +92,6 @@ pub struct Arena {
     mappings: Charge,
     lost: bool,
 }
-
-// SAFETY: the mapping belongs to the value, which never reads or writes through the pointer.
-unsafe impl Send for Arena {}
 
 impl Arena {
     /// Reserves `len` bytes, whole pages, of address space and no memory.
@@ -108,17 +103,13 @@ impl Arena {
     }
 
     fn within(len: u64, quota: Arc<Quota>) -> Result<Self, ArenaError> {
-        let start = quiet_place::reserve(len).map_err(|source| ArenaError::Host {
+        let reservation = Reservation::isolated(len).map_err(|source| ArenaError::Host {
             action: "reserve addresses for the GPU's memory",
             source,
         })?;
-        let Some(mappings) = quota.charge(1) else {
-            // SAFETY: it was made just now, and nobody else knows of it.
-            let _ = unsafe { munmap(start, len as usize) };
-            return Err(ArenaError::TooMany(0));
-        };
+        let mappings = quota.charge(1).ok_or(ArenaError::TooMany(0))?;
         Ok(Self {
-            start,
+            reservation: ManuallyDrop::new(reservation),
             len,
             mapped: BTreeMap::new(),
             gaps: 1,
@@ -129,7 +120,7 @@ impl Arena {
 
     /// Host-virtual address of its start: what a memory slot shows. Nothing else may use it.
     pub fn host_address(&self) -> u64 {
-        self.start.addr() as u64
+        self.reservation.address(0).addr() as u64
     }
 
     /// Length in bytes.
@@ -160,37 +151,19 @@ impl Arena {
         if size < len {
             return Err(ArenaError::Short { len, size });
         }
-        let access = if writable {
-            ProtFlags::READ | ProtFlags::WRITE
-        } else {
-            ProtFlags::READ
-        };
         // Never below zero: what is mapped takes the place of one run of the reservation at most.
         let more = 1 + gaps - self.gaps;
         if !self.mappings.grow(more as u64) {
             return Err(ArenaError::TooMany(self.mapped.len()));
         }
-        // SAFETY: within the reservation, checked above, which only the guest accesses.
-        let mapped = unsafe {
-            mmap(
-                self.at(offset),
-                len as usize,
-                access,
-                MapFlags::SHARED | MapFlags::FIXED,
-                file.as_fd(),
-                0,
-            )
-        };
-        if let Err(error) = mapped {
+        if let Err(source) = self.reservation.map(offset, len, file, 0, writable) {
             self.mappings.shrink_to(self.count());
-            // Changes nothing, and fails where nothing is mapped.
-            // SAFETY: the advice is what holds already.
-            if unsafe { madvise(self.at(offset), len as usize, Advice::Normal) }.is_err() {
+            if !self.reservation.is_intact(offset, len) {
                 self.reserve(offset, len)?;
             }
             return Err(ArenaError::Host {
                 action: "map the GPU's memory",
-                source: error.into(),
+                source,
             });
         }
         self.mapped.insert(offset, len);
@@ -259,22 +232,9 @@ impl Arena {
         (self.mapped.len() + self.gaps) as u64
     }
 
-    fn at(&self, offset: u64) -> *mut c_void {
-        self.start.wrapping_byte_add(offset as usize)
-    }
-
     /// Puts the reservation back.
     fn reserve(&mut self, offset: u64, len: u64) -> Result<(), ArenaError> {
-        // SAFETY: within the reservation, which only the guest accesses.
-        let result = unsafe {
-            mmap_anonymous(
-                self.at(offset),
-                len as usize,
-                ProtFlags::empty(),
-                MapFlags::PRIVATE | MapFlags::NORESERVE | MapFlags::FIXED,
-            )
-        };
-        result.map(drop).map_err(|_| {
+        self.reservation.unmap(offset, len).map_err(|_| {
             self.lost = true;
             ArenaError::Lost
         })
@@ -284,8 +244,8 @@ impl Arena {
 impl Drop for Arena {
     fn drop(&mut self) {
         if !self.lost {
-            // SAFETY: the whole range is this value's; memory slots that show it are gone before it is.
-            let _ = unsafe { munmap(self.start, self.len as usize) };
+            // SAFETY: the reservation is not used after this.
+            unsafe { ManuallyDrop::drop(&mut self.reservation) };
         }
     }
 }
@@ -317,7 +277,7 @@ mod tests {
             iov_len: 1,
         };
         let remote = libc::iovec {
-            iov_base: arena.at(page * PAGE_SIZE + 77),
+            iov_base: arena.reservation.address(page * PAGE_SIZE + 77),
             iov_len: 1,
         };
         // SAFETY: writes one byte to `byte`; an address that cannot be read is an error.

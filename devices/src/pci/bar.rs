@@ -421,7 +421,7 @@ impl Bar {
 
 #[cfg(test)]
 mod tests {
-    use std::sync::Mutex;
+    use crate::sync::Mutex;
 
     use super::*;
     use crate::{hypervisor::test_util::FakeHypervisor, memory::BackingKind, pci::Identity};
@@ -438,7 +438,7 @@ mod tests {
 
     impl BarHandler for Device {
         fn mapped(&self, address: Option<u64>) {
-            self.0.lock().unwrap().push(address);
+            self.0.lock().push(address);
         }
     }
 
@@ -507,7 +507,7 @@ mod tests {
         s.bars.update(&s.config);
         assert!(s.memory.lookup(0x2_2345_6000).is_none());
         assert_eq!(
-            *s.device.0.lock().unwrap(),
+            *s.device.0.lock(),
             [Some(0x1_2345_6000), None, Some(0x2_2345_6000), None]
         );
     }
@@ -532,10 +532,10 @@ mod tests {
         s.bars.place(&mut s.config, 0, 0x10000);
         s.config.write(reg::COMMAND, &[COMMAND_MEMORY as u8]);
         s.bars.update(&s.config);
-        assert!(s.device.0.lock().unwrap().is_empty());
+        assert!(s.device.0.lock().is_empty());
         s.bars.place(&mut s.config, 0, 0x20000);
         s.bars.update(&s.config);
-        assert_eq!(*s.device.0.lock().unwrap(), [Some(0x20000)]);
+        assert_eq!(*s.device.0.lock(), [Some(0x20000)]);
     }
 
     /// A BAR of 16 KiB whose second page is a file's fifth.

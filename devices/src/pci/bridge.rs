@@ -11,12 +11,12 @@
 
 use std::{
     ops::RangeInclusive,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, MutexGuard},
 };
 
 use thiserror::Error;
 
-use crate::hypervisor::MsiVector;
+use crate::{hypervisor::MsiVector, sync::Mutex};
 
 use super::{
     BarKind, Capability, ConfigSpace, DevFn, Identity, Msi, PciBus, PciError, PciFunction,
@@ -201,7 +201,7 @@ impl Port {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// The bus behind the port.

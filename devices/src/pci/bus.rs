@@ -4,12 +4,14 @@
 use std::{
     collections::BTreeMap,
     ops::Range,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, MutexGuard},
 };
 
 use thiserror::Error;
 
 use super::{BarKind, DevFn, PciFunction, Port};
+
+use crate::sync::Mutex;
 
 /// Devices on a bus.
 const DEVICES: u8 = 32;
@@ -73,7 +75,7 @@ pub struct PciBus {
 
 impl PciBus {
     fn lock(&self) -> MutexGuard<'_, BTreeMap<DevFn, Node>> {
-        self.nodes.lock().unwrap_or_else(PoisonError::into_inner)
+        self.nodes.lock()
     }
 
     fn insert(&self, node: Node) -> Result<DevFn, PciError> {
@@ -290,7 +292,7 @@ mod tests {
             self.2.clone()
         }
         fn place_bar(&self, _: usize, address: u64) {
-            self.1.lock().unwrap().push(address);
+            self.1.lock().push(address);
         }
     }
 
@@ -362,8 +364,8 @@ mod tests {
         bus.add_port(port.clone()).unwrap();
         port.bus().add(far.clone()).unwrap();
         bus.assign(&windows()).unwrap();
-        assert_eq!(*near.1.lock().unwrap(), [1 << 39]);
-        let far = far.1.lock().unwrap().clone();
+        assert_eq!(*near.1.lock(), [1 << 39]);
+        let far = far.1.lock().clone();
         assert_eq!(far[0] % (1 << 34), 0);
         assert!(far[1] >= far[0] + (1 << 34));
     }

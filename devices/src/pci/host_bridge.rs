@@ -1,8 +1,8 @@
 //! Function 00:00.0: the host bridge, which is there to be seen and does nothing.
 
-use std::sync::{Mutex, PoisonError};
-
 use super::{BarKind, ConfigSpace, Identity, PciFunction};
+
+use crate::sync::Mutex;
 
 /// Red Hat's id for a generic PCI Express host bridge (QEMU `docs/specs/pci-ids`).
 const IDENTITY: Identity = Identity {
@@ -24,12 +24,12 @@ impl Default for HostBridge {
 
 impl PciFunction for HostBridge {
     fn read_config(&self, offset: u16, data: &mut [u8]) {
-        let config = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let config = self.0.lock();
         config.read(offset.into(), data);
     }
 
     fn write_config(&self, offset: u16, data: &[u8]) {
-        let mut config = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut config = self.0.lock();
         config.write(offset.into(), data);
     }
 

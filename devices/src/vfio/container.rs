@@ -6,7 +6,7 @@ use std::{
     io,
     ops::RangeInclusive,
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError, Weak},
+    sync::{Arc, Weak},
 };
 
 use vfio_bindings::bindings::vfio::{VFIO_GROUP_FLAGS_CONTAINER_SET, VFIO_GROUP_FLAGS_VIABLE};
@@ -15,7 +15,7 @@ use super::{
     error::{VfioError, node_error},
     sysfs::{HostFunction, PciAddress, others_in_group},
 };
-use crate::sys::vfio_container as calls;
+use crate::{sync::Mutex, sys::vfio_container as calls};
 
 /// The node.
 const CONTAINER: &str = "/dev/vfio/vfio";
@@ -80,7 +80,7 @@ impl Container {
         let address = function.address;
         let number = function.group().ok_or(VfioError::NoIommu(address))?;
         let given = node.is_some();
-        let mut groups = self.groups.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut groups = self.groups.lock();
         groups.retain(|group| group.strong_count() > 0);
         let open = groups.iter().filter_map(Weak::upgrade);
         let group = match open.into_iter().find(|group| group.number == number) {

@@ -3,7 +3,7 @@
 use std::{
     ops::Range,
     os::fd::AsFd,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, MutexGuard, Weak},
 };
 
 use vfio_bindings::bindings::vfio::{
@@ -25,6 +25,7 @@ use crate::{
         BarContent, BarHandler, BarKind, BarReport, Bars, COMMAND_BUS_MASTER, CONFIG_SPACE_SIZE,
         PBA_ENTRY, PciFunction, Piece, ROM_INDEX, TABLE_ENTRY, reg,
     },
+    sync::Mutex,
     sys::vfio::RegionInfo,
     virtio::transport::Environment,
 };
@@ -169,7 +170,7 @@ impl VfioFunction {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// Has the device answer nothing and reach nothing.
@@ -408,7 +409,7 @@ impl BarHandler for Registers {
 impl Drop for VfioFunction {
     /// The device reaches no memory of this machine's after: the next one's may lie there.
     fn drop(&mut self) {
-        let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
+        let state = self.state.get_mut();
         state.bars.set_asleep(true);
         state.bars.withdraw(&state.config.space);
         self.stop();

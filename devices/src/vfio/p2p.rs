@@ -8,7 +8,7 @@ use std::{
     ops::Range,
     os::fd::OwnedFd,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicBool, Ordering},
     },
 };
@@ -20,6 +20,7 @@ use super::{
 };
 use crate::{
     dmabuf::vfio_export::{self, Access},
+    sync::Mutex,
     sys::vfio::BarRange,
 };
 
@@ -104,7 +105,7 @@ impl PeerMemory {
 
     /// The BAR is decoded at `address` from now on, or no longer.
     pub fn moved(&self, address: Option<u64>) {
-        let mut mapped = self.mapped.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut mapped = self.mapped.lock();
         mapped.clear();
         let Some(address) = address else { return };
         for chunk in &self.chunks {

@@ -1,12 +1,11 @@
 //! BARs of the host's device mapped into this process, and which parts of them the guest reaches without
 //! an exit.
 
-use std::{ffi::c_void, fs::File, io, ops::Range, ptr, sync::Arc};
+use std::{fs::File, io, ops::Range, sync::Arc};
 
 use fanlight_arch::layout::PAGE_SIZE;
-use rustix::mm::{MapFlags, ProtFlags, mmap, mmap_anonymous, munmap};
 
-use crate::sys::vfio::RegionInfo;
+use crate::sys::{reservation::Reservation, vfio::RegionInfo};
 
 /// The largest page that a processor maps: a BAR is aligned so in this process that the kernel can use
 /// huge pages for it (Linux `drivers/vfio/pci/vfio_pci_core.c`, huge faults).
@@ -18,84 +17,34 @@ const MAX_ALIGN: u64 = 1 << 30;
 /// mappable stays without access.
 #[derive(Debug)]
 pub struct RegionMapping {
-    reservation: *mut c_void,
-    reserved: usize,
-    /// Where the region's first byte is.
-    base: *mut c_void,
+    reservation: Reservation,
     /// Keeps the device open.
     _file: Arc<File>,
 }
-
-// SAFETY: the addresses are only handed to the kernel, which takes them from any thread.
-unsafe impl Send for RegionMapping {}
-// SAFETY: as above; nothing is changed after construction.
-unsafe impl Sync for RegionMapping {}
 
 impl RegionMapping {
     /// Maps `parts` (offset and length, whole pages) of a region of `file`.
     pub fn new(file: &Arc<File>, region: &RegionInfo, parts: &[Range<u64>]) -> io::Result<Self> {
         let align = region.size.clamp(PAGE_SIZE, MAX_ALIGN);
-        let total = region
-            .size
-            .checked_add(align)
-            .and_then(|len| usize::try_from(len).ok());
-        let reserved = total.ok_or(io::ErrorKind::OutOfMemory)?;
-        // SAFETY: a new mapping at an address of the kernel's choice, which nothing can access.
-        let reservation = unsafe {
-            mmap_anonymous(
-                ptr::null_mut(),
-                reserved,
-                ProtFlags::empty(),
-                MapFlags::PRIVATE | MapFlags::NORESERVE,
-            )
-        }?;
-        let before = reservation.addr().next_multiple_of(align as usize) - reservation.addr();
-        let mapping = Self {
-            reservation,
-            reserved,
-            base: reservation.wrapping_byte_add(before),
-            _file: file.clone(),
-        };
-        let access = if region.writable {
-            ProtFlags::READ | ProtFlags::WRITE
-        } else {
-            ProtFlags::READ
-        };
+        let len = usize::try_from(region.size).map_err(io::Error::other)?;
+        let reservation = Reservation::aligned(len, align as usize)?;
         for part in parts {
             let inside = part.start < part.end && part.end <= region.size;
             if !inside {
                 return Err(io::ErrorKind::InvalidInput.into());
             }
-            let at = mapping.base.wrapping_byte_add(part.start as usize);
-            let len = (part.end - part.start) as usize;
-            // SAFETY: `at` and `len` are within the reservation, of which nobody else knows.
-            unsafe {
-                mmap(
-                    at,
-                    len,
-                    access,
-                    MapFlags::SHARED | MapFlags::FIXED,
-                    file,
-                    region.start + part.start,
-                )
-            }?;
+            let (len, at) = (part.end - part.start, region.start + part.start);
+            reservation.map(part.start, len, file, at, region.writable)?;
         }
-        Ok(mapping)
+        Ok(Self {
+            reservation,
+            _file: file.clone(),
+        })
     }
 
     /// Address of the byte at `offset` of the region.
     pub fn host(&self, offset: u64) -> *mut u8 {
-        self.base.wrapping_byte_add(offset as usize).cast()
-    }
-}
-
-impl Drop for RegionMapping {
-    fn drop(&mut self) {
-        // SAFETY: the whole reservation with what was mapped over it; who was given addresses in it holds
-        // this.
-        if let Err(error) = unsafe { munmap(self.reservation, self.reserved) } {
-            tracing::error!(%error, "cannot unmap a device's memory");
-        }
+        self.reservation.address(offset).cast()
     }
 }
 

@@ -4,7 +4,7 @@ use std::{
     collections::VecDeque,
     io::{self, Write},
     os::fd::{AsRawFd, RawFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, MutexGuard},
 };
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -15,6 +15,8 @@ use super::{
     queue::{DeviceQueue, QueueError, QueueHandler, Worker},
     read_bytes,
 };
+
+use crate::sync::Mutex;
 
 const VIRTIO_CONSOLE_F_SIZE: u64 = 1 << 0;
 const QUEUE_SIZES: &[u16] = &[64, 64];
@@ -48,7 +50,7 @@ struct Shared {
 }
 
 fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
-    mutex.lock().unwrap_or_else(PoisonError::into_inner)
+    mutex.lock()
 }
 
 /// The host's side of a console.
@@ -247,7 +249,7 @@ mod tests {
 
     impl Write for Collect {
         fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-            self.0.lock().unwrap().extend_from_slice(bytes);
+            self.0.lock().extend_from_slice(bytes);
             Ok(bytes.len())
         }
         fn flush(&mut self) -> io::Result<()> {
@@ -267,7 +269,7 @@ mod tests {
         assert_eq!(room.read().unwrap(), 1);
         driver.write(0x20_0000, b"out");
         driver.request(1, &[(0x20_0000, 3, 0)]);
-        assert_eq!(*out.0.lock().unwrap(), b"out");
+        assert_eq!(*out.0.lock(), b"out");
         console.reset();
     }
 

@@ -148,7 +148,7 @@ struct SharedStatus {
     /// DEVICE_NEEDS_RESET (Virtio 1.3, 2.1).
     needs_reset: AtomicBool,
     /// The configuration vector, as the driver last set it.
-    config_vector: std::sync::Mutex<Option<Arc<dyn MsiVector>>>,
+    config_vector: crate::sync::Mutex<Option<Arc<dyn MsiVector>>>,
     /// Bumped with each change of device configuration (Virtio 1.3, 4.1.4.3: config_generation).
     generation: std::sync::atomic::AtomicU8,
     /// How often the device was broken.
@@ -220,11 +220,7 @@ impl DeviceStatus {
 
     /// The transport's setting of config_msix_vector.
     pub fn set_config_vector(&self, vector: Option<Arc<dyn MsiVector>>) {
-        *self
-            .shared
-            .config_vector
-            .lock()
-            .unwrap_or_else(|e| e.into_inner()) = vector;
+        *self.shared.config_vector.lock() = vector;
     }
 
     /// Forgets a broken state (device reset).
@@ -233,12 +229,7 @@ impl DeviceStatus {
     }
 
     fn signal_config(&self) {
-        let vector = self
-            .shared
-            .config_vector
-            .lock()
-            .unwrap_or_else(|e| e.into_inner())
-            .clone();
+        let vector = self.shared.config_vector.lock().clone();
         if let Some(vector) = vector
             && let Err(error) = vector.event().write(1)
         {

@@ -9,7 +9,7 @@ use std::{
     },
     path::{Path, PathBuf},
     sync::{
-        PoisonError, RwLock, RwLockReadGuard,
+        RwLockReadGuard,
         atomic::{AtomicU64, Ordering},
     },
 };
@@ -27,6 +27,8 @@ use thiserror::Error;
 use vm_memory::VolatileSlice;
 
 use super::SECTOR_SIZE;
+
+use crate::sync::RwLock;
 
 /// First bytes of a qcow2 image.
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -183,7 +185,7 @@ impl DiskImage {
         if !size.is_multiple_of(SECTOR_SIZE) {
             return Err(invalid("its size must be a multiple of 512 bytes"));
         }
-        let access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+        let access = self.access.write();
         if size < access.size() {
             return Err(invalid("it cannot be made smaller"));
         }
@@ -200,7 +202,7 @@ impl DiskImage {
     }
 
     fn access(&self) -> RwLockReadGuard<'_, FormatAccess<ImageFile>> {
-        self.access.read().unwrap_or_else(PoisonError::into_inner)
+        self.access.read()
     }
 
     /// Fills guest memory from `offset` on.
@@ -225,7 +227,7 @@ impl DiskImage {
     /// Makes a range read as zeroes; gives its space back if `unmap`.
     pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         if unmap {
-            let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+            let mut access = self.access.write();
             match access.discard_to_zero(offset, len) {
                 Err(error) if error.kind() == ErrorKind::Unsupported => {}
                 result => return result,
@@ -236,7 +238,7 @@ impl DiskImage {
 
     /// Gives a range's space back; what it reads as after is undefined. Only a hint.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
-        let mut access = self.access.write().unwrap_or_else(PoisonError::into_inner);
+        let mut access = self.access.write();
         match access.discard_to_any(offset, len) {
             Err(error) if error.kind() == ErrorKind::Unsupported => Ok(()),
             result => result,

@@ -1,6 +1,6 @@
 //! What the driver did and what the host decided, behind one lock.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::MutexGuard;
 
 use super::{
     cursor::Cursor,
@@ -12,7 +12,7 @@ use super::{
     scanout::{Location, Scanout},
     subscriber::Subscribers,
 };
-use crate::virtio::DeviceStatus;
+use crate::{sync::Mutex, virtio::DeviceStatus};
 
 /// What the device did.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -77,7 +77,7 @@ impl SharedState {
     }
 
     pub fn lock(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 }
 

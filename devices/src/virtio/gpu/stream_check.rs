@@ -8,7 +8,7 @@
 
 use std::{
     collections::BTreeMap,
-    sync::{Arc, LazyLock, Mutex, PoisonError},
+    sync::{Arc, LazyLock},
 };
 
 use zerocopy::FromBytes;
@@ -17,6 +17,7 @@ use super::{device::FEATURES, protocol::*, *};
 use crate::{
     dmabuf::Exporter,
     memory::{AddressSpace, GuestRam},
+    sync::Mutex,
     virtio::{
         VirtioDevice,
         test_util::{Driver, WRITE},
@@ -157,7 +158,7 @@ fn parse<T: FromBytes>(body: &[u8]) -> T {
 
 /// Has a device of its own answer a stream. Panics if something is not as it must be.
 pub fn check(mut stream: &[u8]) {
-    let memory = RAM.lock().unwrap_or_else(PoisonError::into_inner);
+    let memory = RAM.lock();
     let (ram, map) = &*memory;
     let config = DisplayConfig {
         outputs: vec![Mode::DEFAULT],

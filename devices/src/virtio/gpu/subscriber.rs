@@ -6,13 +6,15 @@
 
 use std::{
     mem,
-    sync::{Arc, Mutex, MutexGuard, PoisonError, Weak},
+    sync::{Arc, MutexGuard, Weak},
     time::Duration,
 };
 
 use vmm_sys_util::eventfd::EventFd;
 
 use super::{geometry::Area, output::OUTPUTS};
+
+use crate::sync::Mutex;
 
 /// The longest that subscribers delay a fence. Linux waits 50 ms for one.
 pub const MAX_FENCE_DELAY: Duration = Duration::from_millis(40);
@@ -79,7 +81,7 @@ impl Subscriber {
     }
 
     fn lock(&self) -> MutexGuard<'_, Inner> {
-        self.inner.lock().unwrap_or_else(PoisonError::into_inner)
+        self.inner.lock()
     }
 
     fn change(&self, change: impl FnOnce(&mut Inner)) {

@@ -8,7 +8,7 @@ use std::{
     collections::VecDeque,
     io,
     os::fd::{AsRawFd, RawFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, MutexGuard},
 };
 
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -25,6 +25,8 @@ use super::{
     queue::{DeviceQueue, QueueError, QueueHandler, Worker},
     read_bytes,
 };
+
+use crate::sync::Mutex;
 
 const EVENT_QUEUE: u16 = 0;
 const STATUS_QUEUE: u16 = 1;
@@ -99,7 +101,7 @@ struct Shared {
 
 impl Shared {
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 }
 

@@ -6,7 +6,7 @@
 mod report;
 mod shared_memory;
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
+use std::sync::{Arc, MutexGuard, Weak};
 
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
@@ -22,6 +22,7 @@ use crate::{
         BarContent, BarHandler, BarKind, Bars, Capability, ConfigSpace, Identity, Msix, MsixError,
         PBA_ENTRY, PciFunction, TABLE_ENTRY,
     },
+    sync::Mutex,
 };
 
 pub use report::FunctionReport;
@@ -254,7 +255,7 @@ impl VirtioPciFunction {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     fn read_bar(&self, state: &State, offset: u64, data: &mut [u8]) {
@@ -657,10 +658,7 @@ impl VirtioPciFunction {
     /// Registers the doorbells at their new place. Without them the guest's kicks exit to user space and
     /// work all the same.
     fn move_doorbells(&self, address: Option<u64>) {
-        let mut doorbells = self
-            .doorbells
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner);
+        let mut doorbells = self.doorbells.lock();
         for (index, kick) in self.kicks.iter().enumerate() {
             let offset = NOTIFY + index as u64 * NOTIFY_OFF_MULTIPLIER;
             if let Some(old) = *doorbells

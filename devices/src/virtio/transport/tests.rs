@@ -5,6 +5,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::{
     pci::{DevFn, PciBus},
+    sync::Mutex,
     virtio::test_util::environment,
 };
 
@@ -30,11 +31,11 @@ impl VirtioDevice for Probe {
     }
     fn write_config(&mut self, _: u64, _: &[u8]) {}
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
-        self.0.lock().unwrap().push(activation);
+        self.0.lock().push(activation);
         Ok(())
     }
     fn reset(&mut self) {
-        self.0.lock().unwrap().clear();
+        self.0.lock().clear();
     }
 }
 
@@ -164,7 +165,7 @@ impl Setup {
     }
 
     fn is_active(&self) -> bool {
-        !self.probe.0.lock().unwrap().is_empty()
+        !self.probe.0.lock().is_empty()
     }
 }
 
@@ -176,7 +177,7 @@ fn a_driver_that_follows_the_rules_gets_its_device() {
     assert!(s.negotiate(VIRTIO_F_VERSION_1 | VIRTIO_F_EVENT_IDX | 1));
     s.set_queue(0, 16, RINGS);
     s.write(0x14, &[0xf]);
-    let active = s.probe.0.lock().unwrap();
+    let active = s.probe.0.lock();
     let queue = active[0].queues[0].as_ref().unwrap();
     assert_eq!(queue.queue.size(), 16);
     assert_eq!(queue.queue.avail_ring(), 0x2000);
@@ -252,11 +253,11 @@ fn vectors_and_queues_out_of_range_read_back_as_none() {
 fn doorbells_move_with_the_bar() {
     let s = setup();
     let at = |base: u64| vec![base + NOTIFY, base + NOTIFY + 4];
-    assert_eq!(*s.hypervisor.doorbells.lock().unwrap(), at(BAR_AT));
+    assert_eq!(*s.hypervisor.doorbells.lock(), at(BAR_AT));
     s.function.write_config(0x10, &0xd000_0000u32.to_le_bytes());
-    assert_eq!(*s.hypervisor.doorbells.lock().unwrap(), at(0xd000_0000));
+    assert_eq!(*s.hypervisor.doorbells.lock(), at(0xd000_0000));
     s.function.write_config(4, &[0, 0]);
-    assert!(s.hypervisor.doorbells.lock().unwrap().is_empty());
+    assert!(s.hypervisor.doorbells.lock().is_empty());
 }
 
 #[test]
@@ -293,7 +294,7 @@ fn a_function_that_is_dropped_takes_its_device_along() {
     assert!(s.is_active());
     let probe = s.probe.clone();
     drop((bus, s));
-    assert!(probe.0.lock().unwrap().is_empty());
+    assert!(probe.0.lock().is_empty());
 }
 
 proptest! {

@@ -9,7 +9,7 @@ use std::{
     collections::BTreeMap,
     fs::File,
     io,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, MutexGuard},
 };
 
 use crate::{
@@ -17,6 +17,7 @@ use crate::{
     hypervisor::{Hypervisor, MappedSlot},
     memory::{Arena, ArenaError, Backing, BackingKind, IoHandler, SlotMapping},
     pci::{BarContent, BarHandler, Piece},
+    sync::Mutex,
     sys::memfd,
     virtio::transport::SharedMemory,
 };
@@ -73,7 +74,7 @@ impl HostMemory {
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     /// The region as the transport shows it.

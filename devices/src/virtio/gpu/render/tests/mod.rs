@@ -4,7 +4,7 @@ use std::{
     fs::File,
     io::{self, Write},
     os::{fd::OwnedFd, unix::fs::FileExt},
-    sync::{Arc, Mutex, mpsc},
+    sync::{Arc, mpsc},
     thread,
 };
 
@@ -25,6 +25,7 @@ use crate::{
     hypervisor::test_util::FakeHypervisor,
     memory::{AddressSpace, GuestRam},
     pci::BarHandler,
+    sync::Mutex,
     virtio::{
         VirtioDevice,
         gpu::{DisplayConfig, DisplayHandle, Gpu, Mode, tests::rect},
@@ -56,13 +57,12 @@ struct Fake(Arc<Mutex<Script>>);
 
 impl Fake {
     fn calls_of(&self, what: u32) -> usize {
-        let script = self.0.lock().unwrap();
+        let script = self.0.lock();
         script.calls.iter().filter(|c| c.head.what == what).count()
     }
 
     fn say(&self, say: &Say) {
-        say.send(self.0.lock().unwrap().socket.as_ref().unwrap())
-            .unwrap();
+        say.send(self.0.lock().socket.as_ref().unwrap()).unwrap();
     }
 
     fn pass(&self, fence: FenceAt) {
@@ -72,12 +72,12 @@ impl Fake {
     }
 
     fn last_fence(&self) -> FenceAt {
-        self.0.lock().unwrap().calls.last().unwrap().head.fence
+        self.0.lock().calls.last().unwrap().head.fence
     }
 
     /// The process is killed.
     fn kill(&self) {
-        let socket = self.0.lock().unwrap().socket.take().unwrap();
+        let socket = self.0.lock().socket.take().unwrap();
         rustix::net::shutdown(&socket, rustix::net::Shutdown::Both).unwrap();
     }
 }
@@ -91,12 +91,12 @@ impl StartRenderer for Fake {
             None,
         )?;
         let (own, script) = (theirs.try_clone()?, self.0.clone());
-        script.lock().unwrap().socket = Some(theirs);
+        script.lock().socket = Some(theirs);
         let (ended, end) = mpsc::channel::<()>();
         thread::spawn(move || {
             let _ended = ended;
             while let Ok(Some(call)) = Call::receive(&own, RecvFlags::empty()) {
-                let mut script = script.lock().unwrap();
+                let mut script = script.lock();
                 let say = answer(&call);
                 let (silent, fence) = (script.silent == Some(call.head.what), call.head.fence);
                 let keeps = script.keeps_fences;
@@ -408,7 +408,7 @@ fn streams_go_to_contexts_as_ranges_of_ram() {
         assert_eq!(answer, VIRTIO_GPU_RESP_ERR_INVALID_PARAMETER, "{bad}");
     }
     assert_eq!(m.send(header(type_, 7), &stream(12)).0, OK);
-    let script = m.fake.0.lock().unwrap();
+    let script = m.fake.0.lock();
     let call = script.calls.last().unwrap();
     let range = RamRange {
         offset: REQUEST + 32,
@@ -473,7 +473,7 @@ fn what_needs_no_answer_does_not_fill_the_socket() {
         assert_eq!(m.command(unref, &resource(id)), OK);
     }
     m.wait_calls(unref, count as usize);
-    let script = m.fake.0.lock().unwrap();
+    let script = m.fake.0.lock();
     let answered = script
         .calls
         .iter()
@@ -494,7 +494,7 @@ fn what_a_context_has_needs_no_answer() {
         let nothing = VIRTIO_GPU_RESP_ERR_INVALID_RESOURCE_ID;
         assert_eq!(m.command(type_, &resource(2)), nothing);
         m.wait_calls(type_, 1);
-        let script = m.fake.0.lock().unwrap();
+        let script = m.fake.0.lock();
         let call = script.calls.iter().find(|call| call.head.what == type_);
         let (head, body) = call.map(|call| (&call.head, &call.body)).unwrap();
         assert_eq!((head.context, head.unanswered), (7, 1));
@@ -506,7 +506,7 @@ fn what_a_context_has_needs_no_answer() {
 fn answers_wait_for_their_fences_in_order() {
     let mut m = machine();
     m.create_context();
-    m.fake.0.lock().unwrap().keeps_fences = true;
+    m.fake.0.lock().keeps_fences = true;
     let sync = header(VIRTIO_GPU_CMD_SUBMIT_3D, 7);
     let ring = CtrlHdr {
         flags: VIRTIO_GPU_FLAG_INFO_RING_IDX.into(),
@@ -545,7 +545,7 @@ fn the_display_survives_the_renderer() {
     let submit = header(VIRTIO_GPU_CMD_SUBMIT_3D, 7);
     let before = m.driver.used_index(0);
     {
-        let mut script = m.fake.0.lock().unwrap();
+        let mut script = m.fake.0.lock();
         script.keeps_fences = true;
         script.silent = Some(VIRTIO_GPU_CMD_CTX_DESTROY);
     }
@@ -565,7 +565,7 @@ fn the_display_survives_the_renderer() {
     assert_eq!(m.command(VIRTIO_GPU_CMD_RESOURCE_UNREF, &resource(1)), OK);
     // The next driver has another renderer.
     m.gpu.reset();
-    m.fake.0.lock().unwrap().silent = None;
+    m.fake.0.lock().silent = None;
     m.activate();
     m.create_context();
     assert_eq!(m.create_3d(5, 2), OK);
@@ -574,7 +574,7 @@ fn the_display_survives_the_renderer() {
 #[test]
 fn a_renderer_that_hangs_holds_up_no_reset() {
     let mut m = machine();
-    m.fake.0.lock().unwrap().silent = Some(VIRTIO_GPU_CMD_CTX_CREATE);
+    m.fake.0.lock().silent = Some(VIRTIO_GPU_CMD_CTX_CREATE);
     m.submit_fenced(&[header(VIRTIO_GPU_CMD_CTX_CREATE, 7)]);
     m.wait_calls(VIRTIO_GPU_CMD_CTX_CREATE, 1);
     m.gpu.reset();
