@@ -1,10 +1,10 @@
-//! Memory of the machine that passed-through devices reach by DMA, besides guest RAM and each other.
+//! MemoryKind of the machine that passed-through devices reach by DMA, besides guest RAM and each other.
 
 mod shared_blobs;
 mod space;
 
-pub use shared_blobs::{DeviceReach, Reachable};
-pub(crate) use space::Memory;
+pub use shared_blobs::{SharedBlob, SharedBlobDmaMap};
+pub(crate) use space::MemoryKind;
 #[cfg(test)]
 pub(crate) use space::test_util;
-pub use space::{DmaSpace, Source};
+pub use space::{DmaMemory, DmaSpace};

@@ -1,4 +1,4 @@
-//! Memory of the machine's own devices in reach of passed-through ones: blobs that the guest may give to another
+//! MemoryKind of the machine's own devices in reach of passed-through ones: blobs that the guest may give to another
 //! device, each by itself, at the address at which the guest sees it, while it lies there.
 //!
 //! The GPU tells of its blobs whether or not there are passed-through devices, which come and go with the address
@@ -14,7 +14,7 @@ use std::{
     },
 };
 
-use super::space::{DmaSpace, Memory, Source};
+use super::space::{DmaMemory, DmaSpace, MemoryKind};
 use crate::{
     memory::{Charge, Quota},
     sync::Mutex,
@@ -28,7 +28,7 @@ const MAX_DMABUFS: u64 = 256;
 struct Blob {
     address: Option<u64>,
     len: u64,
-    source: Source,
+    source: DmaMemory,
     mapping: Option<Box<dyn fmt::Debug + Send>>,
     _descriptor: Option<Charge>,
 }
@@ -43,14 +43,14 @@ struct State {
 
 /// All blobs that passed-through devices may reach.
 #[derive(Debug)]
-pub struct DeviceReach {
+pub struct SharedBlobDmaMap {
     state: Mutex<State>,
     dmabufs: Arc<Quota>,
     /// Whether a failure was told: it will be the same for each.
     told: AtomicBool,
 }
 
-impl Default for DeviceReach {
+impl Default for SharedBlobDmaMap {
     fn default() -> Self {
         Self {
             state: Mutex::default(),
@@ -60,7 +60,7 @@ impl Default for DeviceReach {
     }
 }
 
-impl DeviceReach {
+impl SharedBlobDmaMap {
     fn lock(&self) -> MutexGuard<'_, State> {
         self.state.lock()
     }
@@ -88,13 +88,13 @@ impl DeviceReach {
         self: &Arc<Self>,
         address: Option<u64>,
         len: u64,
-        source: io::Result<Source>,
-    ) -> Option<Reachable> {
+        source: io::Result<DmaMemory>,
+    ) -> Option<SharedBlob> {
         let source = source.inspect_err(|error| self.tell(error, None)).ok()?;
         let state = &mut *self.lock();
         let descriptor = match source.0 {
-            Memory::Mapped(_) => None,
-            Memory::DmaBuf(_) => {
+            MemoryKind::File(_) => None,
+            MemoryKind::DmaBuf(_) => {
                 let charge = self.dmabufs.charge(1);
                 if charge.is_none() {
                     self.tell(&"as many dma-bufs are mapped as can be", Some(&source));
@@ -115,7 +115,7 @@ impl DeviceReach {
         }
         state.number += 1;
         state.blobs.insert(state.number, blob);
-        Some(Reachable {
+        Some(SharedBlob {
             reach: self.clone(),
             number: state.number,
         })
@@ -131,13 +131,13 @@ impl DeviceReach {
     }
 
     /// Says once that a blob is out of devices' reach.
-    fn tell(&self, error: &dyn fmt::Display, source: Option<&Source>) {
+    fn tell(&self, error: &dyn fmt::Display, source: Option<&DmaMemory>) {
         if !self.told.swap(true, Ordering::Relaxed) {
             let hint = match source.map(|source| &source.0) {
-                Some(Memory::DmaBuf(_)) => {
+                Some(MemoryKind::DmaBuf(_)) => {
                     "Linux maps no dma-bufs of graphics drivers for devices: have the guest's programs copy"
                 }
-                Some(Memory::Mapped(_)) => "check the limit of locked memory (ulimit -l)",
+                Some(MemoryKind::File(_)) => "check the limit of locked memory (ulimit -l)",
                 None => "have the guest's programs copy",
             };
             tracing::info!(%error, hint, "passed-through devices cannot reach a blob of the GPU's");
@@ -147,12 +147,12 @@ impl DeviceReach {
 
 /// A blob in devices' reach. Dropping takes it out, and returns when no device reaches it any more.
 #[derive(Debug)]
-pub struct Reachable {
-    reach: Arc<DeviceReach>,
+pub struct SharedBlob {
+    reach: Arc<SharedBlobDmaMap>,
     number: u64,
 }
 
-impl Reachable {
+impl SharedBlob {
     /// The guest has it elsewhere from now on, or nowhere.
     pub fn moved(&self, address: Option<u64>) {
         let state = &mut *self.reach.lock();
@@ -167,7 +167,7 @@ impl Reachable {
     }
 }
 
-impl Drop for Reachable {
+impl Drop for SharedBlob {
     fn drop(&mut self) {
         let state = &mut *self.reach.lock();
         state.blobs.remove(&self.number);
@@ -183,15 +183,15 @@ mod tests {
     use super::*;
     use crate::dma::test_util::FakeSpace;
 
-    fn memory() -> io::Result<Source> {
+    fn memory() -> io::Result<DmaMemory> {
         let file = File::from(memfd_create("blob", MemfdFlags::CLOEXEC).unwrap());
         // SAFETY: nothing is mapped anywhere.
-        unsafe { Source::new(&file, 0x1000) }
+        unsafe { DmaMemory::new(&file, 0x1000) }
     }
 
     #[test]
     fn blobs_are_mapped_while_they_and_devices_are_there() {
-        let reach = Arc::<DeviceReach>::default();
+        let reach = Arc::<SharedBlobDmaMap>::default();
         let early = reach.add(Some(0x1_0000), 0x1000, memory()).unwrap();
         let nowhere = reach.add(None, 0x1000, memory()).unwrap();
         let space = Arc::new(FakeSpace::default());
@@ -215,7 +215,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_mapped_harms_nothing() {
-        let reach = Arc::<DeviceReach>::default();
+        let reach = Arc::<SharedBlobDmaMap>::default();
         reach.attach(Arc::new(FakeSpace {
             refuses: true,
             ..Default::default()
@@ -224,7 +224,7 @@ mod tests {
         assert!(reach.told.load(Ordering::Relaxed));
         blob.moved(Some(0x2000));
         // SAFETY: nothing is mapped anywhere.
-        let device = unsafe { Source::new(&File::open("/proc/version").unwrap(), 0) };
+        let device = unsafe { DmaMemory::new(&File::open("/proc/version").unwrap(), 0) };
         assert!(reach.add(Some(0x9000), 0x1000, device).is_none());
     }
 }

@@ -11,33 +11,33 @@ pub trait DmaSpace: fmt::Debug + Send + Sync {
         self: Arc<Self>,
         iova: u64,
         len: u64,
-        source: &Source,
+        source: &DmaMemory,
     ) -> io::Result<Box<dyn fmt::Debug + Send>>;
 }
 
 /// A blob's memory.
 #[derive(Debug)]
-pub struct Source(pub(crate) Memory);
+pub struct DmaMemory(pub(crate) MemoryKind);
 
 #[derive(Debug)]
-pub(crate) enum Memory {
+pub(crate) enum MemoryKind {
     /// A memory file: where it is mapped. The kernel pins its pages.
-    Mapped(u64),
+    File(u64),
     /// Mapped as what it is or not at all: its exporter may move what a processor's mapping shows, and would tell no
     /// IOMMU.
     DmaBuf(File),
 }
 
-impl Source {
+impl DmaMemory {
     /// A blob of `file`'s memory, from its first byte on, that is mapped at `host`; an error if it is of a kind that
     /// devices cannot be given.
     ///
     /// # Safety
-    /// It stays mapped there, and nobody in this process refers to it, while a [`Reachable`] made of this is there.
+    /// It stays mapped there, and nobody in this process refers to it, while a [`SharedBlob`] made of this is there.
     pub unsafe fn new(file: &File, host: u64) -> io::Result<Self> {
         Ok(Self(match FileKind::of(file)? {
-            FileKind::Memory => Memory::Mapped(host),
-            FileKind::DmaBuf => Memory::DmaBuf(file.try_clone()?),
+            FileKind::Memory => MemoryKind::File(host),
+            FileKind::DmaBuf => MemoryKind::DmaBuf(file.try_clone()?),
             FileKind::Other => return Err(io::ErrorKind::Unsupported.into()),
         }))
     }
@@ -79,7 +79,7 @@ pub(crate) mod test_util {
             self: Arc<Self>,
             iova: u64,
             len: u64,
-            _: &Source,
+            _: &DmaMemory,
         ) -> io::Result<Box<dyn fmt::Debug + Send>> {
             if self.refuses {
                 return Err(io::ErrorKind::Unsupported.into());

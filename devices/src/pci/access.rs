@@ -6,7 +6,7 @@ use std::sync::{
     atomic::{AtomicU32, Ordering},
 };
 
-use super::{DevFn, PciBus};
+use super::{bus::PciBus, function::DevFn};
 use crate::memory::IoHandler;
 
 /// Whether an access of `len` bytes at `offset` is one that a function can be asked for.

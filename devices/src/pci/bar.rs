@@ -72,11 +72,11 @@ pub enum BarContent {
     /// Registers that a device answers.
     Registers(Arc<dyn BarHandler>),
     /// Memory that the guest reaches without an exit, and registers around it.
-    Pieces {
-        /// Answers what no piece covers.
+    Memory {
+        /// Answers what no range covers.
         handler: Arc<dyn BarHandler>,
         /// The memory, in order and not overlapping.
-        pieces: Vec<Piece>,
+        ranges: Vec<BarMemory>,
         /// Shows the memory to the guest.
         hypervisor: Arc<dyn Hypervisor>,
     },
@@ -84,7 +84,7 @@ pub enum BarContent {
 
 /// A part of a BAR that is memory.
 #[derive(Clone, Debug)]
-pub struct Piece {
+pub struct BarMemory {
     /// Bytes from the BAR's start, page aligned.
     pub offset: u64,
     /// Length in bytes, page aligned.
@@ -315,7 +315,7 @@ impl Bar {
 
     fn handler(&self) -> &Arc<dyn BarHandler> {
         match &self.content {
-            BarContent::Registers(handler) | BarContent::Pieces { handler, .. } => handler,
+            BarContent::Registers(handler) | BarContent::Memory { handler, .. } => handler,
         }
     }
 
@@ -339,24 +339,24 @@ impl Bar {
         }
     }
 
-    /// Adds pieces and what is between them to the map.
+    /// Adds ranges and what is between them to the map.
     fn enter(&self, mapped: &mut Mapped, space: &AddressSpace) -> Result<(), AddressSpaceError> {
         let mut end = 0;
-        if let BarContent::Pieces {
-            pieces, hypervisor, ..
+        if let BarContent::Memory {
+            ranges, hypervisor, ..
         } = &self.content
         {
-            for piece in pieces {
-                let gpa = mapped.address + piece.offset;
-                let piece_end = piece.offset + piece.len;
-                self.enter_part(mapped, space, end..piece.offset)?;
-                space.insert_backed(gpa, piece.len, piece.backing.clone())?;
-                mapped.regions.push((gpa, piece.len));
+            for range in ranges {
+                let gpa = mapped.address + range.offset;
+                let range_end = range.offset + range.len;
+                self.enter_part(mapped, space, end..range.offset)?;
+                space.insert_backed(gpa, range.len, range.backing.clone())?;
+                mapped.regions.push((gpa, range.len));
                 let slot = SlotMapping {
                     gpa,
-                    len: piece.len,
-                    host: piece.host,
-                    readonly: piece.readonly,
+                    len: range.len,
+                    host: range.host,
+                    readonly: range.readonly,
                 };
                 match hypervisor.map_slot(slot) {
                     Ok(slot) => mapped.slots.push(slot),
@@ -364,11 +364,11 @@ impl Bar {
                         tracing::warn!(%error, index = self.index, "a BAR's memory is slow");
                         // The device answers each access instead.
                         mapped.regions.pop();
-                        space.remove(gpa, piece.len)?;
-                        self.enter_part(mapped, space, piece.offset..piece_end)?;
+                        space.remove(gpa, range.len)?;
+                        self.enter_part(mapped, space, range.offset..range_end)?;
                     }
                 }
-                end = piece_end;
+                end = range_end;
             }
         }
         self.enter_part(mapped, space, end..self.size)
@@ -539,7 +539,7 @@ mod tests {
     }
 
     /// A BAR of 16 KiB whose second page is a file's fifth.
-    fn with_piece() -> (Setup, Arc<FakeHypervisor>) {
+    fn with_memory() -> (Setup, Arc<FakeHypervisor>) {
         let mut s = setup(MEMORY64, 0x1000);
         let hypervisor = Arc::new(FakeHypervisor::default());
         let backing = Backing {
@@ -551,7 +551,7 @@ mod tests {
             file: Arc::new(tempfile::tempfile().unwrap()),
             offset: 0x4000,
         };
-        let piece = Piece {
+        let range = BarMemory {
             offset: 0x1000,
             len: 0x1000,
             backing,
@@ -563,9 +563,9 @@ mod tests {
             2,
             MEMORY64,
             0x4000,
-            BarContent::Pieces {
+            BarContent::Memory {
                 handler: s.device.clone(),
-                pieces: vec![piece],
+                ranges: vec![range],
                 hypervisor: hypervisor.clone(),
             },
         );
@@ -577,7 +577,7 @@ mod tests {
 
     #[test]
     fn pieces_are_memory_and_the_rest_is_the_devices() {
-        let (mut s, hypervisor) = with_piece();
+        let (mut s, hypervisor) = with_memory();
         let segments = s.memory.resolve(0x10_1800, 0x800).unwrap();
         assert_eq!(segments[0].backing.offset, 0x4800);
         assert!(s.memory.resolve(0x10_1800, 0x801).is_err());
@@ -596,7 +596,7 @@ mod tests {
 
     #[test]
     fn what_is_half_misplaced_is_not_there_at_all() {
-        let (mut s, hypervisor) = with_piece();
+        let (mut s, hypervisor) = with_memory();
         let other = Arc::new(Device::default());
         s.memory.insert_io(0x30_3000, 0x1000, other).unwrap();
         s.bars.place(&mut s.config, 2, 0x30_0000);
@@ -607,7 +607,7 @@ mod tests {
 
     #[test]
     fn a_sleeping_function_decodes_nothing() {
-        let (mut s, hypervisor) = with_piece();
+        let (mut s, hypervisor) = with_memory();
         s.bars.set_asleep(true);
         s.bars.withdraw(&s.config);
         assert!(hypervisor.slots().is_empty());

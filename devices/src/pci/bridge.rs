@@ -19,8 +19,13 @@ use thiserror::Error;
 use crate::{hypervisor::MsiVector, sync::Mutex};
 
 use super::{
-    BarKind, Capability, ConfigSpace, DevFn, Identity, Msi, PciBus, PciError, PciFunction,
-    config::{COMMAND_BUS_MASTER, COMMAND_IO, COMMAND_MEMORY, reg},
+    bar::BarKind,
+    bus::{Bridge, PciBus, PciError},
+    config::{
+        COMMAND_BUS_MASTER, COMMAND_IO, COMMAND_MEMORY, Capability, ConfigSpace, Identity, reg,
+    },
+    function::{DevFn, PciFunction},
+    msi::Msi,
 };
 
 /// PCI-to-PCI bridges.
@@ -204,11 +209,6 @@ impl Port {
         self.state.lock()
     }
 
-    /// The bus behind the port.
-    pub fn bus(&self) -> &PciBus {
-        &self.bus
-    }
-
     /// Puts a function behind the port before the guest runs: it is there from the start, with power on.
     pub fn insert(&self, function: Arc<dyn PciFunction>) -> Result<DevFn, PciError> {
         let state = &mut *self.lock();
@@ -254,7 +254,7 @@ impl Port {
     }
 
     /// Asks the guest to give up what is in the slot.
-    pub fn ask_back(&self) -> Result<(), SlotError> {
+    pub fn request_unplug(&self) -> Result<(), SlotError> {
         let state = &mut *self.lock();
         if state.card.is_empty() {
             return Err(SlotError::Empty(self.slot));
@@ -280,7 +280,7 @@ impl Port {
 
     /// Takes what is in the slot away without asking: the guest finds it gone (PCI Express 5.0, 6.7.1, surprise
     /// removal).
-    pub fn take_away(&self) {
+    pub fn force_remove(&self) {
         let state = &mut *self.lock();
         if state.card.is_empty() {
             return;
@@ -341,46 +341,6 @@ impl Port {
             state.set_status(PRESENCE_DETECT_CHANGED, PRESENCE);
             (self.ejected)(self.slot);
         }
-    }
-
-    /// The buses whose configuration accesses the port forwards; its secondary bus is the first.
-    pub fn forwarded_buses(&self) -> RangeInclusive<u8> {
-        let state = self.lock();
-        let [secondary, subordinate] = state.config.u16(reg::SECONDARY_BUS).to_le_bytes();
-        secondary..=subordinate
-    }
-
-    /// Numbers the buses. For the machine, before the guest runs.
-    pub fn set_buses(&self, primary: u8, secondary: u8, subordinate: u8) {
-        self.lock()
-            .config
-            .set(reg::PRIMARY_BUS, &[primary, secondary, subordinate]);
-    }
-
-    /// Opens the windows, half-open ranges of whole MiB, and forwards accesses; `None` closes one.
-    pub fn set_windows(&self, memory: Option<(u64, u64)>, prefetchable: Option<(u64, u64)>) {
-        /// A window whose limit is below its base is closed.
-        const CLOSED: (u64, u64) = (MEMORY_UNIT, MEMORY_UNIT);
-        let field = |address: u64| ((address >> 16) as u16 & 0xfff0).to_le_bytes();
-        let config = &mut self.lock().config;
-        let (base, end) = memory.unwrap_or(CLOSED);
-        config.write(reg::MEMORY_BASE, &field(base));
-        config.write(reg::MEMORY_LIMIT, &field(end - MEMORY_UNIT));
-        let (base, end) = prefetchable.unwrap_or(CLOSED);
-        let last = end - MEMORY_UNIT;
-        config.write(reg::PREFETCHABLE_BASE, &field(base));
-        config.write(reg::PREFETCHABLE_LIMIT, &field(last));
-        config.write(
-            reg::PREFETCHABLE_BASE_UPPER,
-            &((base >> 32) as u32).to_le_bytes(),
-        );
-        config.write(
-            reg::PREFETCHABLE_LIMIT_UPPER,
-            &((last >> 32) as u32).to_le_bytes(),
-        );
-        config.write(reg::IO_BASE, &[0xf0, 0x00]);
-        let command = COMMAND_IO | COMMAND_MEMORY | COMMAND_BUS_MASTER;
-        config.write(reg::COMMAND, &command.to_le_bytes());
     }
 }
 
@@ -452,6 +412,49 @@ fn express(kind: PortKind, slot: u8) -> Capability {
         id: CAP_ID_PCI_EXPRESS,
         body,
         writable: vec![(SLOT_CONTROL - 2, low), (SLOT_CONTROL - 1, high)],
+    }
+}
+
+impl Bridge for Port {
+    fn bus(&self) -> &PciBus {
+        &self.bus
+    }
+
+    fn forwarded_buses(&self) -> RangeInclusive<u8> {
+        let state = self.lock();
+        let [secondary, subordinate] = state.config.u16(reg::SECONDARY_BUS).to_le_bytes();
+        secondary..=subordinate
+    }
+
+    fn set_buses(&self, primary: u8, secondary: u8, subordinate: u8) {
+        self.lock()
+            .config
+            .set(reg::PRIMARY_BUS, &[primary, secondary, subordinate]);
+    }
+
+    fn set_windows(&self, memory: Option<(u64, u64)>, prefetchable: Option<(u64, u64)>) {
+        /// A window whose limit is below its base is closed.
+        const CLOSED: (u64, u64) = (MEMORY_UNIT, MEMORY_UNIT);
+        let field = |address: u64| ((address >> 16) as u16 & 0xfff0).to_le_bytes();
+        let config = &mut self.lock().config;
+        let (base, end) = memory.unwrap_or(CLOSED);
+        config.write(reg::MEMORY_BASE, &field(base));
+        config.write(reg::MEMORY_LIMIT, &field(end - MEMORY_UNIT));
+        let (base, end) = prefetchable.unwrap_or(CLOSED);
+        let last = end - MEMORY_UNIT;
+        config.write(reg::PREFETCHABLE_BASE, &field(base));
+        config.write(reg::PREFETCHABLE_LIMIT, &field(last));
+        config.write(
+            reg::PREFETCHABLE_BASE_UPPER,
+            &((base >> 32) as u32).to_le_bytes(),
+        );
+        config.write(
+            reg::PREFETCHABLE_LIMIT_UPPER,
+            &((last >> 32) as u32).to_le_bytes(),
+        );
+        config.write(reg::IO_BASE, &[0xf0, 0x00]);
+        let command = COMMAND_IO | COMMAND_MEMORY | COMMAND_BUS_MASTER;
+        config.write(reg::COMMAND, &command.to_le_bytes());
     }
 }
 

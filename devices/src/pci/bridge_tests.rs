@@ -159,22 +159,22 @@ fn a_card_goes_when_the_guest_was_asked_and_turns_power_off() {
     slot.power(true);
     slot.take_events();
     slot.interrupts();
-    slot.port.ask_back().unwrap();
+    slot.port.request_unplug().unwrap();
     assert_eq!(slot.interrupts(), 1);
-    assert_eq!(slot.port.ask_back(), Err(SlotError::Busy(7)));
+    assert_eq!(slot.port.request_unplug(), Err(SlotError::Busy(7)));
     assert_eq!(slot.take_events(), ATTENTION_BUTTON_PRESSED);
     // Linux has yet to look at what it cleared.
-    assert_eq!(slot.port.ask_back(), Err(SlotError::Busy(7)));
+    assert_eq!(slot.port.request_unplug(), Err(SlotError::Busy(7)));
     let blink = slot.read(SLOT_CONTROL) & !POWER_INDICATOR | POWER_INDICATOR_BLINK;
     slot.write(SLOT_CONTROL, blink);
-    assert_eq!(slot.port.ask_back(), Err(SlotError::Busy(7)));
+    assert_eq!(slot.port.request_unplug(), Err(SlotError::Busy(7)));
     let resets = slot.card.0.load(Ordering::Relaxed);
     slot.power(false);
     assert!(!slot.on_bus() && slot.port.is_empty());
     assert_eq!(slot.card.0.load(Ordering::Relaxed), resets + 1);
     assert_eq!(slot.ejected.load(Ordering::Relaxed), 7);
     assert_eq!(slot.read(SLOT_STATUS) & PRESENCE, 0);
-    assert_eq!(slot.port.ask_back(), Err(SlotError::Empty(7)));
+    assert_eq!(slot.port.request_unplug(), Err(SlotError::Empty(7)));
 }
 
 #[test]
@@ -187,7 +187,7 @@ fn power_alone_does_not_take_a_card_out() {
     assert!(slot.on_bus());
     slot.power(false);
     // The guest does not use it: nobody need be asked.
-    slot.port.ask_back().unwrap();
+    slot.port.request_unplug().unwrap();
     assert!(slot.port.is_empty());
     assert_eq!(slot.ejected.load(Ordering::Relaxed), 7);
 }
@@ -214,7 +214,7 @@ proptest::proptest! {
         slot.port.insert(slot.card.clone()).unwrap();
         for (at, value) in writes {
             slot.port.write_config(at & !3, &value.to_le_bytes());
-            let _ = slot.port.ask_back();
+            let _ = slot.port.request_unplug();
             let _ = slot.port.plug(slot.card.clone());
         }
     }
@@ -225,7 +225,7 @@ fn what_is_taken_away_is_gone_without_asking() {
     let slot = slot();
     slot.port.insert(slot.card.clone()).unwrap();
     assert_eq!(slot.read(SLOT_STATUS) & PRESENCE, PRESENCE);
-    slot.port.take_away();
+    slot.port.force_remove();
     let status = slot.read(SLOT_STATUS);
     assert_eq!(status & PRESENCE, 0);
     assert_eq!(status & PRESENCE_DETECT_CHANGED, PRESENCE_DETECT_CHANGED);
@@ -233,7 +233,7 @@ fn what_is_taken_away_is_gone_without_asking() {
     assert!(slot.port.is_empty());
     assert_eq!(Arc::strong_count(&slot.card), 1);
     assert_eq!(slot.ejected.load(Ordering::Relaxed), 0);
-    slot.port.take_away();
+    slot.port.force_remove();
     slot.port.plug(slot.card.clone()).unwrap();
     assert_eq!(slot.read(LINK_STATUS) & LINK_ACTIVE, LINK_ACTIVE);
 }

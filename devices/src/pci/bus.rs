@@ -3,13 +3,16 @@
 
 use std::{
     collections::BTreeMap,
-    ops::Range,
+    ops::{Range, RangeInclusive},
     sync::{Arc, MutexGuard},
 };
 
 use thiserror::Error;
 
-use super::{BarKind, DevFn, PciFunction, Port};
+use super::{
+    bar::BarKind,
+    function::{DevFn, PciFunction},
+};
 
 use crate::sync::Mutex;
 
@@ -52,17 +55,32 @@ pub struct Windows {
     pub io: Range<u64>,
 }
 
+/// A bridge to another bus, as the bus that it is on sees it.
+pub trait Bridge: PciFunction {
+    /// The bus behind it.
+    fn bus(&self) -> &PciBus;
+
+    /// The buses whose configuration accesses it forwards. Its secondary bus is the first.
+    fn forwarded_buses(&self) -> RangeInclusive<u8>;
+
+    /// Numbers the buses. For the machine, before the guest runs.
+    fn set_buses(&self, primary: u8, secondary: u8, subordinate: u8);
+
+    /// Opens the windows, half-open ranges of whole MiB, and forwards accesses. `None` closes one.
+    fn set_windows(&self, memory: Option<(u64, u64)>, prefetchable: Option<(u64, u64)>);
+}
+
 #[derive(Clone)]
 enum Node {
     Endpoint(Arc<dyn PciFunction>),
-    Port(Arc<Port>),
+    Bridge(Arc<dyn Bridge>),
 }
 
 impl Node {
     fn function(&self) -> &dyn PciFunction {
         match self {
             Node::Endpoint(function) => &**function,
-            Node::Port(port) => &**port,
+            Node::Bridge(port) => &**port,
         }
     }
 }
@@ -115,8 +133,8 @@ impl PciBus {
     }
 
     /// Adds a port.
-    pub fn add_port(&self, port: Arc<Port>) -> Result<DevFn, PciError> {
-        self.insert(Node::Port(port))
+    pub fn add_port(&self, port: Arc<dyn Bridge>) -> Result<DevFn, PciError> {
+        self.insert(Node::Bridge(port))
     }
 
     /// Runs `access` on the function at `bus` and `place`, where this bus has number `number`.
@@ -137,7 +155,7 @@ impl PciBus {
             return;
         }
         let port = nodes.values().find_map(|node| match node {
-            Node::Port(port) if port.forwarded_buses().contains(&bus) => Some(port.clone()),
+            Node::Bridge(port) if port.forwarded_buses().contains(&bus) => Some(port.clone()),
             _ => None,
         });
         drop(nodes);
@@ -173,7 +191,7 @@ impl PciBus {
         for node in self.lock().values() {
             match node {
                 Node::Endpoint(function) => free.place(std::slice::from_ref(function))?,
-                Node::Port(port) => port.bus().assign_behind(port, 0, &mut last, &mut free)?,
+                Node::Bridge(port) => port.bus().assign_behind(&**port, 0, &mut last, &mut free)?,
             }
         }
         Ok(last)
@@ -182,7 +200,7 @@ impl PciBus {
     /// The same for this bus, which is behind `port` of bus `primary`.
     fn assign_behind(
         &self,
-        port: &Port,
+        port: &dyn Bridge,
         primary: u8,
         last: &mut u8,
         free: &mut Free,
@@ -196,13 +214,13 @@ impl PciBus {
             .iter()
             .filter_map(|node| match node {
                 Node::Endpoint(function) => Some(function.clone()),
-                Node::Port(_) => None,
+                Node::Bridge(_) => None,
             })
             .collect();
         free.place(&functions)?;
         for node in &nodes {
-            if let Node::Port(port) = node {
-                port.bus().assign_behind(port, own, last, free)?;
+            if let Node::Bridge(port) = node {
+                port.bus().assign_behind(&**port, own, last, free)?;
             }
         }
         if nodes.is_empty() {
@@ -279,6 +297,7 @@ impl Free {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::pci::bridge::Port;
 
     /// A function that remembers where it was put.
     struct Function(u8, Mutex<Vec<u64>>, Vec<(usize, BarKind, u64)>);

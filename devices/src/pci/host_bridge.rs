@@ -1,6 +1,10 @@
 //! Function 00:00.0: the host bridge, which is there to be seen and does nothing.
 
-use super::{BarKind, ConfigSpace, Identity, PciFunction};
+use super::{
+    bar::BarKind,
+    config::{ConfigSpace, Identity},
+    function::PciFunction,
+};
 
 use crate::sync::Mutex;
 

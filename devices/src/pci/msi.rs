@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use super::{Capability, ConfigSpace};
+use super::config::{Capability, ConfigSpace};
 use crate::hypervisor::{MsiMessage, MsiVector};
 
 const CAP_ID_MSI: u8 = 0x05;

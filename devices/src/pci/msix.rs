@@ -7,7 +7,7 @@ use std::{io, sync::Arc};
 
 use thiserror::Error;
 
-use super::Capability;
+use super::config::Capability;
 use crate::hypervisor::{Hypervisor, MsiMessage, MsiVector};
 
 const CAP_ID_MSIX: u8 = 0x11;

@@ -22,12 +22,11 @@ use crate::{
     hypervisor::{AddedDevice, Hypervisor},
     memory::{Backing, BackingKind, IoHandler},
     pci::{
-        BarContent, BarHandler, BarKind, BarReport, Bars, COMMAND_BUS_MASTER, CONFIG_SPACE_SIZE,
-        PBA_ENTRY, PciFunction, Piece, ROM_INDEX, TABLE_ENTRY, reg,
+        BarContent, BarHandler, BarKind, BarMemory, BarReport, Bars, COMMAND_BUS_MASTER,
+        CONFIG_SPACE_SIZE, FunctionContext, PBA_ENTRY, PciFunction, ROM_INDEX, TABLE_ENTRY, reg,
     },
     sync::Mutex,
     sys::vfio::RegionInfo,
-    virtio::transport::Environment,
 };
 
 /// BARs of a function.
@@ -70,7 +69,7 @@ impl VfioFunction {
     pub fn new(
         device: Arc<HostDevice>,
         number: u32,
-        environment: &Environment,
+        environment: &FunctionContext,
     ) -> Result<Arc<Self>, VfioError> {
         let address = device.address;
         if let Err(error) = device.reset() {
@@ -255,9 +254,9 @@ fn content(
             source,
         })?;
     let mapping = Arc::new(mapping);
-    let pieces = parts
+    let ranges = parts
         .iter()
-        .map(|part| Piece {
+        .map(|part| BarMemory {
             offset: part.start,
             len: part.end - part.start,
             backing: Backing {
@@ -275,9 +274,9 @@ fn content(
         .collect();
     let index = region.index;
     registers.peer = Some(PeerMemory::new(device.clone(), index, &parts, mapping));
-    Ok(BarContent::Pieces {
+    Ok(BarContent::Memory {
         handler: Arc::new(registers),
-        pieces,
+        ranges,
         hypervisor: hypervisor.clone(),
     })
 }

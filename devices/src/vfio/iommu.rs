@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     GuestMemory,
-    dma::{DmaSpace, Memory, Source},
+    dma::{DmaMemory, DmaSpace, MemoryKind},
     sys::iommufd,
 };
 
@@ -36,7 +36,7 @@ impl std::fmt::Debug for Iommu {
 
 /// A host mapping of a file that devices are to reach.
 #[derive(Clone, Copy, Debug)]
-pub struct DmaSource<'a> {
+pub struct MappedFile<'a> {
     /// The file.
     pub file: &'a File,
     /// Where in it.
@@ -117,7 +117,7 @@ impl Iommu {
             if !covers(&allowed, &range) {
                 return Err(VfioError::OutOfReach { range, allowed });
             }
-            let source = DmaSource {
+            let source = MappedFile {
                 file: file.file(),
                 offset: file.start(),
                 host,
@@ -144,7 +144,7 @@ impl Iommu {
     }
 
     /// Maps memory at `iova`: through its file where the kernel can, which needs no mapping of ours.
-    fn map_memory(self: &Arc<Self>, iova: u64, source: DmaSource<'_>) -> io::Result<DmaMapping> {
+    fn map_memory(self: &Arc<Self>, iova: u64, source: MappedFile<'_>) -> io::Result<DmaMapping> {
         if let Iommu::Iommufd(_) = &**self {
             match self.map_file(iova, source.file, source.offset, source.len) {
                 // Linux before 6.13 maps by address only.
@@ -210,15 +210,15 @@ impl DmaSpace for Iommu {
         self: Arc<Self>,
         iova: u64,
         len: u64,
-        source: &Source,
+        source: &DmaMemory,
     ) -> io::Result<Box<dyn std::fmt::Debug + Send>> {
         let mapping = match &source.0 {
-            Memory::Mapped(host) => {
+            MemoryKind::File(host) => {
                 let host = std::ptr::without_provenance_mut(*host as usize);
-                // SAFETY: the promise of `Source::new`.
+                // SAFETY: the promise of `DmaMemory::new`.
                 unsafe { self.map_address(iova, host, len) }
             }
-            Memory::DmaBuf(file) => self.map_file(iova, file, 0, len),
+            MemoryKind::DmaBuf(file) => self.map_file(iova, file, 0, len),
         };
         Ok(Box::new(mapping?))
     }

@@ -195,9 +195,9 @@ impl Driver {
 }
 
 /// The machine's parts for a transport under test.
-pub fn environment() -> (super::transport::Environment, Arc<FakeHypervisor>) {
+pub fn environment() -> (crate::pci::FunctionContext, Arc<FakeHypervisor>) {
     let hypervisor = Arc::new(FakeHypervisor::default());
-    let environment = super::transport::Environment {
+    let environment = crate::pci::FunctionContext {
         hypervisor: hypervisor.clone(),
         mem: GuestMemory::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap(),
         memory: Arc::default(),

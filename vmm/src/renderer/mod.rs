@@ -16,7 +16,7 @@ use std::{
 
 use fanlight_devices::virtio::gpu::render::{
     Connection, StartRenderer,
-    wire::{CALL_START, Call, CapsetInfo, SAY_FAILED, SAY_READY, Say, Start},
+    wire::{CapsetInfo, REPLY_FAILED, REPLY_READY, REQUEST_START, Reply, Request, Start},
 };
 use rustix::{
     net::{AddressFamily, RecvFlags, SocketFlags, SocketType, socketpair},
@@ -75,13 +75,13 @@ impl Starter {
     /// What renderers can do: starts one, waits until it is ready, and keeps it for the first who wants one.
     pub fn capabilities(&self) -> Result<Vec<CapsetInfo>, RendererError> {
         let connection = self.start()?;
-        let say = Say::receive(&connection.socket, RecvFlags::empty())?;
+        let say = Reply::receive(&connection.socket, RecvFlags::empty())?;
         let say = say.ok_or(RendererError::Ended)?;
         let infos = match say.head.what {
-            SAY_READY => <[CapsetInfo]>::ref_from_bytes(&say.data)
+            REPLY_READY => <[CapsetInfo]>::ref_from_bytes(&say.data)
                 .map_err(|_| RendererError::Ended)?
                 .to_vec(),
-            SAY_FAILED => {
+            REPLY_FAILED => {
                 let why = String::from_utf8_lossy(&say.data).into_owned();
                 return Err(RendererError::Failed(why));
             }
@@ -103,7 +103,7 @@ impl StartRenderer for Starter {
             SocketFlags::CLOEXEC,
             None,
         )?;
-        let mut call = Call::new(CALL_START, 0, &self.start);
+        let mut call = Request::new(REQUEST_START, 0, &self.start);
         call.file = Some(self.ram.try_clone()?);
         call.send(&socket)?;
         // A group of its own: the render server is in it, and the terminal's signals are not for them.

@@ -20,9 +20,9 @@ use fanlight_devices::{
         render::{
             ReadBack,
             wire::{
-                CALL_EXPORT, CALL_EXPORT_TEXTURE, CALL_FENCE, CALL_READ_BACK, CALL_START, Call,
-                CapsetInfo, FAILED, FAILED_NO_FILES, FenceAt, RamRange, SAY_DONE, SAY_FAILED,
-                SAY_FENCE, SAY_READY, Say, Start,
+                CapsetInfo, FAILED, FAILED_NO_FILES, FencePosition, REPLY_DONE, REPLY_FAILED,
+                REPLY_FENCE, REPLY_READY, REQUEST_EXPORT, REQUEST_EXPORT_TEXTURE, REQUEST_FENCE,
+                REQUEST_READ_BACK, REQUEST_START, RamRange, Reply, Request, Start,
             },
         },
     },
@@ -52,8 +52,8 @@ static TO_SOCKET: &dyn Fences = &ToSocket;
 struct ToSocket;
 
 impl ToSocket {
-    fn tell(&self, fence: FenceAt) {
-        let mut say = Say::of(SAY_FENCE);
+    fn tell(&self, fence: FencePosition) {
+        let mut say = Reply::of(REPLY_FENCE);
         say.head.fence = fence;
         if let Some(socket) = SOCKET.get() {
             // Who does not listen any more is about to end this process.
@@ -64,14 +64,14 @@ impl ToSocket {
 
 impl Fences for ToSocket {
     fn passed(&self, number: u32) {
-        self.tell(FenceAt {
+        self.tell(FencePosition {
             number,
             ..Default::default()
         });
     }
 
     fn ring_passed(&self, context: u32, ring: u32, number: u32) {
-        self.tell(FenceAt {
+        self.tell(FencePosition {
             of_ring: 1,
             context,
             ring,
@@ -132,23 +132,23 @@ fn end_with(socket: &'static OwnedFd) {
 }
 
 fn serve(socket: &OwnedFd) -> io::Result<()> {
-    let Some(first) = Call::receive(socket, RecvFlags::empty())? else {
+    let Some(first) = Request::receive(socket, RecvFlags::empty())? else {
         return Ok(());
     };
     let mut renderer = match start(first) {
         Ok((renderer, infos)) => {
-            let mut say = Say::of(SAY_READY);
+            let mut say = Reply::of(REPLY_READY);
             say.data = infos.as_bytes().into();
             say.send(socket)?;
             renderer
         }
         Err(error) => {
-            let mut say = Say::of(SAY_FAILED);
+            let mut say = Reply::of(REPLY_FAILED);
             say.data = error.into_bytes();
             return say.send(socket);
         }
     };
-    while let Some(call) = Call::receive(socket, RecvFlags::empty())? {
+    while let Some(call) = Request::receive(socket, RecvFlags::empty())? {
         let unanswered = call.head.unanswered != 0;
         let say = renderer.serve(call);
         if !unanswered {
@@ -158,9 +158,9 @@ fn serve(socket: &OwnedFd) -> io::Result<()> {
     Ok(())
 }
 
-fn start(first: Call) -> Result<(Renderer, Vec<CapsetInfo>), String> {
+fn start(first: Request) -> Result<(Renderer, Vec<CapsetInfo>), String> {
     let bad = || "the renderer was not started by Fanlight".to_owned();
-    let (CALL_START, Some(ram)) = (first.head.what, first.file) else {
+    let (REQUEST_START, Some(ram)) = (first.head.what, first.file) else {
         return Err(bad());
     };
     let start = Start::read_from_bytes(&first.body).map_err(|_| bad())?;
@@ -284,18 +284,18 @@ struct Renderer {
     memory: BTreeMap<u32, Box<[iovec]>>,
 }
 
-fn body<T: FromBytes + KnownLayout + Immutable>(call: &Call) -> Result<T, Refused> {
+fn body<T: FromBytes + KnownLayout + Immutable>(call: &Request) -> Result<T, Refused> {
     T::read_from_bytes(&call.body).map_err(|_| Refused)
 }
 
 impl Renderer {
-    fn serve(&mut self, call: Call) -> Say {
-        let mut say = Say::of(SAY_DONE);
+    fn serve(&mut self, call: Request) -> Reply {
+        let mut say = Reply::of(REPLY_DONE);
         let fence = call.head.fence;
         match self.act(call, &mut say) {
             Ok(()) if fence.number != 0 => {
                 let made = if fence.of_ring != 0 {
-                    let FenceAt { context, ring, .. } = fence;
+                    let FencePosition { context, ring, .. } = fence;
                     self.library.ring_fence(context, ring, fence.number)
                 } else {
                     self.library.fence(fence.number)
@@ -311,25 +311,25 @@ impl Renderer {
         say
     }
 
-    fn act(&mut self, call: Call, say: &mut Say) -> Result<(), Refused> {
+    fn act(&mut self, call: Request, say: &mut Reply) -> Result<(), Refused> {
         let context = call.head.context;
         let library = &self.library;
         match call.head.what {
-            CALL_FENCE => {}
-            CALL_EXPORT => {
+            REQUEST_FENCE => {}
+            REQUEST_EXPORT => {
                 let command: ResourceId = body(&call)?;
                 let (file, info) = library.export(command.resource_id.get())?;
                 say.file = Some(file);
                 say.head.value = info;
             }
-            CALL_EXPORT_TEXTURE => {
+            REQUEST_EXPORT_TEXTURE => {
                 let command: ResourceId = body(&call)?;
                 if let Ok((file, layout)) = library.export_texture(command.resource_id.get()) {
                     say.file = Some(file);
                     say.data = layout.as_bytes().into();
                 }
             }
-            CALL_READ_BACK => return self.read_back(&call),
+            REQUEST_READ_BACK => return self.read_back(&call),
             VIRTIO_GPU_CMD_GET_CAPSET => {
                 let command: GetCapset = body(&call)?;
                 let (id, version) = (command.capset_id.get(), command.capset_version.get());
@@ -382,7 +382,7 @@ impl Renderer {
     }
 
     /// The library reads a stream more than once: it gets a copy that the guest cannot change.
-    fn submit(&self, call: &Call) -> Result<(), Refused> {
+    fn submit(&self, call: &Request) -> Result<(), Refused> {
         let command: CmdSubmit = body(call)?;
         let size = command.size.get();
         let mut stream = vec![0_u64; (size as usize).div_ceil(8)];
@@ -414,7 +414,7 @@ impl Renderer {
         }
     }
 
-    fn read_back(&self, call: &Call) -> Result<(), Refused> {
+    fn read_back(&self, call: &Request) -> Result<(), Refused> {
         let command: ReadBack = body(call)?;
         let file = call.file.as_ref().ok_or(Refused)?;
         let pixels = Mapping::new(file).map_err(|_| Refused)?;

@@ -4,7 +4,7 @@ use std::{io, sync::Arc};
 
 use fanlight_api::{ByteSize, GpuConfig, Renderer};
 use fanlight_devices::{
-    dma::DeviceReach,
+    dma::SharedBlobDmaMap,
     dmabuf::Exporter,
     hypervisor::Hypervisor,
     memory::{ArenaError, GuestRam},
@@ -122,7 +122,7 @@ impl RendererSetup {
     pub fn rendering(
         &self,
         hypervisor: Arc<dyn Hypervisor>,
-        reach: Arc<DeviceReach>,
+        reach: Arc<SharedBlobDmaMap>,
     ) -> Result<Rendering, ArenaError> {
         Ok(Rendering {
             starter: self.starter.clone(),

@@ -15,14 +15,17 @@ use fanlight_arch::{
 };
 use fanlight_devices::{
     GuestMemory,
-    dma::DeviceReach,
+    dma::SharedBlobDmaMap,
     hypervisor::{Hypervisor, MappedSlot},
     legacy::{
         RequestSink, i8042, i8042::I8042, power, power::PowerDevice, pvpanic::PvPanic, rtc,
         rtc::Rtc, serial, serial::SerialPort,
     },
     memory::{AddressSpace, AddressSpaceError, ArenaError, IoHandler, RamError},
-    pci::{ConfigMechanism1, Ecam, EjectSink, MECHANISM_1_PORTS, MsixError, PciError, Windows},
+    pci::{
+        ConfigMechanism1, Ecam, EjectSink, FunctionContext, MECHANISM_1_PORTS, MsixError, PciError,
+        Windows,
+    },
     vfio::{DmaMapping, Iommu, VfioError},
     virtio::{
         VirtioDevice,
@@ -32,7 +35,6 @@ use fanlight_devices::{
         input::{Input, Kind},
         net::{Net, VhostNetError},
         rng::Rng,
-        transport::Environment,
         vsock::{Vsock, VsockError},
     },
 };
@@ -168,7 +170,7 @@ pub struct Machine {
     /// Guest RAM in reach of passed-through devices, while there are any.
     dma: Vec<DmaMapping>,
     /// Blobs in their reach.
-    reach: Arc<DeviceReach>,
+    reach: Arc<SharedBlobDmaMap>,
     _slots: Vec<MappedSlot>,
 }
 
@@ -215,7 +217,7 @@ impl Machine {
         }
 
         let mut inventory = Inventory::new(
-            Environment {
+            FunctionContext {
                 hypervisor: kvm.clone(),
                 mem: ram.memory().clone(),
                 memory: memory.clone(),
@@ -228,7 +230,7 @@ impl Machine {
             inventory.make_switch()?;
         }
         let mut dma = Vec::new();
-        let reach = Arc::<DeviceReach>::default();
+        let reach = Arc::<SharedBlobDmaMap>::default();
         if let Some(passthrough) = &resources.passthrough {
             kvm.honour_guest_pat()?;
             boot::populate_all(ram.memory());
@@ -456,7 +458,7 @@ fn load(resources: &Resources, rsdp: u64) -> Result<InitialState, MachineError> 
 fn add_devices(
     inventory: &mut Inventory,
     resources: &Resources,
-    reach: &Arc<DeviceReach>,
+    reach: &Arc<SharedBlobDmaMap>,
 ) -> Result<Option<(ConsoleHandle, EventFd)>, MachineError> {
     let config = &resources.config;
     let mem = resources.ram.memory();

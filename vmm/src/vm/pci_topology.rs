@@ -9,14 +9,11 @@ use fanlight_devices::{
     hypervisor::Hypervisor,
     memory::AddressSpace,
     pci::{
-        BarKind, BarReport, DevFn, EjectSink, HostBridge, PciBus, PciError, PciFunction, Port,
-        PortKind, SlotError,
+        BarKind, BarReport, Bridge, DevFn, EjectSink, FunctionContext, HostBridge, PciBus,
+        PciError, PciFunction, Port, PortKind, SlotError,
     },
     vfio::VfioFunction,
-    virtio::{
-        VirtioDevice,
-        transport::{Environment, VirtioPciFunction},
-    },
+    virtio::{VirtioDevice, transport::VirtioPciFunction},
 };
 use thiserror::Error;
 
@@ -135,7 +132,7 @@ pub struct Inventory {
     entries: Vec<Entry>,
     /// The number of the next device of the host's: none is given twice.
     next_passed: u32,
-    environment: Environment,
+    environment: FunctionContext,
     ejected: EjectSink,
     failed: Arc<dyn Fn(&str) + Send + Sync>,
 }
@@ -143,7 +140,7 @@ pub struct Inventory {
 impl Inventory {
     /// A root bus with the host bridge. `ejected` and `failed` are told what happens to devices.
     pub fn new(
-        environment: Environment,
+        environment: FunctionContext,
         ejected: EjectSink,
         failed: Arc<dyn Fn(&str) + Send + Sync>,
     ) -> Result<Self, MachineError> {
@@ -432,7 +429,7 @@ impl Inventory {
         };
         let entry = self.entries.remove(at);
         match &entry.place.behind {
-            Some((_, port)) => port.take_away(),
+            Some((_, port)) => port.force_remove(),
             None => self.bus.remove(entry.place.own),
         }
     }
@@ -448,7 +445,7 @@ impl Inventory {
             return Err(InventoryError::Shared(id.to_owned()));
         }
         let port = self.ports.get(&number);
-        Ok(port.ok_or(SlotError::Empty(number))?.ask_back()?)
+        Ok(port.ok_or(SlotError::Empty(number))?.request_unplug()?)
     }
 
     /// Forgets the device of a slot that the guest has given up; its name.

@@ -14,8 +14,8 @@ use super::{
     error::CommandError,
     protocol::*,
     render::{
-        CommandContext, Heard, Outcome, Pending, Renderer, Then,
-        wire::{FenceAt, Say},
+        CommandContext, CommandOutcome, Completion, PendingRequest, Renderer, RendererEvent,
+        wire::{FencePosition, Reply},
     },
     request::Input,
     response::Response,
@@ -48,13 +48,13 @@ pub struct Queues {
     deferred: Vec<DeferredResponse>,
     timer: OwnedFd,
     /// Whether a failure of the host's has been logged. The driver could have many.
-    told: bool,
+    logged: bool,
 }
 
 const CONTROL: usize = 0;
 const RELEASED: usize = 1;
 const TIMER: usize = 2;
-/// The cursor queue if there is one, then the renderer.
+/// The cursor queue if there is one, completion the renderer.
 const CURSOR: usize = 3;
 
 impl Queues {
@@ -81,7 +81,7 @@ impl Queues {
             renderer,
             deferred: Vec::new(),
             timer,
-            told: false,
+            logged: false,
         })
     }
 }
@@ -116,7 +116,7 @@ impl QueueHandler for Queues {
                 self.send_deferred()
             }
             CURSOR if self.cursor.is_some() => self.serve_cursor(),
-            _ => self.hear_renderer(),
+            _ => self.receive_from_renderer(),
         }
     }
 }
@@ -144,7 +144,7 @@ impl Queues {
         let mem = self.control.memory().clone();
         let head = request.head;
         let Some(renderer) = &mut self.renderer else {
-            let (written, fence) = answer(&mem, request, &mut self.told, |header, input| {
+            let (written, fence) = answer(&mem, request, &mut self.logged, |header, input| {
                 let type_ = header.type_.get();
                 self.display.0.state.lock().control(type_, input, &self.map)
             });
@@ -154,11 +154,11 @@ impl Queues {
             mem: &mem,
             buffers: request.readable,
         };
-        let mut pending = Pending {
+        let mut pending = PendingRequest {
             head,
             writable: request.writable,
             header: CtrlHdr::default(),
-            fence: FenceAt::default(),
+            fence: FencePosition::default(),
         };
         let context = CommandContext {
             state: &self.display.0.state,
@@ -169,33 +169,35 @@ impl Queues {
             pending.fence = renderer.fence(&header)?;
             renderer.command(&header, &mut input, &context)
         });
-        let (call, then) = match outcome {
-            Ok(Outcome::Now(answer)) if renderer.must_wait(&pending.fence) => {
-                (Renderer::fence_only(), Then::Give(answer))
+        let (call, completion) = match outcome {
+            Ok(CommandOutcome::Done(answer)) if renderer.must_wait_for_fence(&pending.fence) => {
+                (Renderer::fence_only(), Completion::Respond(answer))
             }
-            Ok(Outcome::Now(answer)) => {
-                pending.fence = FenceAt::default();
+            Ok(CommandOutcome::Done(answer)) => {
+                pending.fence = FencePosition::default();
                 return self.finish(pending, Ok(answer));
             }
-            Ok(Outcome::Later(call, then)) => (*call, then),
+            Ok(CommandOutcome::Ask(call, completion)) => (*call, completion),
             // A fence needs an answer.
-            Ok(Outcome::Told(call, answer)) if pending.fence.number != 0 => {
-                (*call, Then::Give(answer))
+            Ok(CommandOutcome::DoneAndForward(call, answer)) if pending.fence.number != 0 => {
+                (*call, Completion::Respond(answer))
             }
-            Ok(Outcome::Told(call, answer)) => match renderer.tell(call) {
-                Ok(()) => return self.finish(pending, Ok(answer)),
-                Err(call) => (*call, Then::Give(answer)),
-            },
+            Ok(CommandOutcome::DoneAndForward(call, answer)) => {
+                match renderer.send_unanswered(call) {
+                    Ok(()) => return self.finish(pending, Ok(answer)),
+                    Err(call) => (*call, Completion::Respond(answer)),
+                }
+            }
             Err(error) => {
-                pending.fence = FenceAt::default();
+                pending.fence = FencePosition::default();
                 return self.finish(pending, Err(error));
             }
         };
-        match renderer.ask(call, then, pending) {
+        match renderer.ask(call, completion, pending) {
             Ok(()) => Ok(()),
             Err(refused) => {
                 let (mut pending, error) = *refused;
-                pending.fence = FenceAt::default();
+                pending.fence = FencePosition::default();
                 self.finish(pending, Err(error))
             }
         }
@@ -204,7 +206,7 @@ impl Queues {
     /// Writes the answer to a request, and gives it back now or when its fence is passed.
     fn finish(
         &mut self,
-        pending: Pending,
+        pending: PendingRequest,
         answer: Result<Response, CommandError>,
     ) -> Result<(), QueueError> {
         let mem = self.control.memory();
@@ -213,7 +215,7 @@ impl Queues {
             pending.header,
             &pending.writable,
             answer,
-            &mut self.told,
+            &mut self.logged,
         );
         match &mut self.renderer {
             Some(renderer) if pending.fence.number != 0 && fence.is_none() => {
@@ -249,18 +251,18 @@ impl Queues {
         Ok(())
     }
 
-    fn hear_renderer(&mut self) -> Result<(), QueueError> {
-        while let Some(heard) = self.renderer.as_mut().and_then(|r| r.hear()) {
+    fn receive_from_renderer(&mut self) -> Result<(), QueueError> {
+        while let Some(heard) = self.renderer.as_mut().and_then(|r| r.receive()) {
             match heard {
-                Heard::Done(pending, then, say) => {
-                    let answer = say.and_then(|say| self.complete(then, say));
+                RendererEvent::Replied(pending, completion, reply) => {
+                    let answer = reply.and_then(|reply| self.complete(completion, reply));
                     self.finish(pending, answer)?;
                     self.serve_control()?;
                 }
-                Heard::Passed(answers) => self.give_all(answers)?,
-                Heard::Died(asked, answers) => {
+                RendererEvent::FencesPassed(answers) => self.give_all(answers)?,
+                RendererEvent::Ended(in_flight, answers) => {
                     self.give_all(answers)?;
-                    if let Some((pending, answer)) = asked {
+                    if let Some((pending, answer)) = in_flight {
                         self.finish(pending, answer)?;
                     }
                     self.serve_control()?;
@@ -271,9 +273,9 @@ impl Queues {
     }
 
     /// What is left to do of a command once the renderer has replied.
-    fn complete(&mut self, then: Then, say: Say) -> Result<Response, CommandError> {
+    fn complete(&mut self, completion: Completion, reply: Reply) -> Result<Response, CommandError> {
         let renderer = self.renderer.as_mut().ok_or(CommandError::NoRenderer)?;
-        renderer.finish(then, say, &self.display.0.state)
+        renderer.finish(completion, reply, &self.display.0.state)
     }
 
     fn serve_cursor(&mut self) -> Result<(), QueueError> {
@@ -281,9 +283,9 @@ impl Queues {
             return Ok(());
         };
         cursor.clear_kick();
-        let (display, told) = (&self.display, &mut self.told);
+        let (display, logged) = (&self.display, &mut self.logged);
         cursor.drain(|mem, request| {
-            let (written, _) = answer(mem, request, told, |header, input| {
+            let (written, _) = answer(mem, request, logged, |header, input| {
                 display.0.state.lock().cursor(header.type_.get(), input)
             });
             Ok(written)
@@ -333,7 +335,7 @@ impl Queues {
 fn answer(
     mem: &crate::GuestMemory,
     request: Request,
-    told: &mut bool,
+    logged: &mut bool,
     execute: impl FnOnce(&CtrlHdr, &mut Input) -> Result<Response, CommandError>,
 ) -> (u32, Option<FlushFence>) {
     let mut input = Input {
@@ -344,7 +346,7 @@ fn answer(
     let header = input.take::<CtrlHdr>();
     let fence = header.as_ref().map_or(CtrlHdr::default(), fence_of);
     let answer = header.and_then(|header| execute(&header, &mut input));
-    respond(mem, fence, &request.writable, answer, told)
+    respond(mem, fence, &request.writable, answer, logged)
 }
 
 /// What of a request's header its response repeats.
@@ -363,14 +365,14 @@ fn respond(
     header: CtrlHdr,
     writable: &Buffers,
     answer: Result<Response, CommandError>,
-    told: &mut bool,
+    logged: &mut bool,
 ) -> (u32, Option<FlushFence>) {
     let response = answer.unwrap_or_else(|error| {
         match &error {
-            error if error.is_of_host() && !std::mem::replace(told, true) => {
+            error if error.is_of_host() && !std::mem::replace(logged, true) => {
                 tracing::warn!(error = %crate::error_line(&error), "no memory for the guest's GPU");
             }
-            // Rare, and told by nobody else: Linux's driver does not read the answer.
+            // Rare, and logged by nobody else: Linux's driver does not read the answer.
             CommandError::Memory(_) => {
                 tracing::info!(
                     "refused memory of the guest's GPU driver: {}",

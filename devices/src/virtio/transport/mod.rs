@@ -17,10 +17,10 @@ use super::{
 use crate::{
     GuestMemory,
     hypervisor::Hypervisor,
-    memory::{AddressSpace, IoHandler},
+    memory::IoHandler,
     pci::{
-        BarContent, BarHandler, BarKind, Bars, Capability, ConfigSpace, Identity, Msix, MsixError,
-        PBA_ENTRY, PciFunction, TABLE_ENTRY,
+        BarContent, BarHandler, BarKind, Bars, Capability, ConfigSpace, FunctionContext, Identity,
+        Msix, MsixError, PBA_ENTRY, PciFunction, TABLE_ENTRY,
     },
     sync::Mutex,
 };
@@ -132,19 +132,6 @@ pub struct VirtioPciFunction {
 /// What lies behind the BAR. The function owns the BAR, so this must not own the function.
 struct Registers(Weak<VirtioPciFunction>);
 
-/// The machine's parts that a function needs.
-#[derive(Clone)]
-pub struct Environment {
-    /// Interrupts and doorbells.
-    pub hypervisor: Arc<dyn Hypervisor>,
-    /// Guest RAM.
-    pub mem: GuestMemory,
-    /// Map of guest-physical addresses.
-    pub memory: Arc<AddressSpace>,
-    /// Map of ports.
-    pub ports: Arc<AddressSpace>,
-}
-
 impl VirtioPciFunction {
     /// Wraps a device.
     ///
@@ -153,7 +140,7 @@ impl VirtioPciFunction {
     pub fn new(
         device: Box<dyn VirtioDevice>,
         class: u32,
-        environment: &Environment,
+        environment: &FunctionContext,
     ) -> Result<Arc<Self>, MsixError> {
         let queues: Vec<_> = device
             .queue_sizes()

@@ -109,7 +109,7 @@ const BAR_AT: u64 = 0xc000_0000;
 struct Setup {
     probe: Probe,
     function: Arc<VirtioPciFunction>,
-    environment: Environment,
+    environment: FunctionContext,
     hypervisor: Arc<crate::hypervisor::test_util::FakeHypervisor>,
 }
 

@@ -12,11 +12,11 @@ use super::{
         state::{SharedState, State},
     },
     blob_files::BlobFile,
-    completion::{CommandContext, Outcome, Then, later},
+    completion::{CommandContext, CommandOutcome, Completion, later},
     host_memory::HostMemory,
     outputs::{show_blob, show_texture},
     renderer::Renderer,
-    wire::{CALL_EXPORT, Call, RamRange, Say},
+    wire::{REQUEST_EXPORT, RamRange, Reply, Request},
 };
 use crate::dmabuf::{MemoryEntry, ScatterList};
 use fanlight_arch::layout::PAGE_SIZE;
@@ -34,7 +34,7 @@ impl Renderer {
         header: &CtrlHdr,
         input: &mut Input,
         context: &CommandContext,
-    ) -> Result<Outcome, CommandError> {
+    ) -> Result<CommandOutcome, CommandError> {
         let type_ = header.type_.get();
         let ctx_id = header.ctx_id.get();
         match type_ {
@@ -54,7 +54,7 @@ impl Renderer {
                     .lock()
                     .resources
                     .host_mut(command.resource_id.get())?;
-                later(Call::new(type_, ctx_id, &command), Then::Answer)
+                later(Request::new(type_, ctx_id, &command), Completion::Ok)
             }
             VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB => self.create_blob(ctx_id, input, context),
             VIRTIO_GPU_CMD_RESOURCE_MAP_BLOB => self.map_blob(&input.take()?, context),
@@ -75,20 +75,20 @@ impl Renderer {
     /// What is left to do of a command once the renderer has done it.
     pub fn finish(
         &mut self,
-        then: Then,
-        say: Say,
+        completion: Completion,
+        reply: Reply,
         state: &SharedState,
     ) -> Result<Response, CommandError> {
         let mut state = state.lock();
-        match then {
-            Then::Answer => Ok(Response::OK),
-            Then::Give(answer) => Ok(answer),
-            Then::Capset => Ok(Response {
+        match completion {
+            Completion::Ok => Ok(Response::OK),
+            Completion::Respond(answer) => Ok(answer),
+            Completion::Capset => Ok(Response {
                 type_: VIRTIO_GPU_RESP_OK_CAPSET,
-                body: say.data,
+                body: reply.data,
                 fence: None,
             }),
-            Then::Created { id, kind } => {
+            Completion::Created { id, kind } => {
                 let entered = state.resources.create_host(id, kind);
                 if entered.is_err() {
                     // Lest the renderer keep what nobody can name.
@@ -96,44 +96,44 @@ impl Renderer {
                         resource_id: id.into(),
                         padding: 0.into(),
                     };
-                    let call = Call::new(VIRTIO_GPU_CMD_RESOURCE_UNREF, 0, &what);
-                    let _ = self.tell(Box::new(call));
-                } else if let Some(file) = say.file {
-                    let cache = say.head.value;
+                    let call = Request::new(VIRTIO_GPU_CMD_RESOURCE_UNREF, 0, &what);
+                    let _ = self.send_unanswered(Box::new(call));
+                } else if let Some(file) = reply.file {
+                    let cache = reply.head.value;
                     self.files.keep(id, BlobFile { file, cache });
                 }
                 entered.map(|()| Response::OK)
             }
-            Then::Backed { id, backed } => {
+            Completion::Backed { id, backed } => {
                 state.resources.host_mut(id)?.backed = backed;
                 Ok(Response::OK)
             }
-            Then::Map { id, offset } => {
-                let cache = say.head.value;
+            Completion::Map { id, offset } => {
+                let cache = reply.head.value;
                 let memory = BlobFile {
-                    file: self.memory_of(say)?,
+                    file: self.memory_of(reply)?,
                     cache,
                 };
                 let answer = show(&self.rendering.memory, &mut state, id, offset, &memory);
                 self.files.keep(id, memory);
                 answer
             }
-            Then::Flush(command) => state.flush(&command),
-            Then::Scanout(command) => {
-                let file = self.memory_of(say)?;
+            Completion::Flush(command) => state.flush(&command),
+            Completion::Scanout(command) => {
+                let file = self.memory_of(reply)?;
                 show_blob(&mut state, &command, file)
             }
-            Then::Texture(command) => show_texture(&mut state, &command, say),
+            Completion::Texture(command) => show_texture(&mut state, &command, reply),
         }
     }
 
     /// What the renderer sent of a blob. If this process may not open more files, those that are at hand make room.
-    fn memory_of(&mut self, say: Say) -> Result<File, CommandError> {
-        if say.lost_file {
+    fn memory_of(&mut self, reply: Reply) -> Result<File, CommandError> {
+        if reply.lost_file {
             self.files.clear();
             return Err(CommandError::RendererFiles);
         }
-        say.file.ok_or(CommandError::Renderer)
+        reply.file.ok_or(CommandError::Renderer)
     }
 
     pub(super) fn is_gone(&self) -> bool {
@@ -151,7 +151,7 @@ impl Renderer {
         }
     }
 
-    fn capset_info(&self, command: &GetCapsetInfo) -> Result<Outcome, CommandError> {
+    fn capset_info(&self, command: &GetCapsetInfo) -> Result<CommandOutcome, CommandError> {
         let info = self
             .rendering
             .capsets
@@ -166,7 +166,7 @@ impl Renderer {
         Ok(Response::with(VIRTIO_GPU_RESP_OK_CAPSET_INFO, &info).into())
     }
 
-    fn capset(&self, command: &GetCapset) -> Result<Outcome, CommandError> {
+    fn capset(&self, command: &GetCapset) -> Result<CommandOutcome, CommandError> {
         let known = self.rendering.capsets.iter().any(|info| {
             info.id == command.capset_id.get() && command.capset_version.get() <= info.max_version
         });
@@ -174,8 +174,8 @@ impl Renderer {
             return Err(CommandError::Parameter("capability set"));
         }
         later(
-            Call::new(VIRTIO_GPU_CMD_GET_CAPSET, 0, command),
-            Then::Capset,
+            Request::new(VIRTIO_GPU_CMD_GET_CAPSET, 0, command),
+            Completion::Capset,
         )
     }
 
@@ -184,7 +184,7 @@ impl Renderer {
         id: u32,
         mut command: CtxCreate,
         context: &CommandContext,
-    ) -> Result<Outcome, CommandError> {
+    ) -> Result<CommandOutcome, CommandError> {
         if self.is_gone() {
             return Err(CommandError::NoRenderer);
         }
@@ -208,14 +208,14 @@ impl Renderer {
         // Known from now on: one that the renderer refuses is refused by it ever after.
         self.contexts.insert(id);
         later(
-            Call::new(VIRTIO_GPU_CMD_CTX_CREATE, id, &command),
-            Then::Answer,
+            Request::new(VIRTIO_GPU_CMD_CTX_CREATE, id, &command),
+            Completion::Ok,
         )
     }
 
     /// What it made stays where it is shown: Linux's driver shows a blob until nobody has it, and a picture that a program
     /// gave to another one outlives the program.
-    fn destroy_context(&mut self, id: u32) -> Result<Outcome, CommandError> {
+    fn destroy_context(&mut self, id: u32) -> Result<CommandOutcome, CommandError> {
         if self.is_gone() {
             return Ok(Response::OK.into());
         }
@@ -223,8 +223,8 @@ impl Renderer {
             return Err(CommandError::Context(id));
         }
         later(
-            Call::new(VIRTIO_GPU_CMD_CTX_DESTROY, id, &[0_u8; 0]),
-            Then::Answer,
+            Request::new(VIRTIO_GPU_CMD_CTX_DESTROY, id, &[0_u8; 0]),
+            Completion::Ok,
         )
     }
 
@@ -234,7 +234,7 @@ impl Renderer {
         ctx_id: u32,
         command: ResourceId,
         context: &CommandContext,
-    ) -> Result<Outcome, CommandError> {
+    ) -> Result<CommandOutcome, CommandError> {
         if self.is_gone() && type_ == VIRTIO_GPU_CMD_CTX_DETACH_RESOURCE {
             return Ok(Response::OK.into());
         }
@@ -243,8 +243,8 @@ impl Renderer {
         match state.resources.get(command.resource_id.get())?.kind {
             // The library has no answer to it.
             Kind::Host(_) => {
-                let call = Call::new(type_, ctx_id, &command);
-                Ok(Outcome::Told(Box::new(call), Response::OK))
+                let call = Request::new(type_, ctx_id, &command);
+                Ok(CommandOutcome::DoneAndForward(Box::new(call), Response::OK))
             }
             // Linux attaches whatever a program opens. The renderer has no use for what it does not know.
             Kind::Image(_) | Kind::Blob(_) => Ok(Response::OK.into()),
@@ -256,7 +256,7 @@ impl Renderer {
         ctx_id: u32,
         input: &mut Input,
         context: &CommandContext,
-    ) -> Result<Outcome, CommandError> {
+    ) -> Result<CommandOutcome, CommandError> {
         let command: CmdSubmit = input.take()?;
         self.check_context(ctx_id)?;
         let size = u64::from(command.size.get());
@@ -270,9 +270,9 @@ impl Renderer {
         let entries = stream
             .ranges()
             .map(|(address, len)| MemoryEntry { address, len });
-        let mut call = Call::new(VIRTIO_GPU_CMD_SUBMIT_3D, ctx_id, &command);
+        let mut call = Request::new(VIRTIO_GPU_CMD_SUBMIT_3D, ctx_id, &command);
         call.ranges = ranges(ScatterList::resolve_ram(context.map, entries, size)?);
-        later(call, Then::Answer)
+        later(call, Completion::Ok)
     }
 
     fn create_blob(
@@ -280,7 +280,7 @@ impl Renderer {
         ctx_id: u32,
         input: &mut Input,
         context: &CommandContext,
-    ) -> Result<Outcome, CommandError> {
+    ) -> Result<CommandOutcome, CommandError> {
         let command: ResourceCreateBlob = input.take()?;
         let mut state = context.state.lock();
         if command.blob_mem.get() != VIRTIO_GPU_BLOB_MEM_HOST3D {
@@ -308,8 +308,8 @@ impl Renderer {
             shareable: flags & shared != 0,
         };
         later(
-            Call::new(VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB, ctx_id, &command),
-            Then::Created { id, kind },
+            Request::new(VIRTIO_GPU_CMD_RESOURCE_CREATE_BLOB, ctx_id, &command),
+            Completion::Created { id, kind },
         )
     }
 
@@ -317,7 +317,7 @@ impl Renderer {
         &mut self,
         command: &ResourceMapBlob,
         context: &CommandContext,
-    ) -> Result<Outcome, CommandError> {
+    ) -> Result<CommandOutcome, CommandError> {
         let mut state = context.state.lock();
         let id = command.resource_id.get();
         let host = state.resources.host_mut(id)?;
@@ -337,14 +337,17 @@ impl Renderer {
             resource_id: id.into(),
             padding: 0.into(),
         };
-        later(Call::new(CALL_EXPORT, 0, &what), Then::Map { id, offset })
+        later(
+            Request::new(REQUEST_EXPORT, 0, &what),
+            Completion::Map { id, offset },
+        )
     }
 
     fn unmap_blob(
         &mut self,
         command: ResourceId,
         context: &CommandContext,
-    ) -> Result<Outcome, CommandError> {
+    ) -> Result<CommandOutcome, CommandError> {
         let mut state = context.state.lock();
         let host = state.resources.host_mut(command.resource_id.get())?;
         let offset = host.mapped.ok_or(CommandError::Backing("is not shown"))?;
@@ -360,7 +363,7 @@ impl Renderer {
         &mut self,
         command: ResourceId,
         context: &CommandContext,
-    ) -> Result<Outcome, CommandError> {
+    ) -> Result<CommandOutcome, CommandError> {
         let mut state = context.state.lock();
         let mut is_host = false;
         if let Kind::Host(host) = &state.resources.get(command.resource_id.get())?.kind {
@@ -375,8 +378,8 @@ impl Renderer {
         let answer = state.unref(command)?;
         self.files.forget(command.resource_id.get());
         if is_host && !self.is_gone() {
-            let call = Call::new(VIRTIO_GPU_CMD_RESOURCE_UNREF, 0, &command);
-            return Ok(Outcome::Told(Box::new(call), answer));
+            let call = Request::new(VIRTIO_GPU_CMD_RESOURCE_UNREF, 0, &command);
+            return Ok(CommandOutcome::DoneAndForward(Box::new(call), answer));
         }
         Ok(answer.into())
     }
@@ -385,7 +388,7 @@ impl Renderer {
         &mut self,
         command: ResourceId,
         context: &CommandContext,
-    ) -> Result<Outcome, CommandError> {
+    ) -> Result<CommandOutcome, CommandError> {
         let mut state = context.state.lock();
         let id = command.resource_id.get();
         let Ok(host) = state.resources.host_mut(id) else {
@@ -399,8 +402,8 @@ impl Renderer {
             return Ok(Response::OK.into());
         }
         later(
-            Call::new(VIRTIO_GPU_CMD_RESOURCE_DETACH_BACKING, 0, &command),
-            Then::Backed { id, backed: false },
+            Request::new(VIRTIO_GPU_CMD_RESOURCE_DETACH_BACKING, 0, &command),
+            Completion::Backed { id, backed: false },
         )
     }
 }
@@ -428,7 +431,10 @@ fn show(
     Ok(Response::with(VIRTIO_GPU_RESP_OK_MAP_INFO, &info))
 }
 
-fn create_3d(command: ResourceCreate3d, context: &CommandContext) -> Result<Outcome, CommandError> {
+fn create_3d(
+    command: ResourceCreate3d,
+    context: &CommandContext,
+) -> Result<CommandOutcome, CommandError> {
     let id = command.resource_id.get();
     context.state.lock().resources.check_new(id)?;
     let kind = HostKind::Texture {
@@ -437,12 +443,12 @@ fn create_3d(command: ResourceCreate3d, context: &CommandContext) -> Result<Outc
         format: command.format.get(),
     };
     later(
-        Call::new(VIRTIO_GPU_CMD_RESOURCE_CREATE_3D, 0, &command),
-        Then::Created { id, kind },
+        Request::new(VIRTIO_GPU_CMD_RESOURCE_CREATE_3D, 0, &command),
+        Completion::Created { id, kind },
     )
 }
 
-fn attach(input: &mut Input, context: &CommandContext) -> Result<Outcome, CommandError> {
+fn attach(input: &mut Input, context: &CommandContext) -> Result<CommandOutcome, CommandError> {
     let command: ResourceAttachBacking = input.take()?;
     let mut state = context.state.lock();
     let id = command.resource_id.get();
@@ -455,9 +461,9 @@ fn attach(input: &mut Input, context: &CommandContext) -> Result<Outcome, Comman
     let entries = input.entries(command.nr_entries.get())?;
     let size = entries.iter().map(|entry| entry.len).sum();
     let memory = ScatterList::resolve_ram(context.map, entries, size)?;
-    let mut call = Call::new(VIRTIO_GPU_CMD_RESOURCE_ATTACH_BACKING, 0, &command);
+    let mut call = Request::new(VIRTIO_GPU_CMD_RESOURCE_ATTACH_BACKING, 0, &command);
     call.ranges = ranges(memory);
-    later(call, Then::Backed { id, backed: true })
+    later(call, Completion::Backed { id, backed: true })
 }
 
 fn ranges(memory: ScatterList) -> Vec<RamRange> {

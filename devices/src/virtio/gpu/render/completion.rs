@@ -5,17 +5,17 @@ use super::{
         error::CommandError, protocol::*, resource::HostKind, response::Response,
         state::SharedState,
     },
-    wire::{Call, FenceAt, Say},
+    wire::{FencePosition, Reply, Request},
 };
 use crate::{memory::AddressSpace, virtio::queue::Buffers};
 
 /// What comes after the renderer's answer.
 #[derive(Debug)]
-pub enum Then {
+pub enum Completion {
     /// That is all.
-    Answer,
+    Ok,
     /// An answer that was there before.
-    Give(Response),
+    Respond(Response),
     /// The content of a capability set.
     Capset,
     /// The resource exists.
@@ -34,49 +34,49 @@ pub enum Then {
 
 /// What became of a command.
 #[derive(Debug)]
-pub enum Outcome {
+pub enum CommandOutcome {
     /// It is done.
-    Now(Response),
+    Done(Response),
     /// It is the renderer's.
-    Later(Box<Call>, Then),
+    Ask(Box<Request>, Completion),
     /// It is done, and the renderer is told.
-    Told(Box<Call>, Response),
+    DoneAndForward(Box<Request>, Response),
 }
 
-impl From<Response> for Outcome {
+impl From<Response> for CommandOutcome {
     fn from(answer: Response) -> Self {
-        Self::Now(answer)
+        Self::Done(answer)
     }
 }
 
 /// A request of the driver's that the device has taken.
 #[derive(Debug)]
-pub struct Pending {
+pub struct PendingRequest {
     pub head: u16,
     pub writable: Buffers,
     /// The header of its answer, but for the type.
     pub header: CtrlHdr,
     /// Where in the order of fences it is.
-    pub fence: FenceAt,
+    pub fence: FencePosition,
 }
 
 /// What the renderer said that concerns the driver.
 #[derive(Debug)]
-pub enum Heard {
+pub enum RendererEvent {
     /// A request is done.
-    Done(Pending, Then, Result<Say, CommandError>),
+    Replied(PendingRequest, Completion, Result<Reply, CommandError>),
     /// Requests whose answers are written can go back: head and length of each.
-    Passed(Vec<(u16, u32)>),
+    FencesPassed(Vec<(u16, u32)>),
     /// The renderer is no more: what it was asked for last, and all that waited for a fence.
-    Died(
-        Option<(Pending, Result<Response, CommandError>)>,
+    Ended(
+        Option<(PendingRequest, Result<Response, CommandError>)>,
         Vec<(u16, u32)>,
     ),
 }
 
-/// Has the renderer asked, and the command finished by `then`.
-pub fn later(call: Call, then: Then) -> Result<Outcome, CommandError> {
-    Ok(Outcome::Later(Box::new(call), then))
+/// Has the renderer asked, and the command finished by `completion`.
+pub fn later(call: Request, completion: Completion) -> Result<CommandOutcome, CommandError> {
+    Ok(CommandOutcome::Ask(Box::new(call), completion))
 }
 
 /// What commands are looked up in.

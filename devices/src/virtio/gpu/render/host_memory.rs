@@ -13,10 +13,10 @@ use std::{
 };
 
 use crate::{
-    dma::{DeviceReach, Reachable, Source},
+    dma::{DmaMemory, SharedBlob, SharedBlobDmaMap},
     hypervisor::{Hypervisor, MappedSlot},
     memory::{Arena, ArenaError, Backing, BackingKind, IoHandler, SlotMapping},
-    pci::{BarContent, BarHandler, Piece},
+    pci::{BarContent, BarHandler, BarMemory},
     sync::Mutex,
     sys::memfd,
     virtio::transport::SharedMemory,
@@ -37,7 +37,7 @@ struct State {
     /// Where the guest has put the region.
     address: Option<u64>,
     /// Blobs that passed-through devices reach, by offset. They and slots go before the memory that they show.
-    shared: BTreeMap<u64, Reachable>,
+    shared: BTreeMap<u64, SharedBlob>,
     slots: Option<Slots>,
     arena: Arena,
 }
@@ -47,7 +47,7 @@ struct State {
 pub struct HostMemory {
     state: Mutex<State>,
     hypervisor: Arc<dyn Hypervisor>,
-    reach: Arc<DeviceReach>,
+    reach: Arc<SharedBlobDmaMap>,
     len: u64,
 }
 
@@ -57,7 +57,7 @@ impl HostMemory {
         len: u64,
         slot_per_blob: bool,
         hypervisor: Arc<dyn Hypervisor>,
-        reach: Arc<DeviceReach>,
+        reach: Arc<SharedBlobDmaMap>,
     ) -> Result<Arc<Self>, ArenaError> {
         let state = State {
             address: None,
@@ -80,7 +80,7 @@ impl HostMemory {
     /// The region as the transport shows it.
     pub fn shared_memory(self: &Arc<Self>) -> io::Result<SharedMemory> {
         let state = self.lock();
-        let pieces = if state.slots.is_some() {
+        let ranges = if state.slots.is_some() {
             Vec::new()
         } else {
             // The map wants a file, and what lies there is of many: one that holds nothing.
@@ -93,7 +93,7 @@ impl HostMemory {
                 file: Arc::new(nothing),
                 offset: 0,
             };
-            vec![Piece {
+            vec![BarMemory {
                 offset: 0,
                 len: self.len,
                 backing,
@@ -104,9 +104,9 @@ impl HostMemory {
         Ok(SharedMemory {
             id: HOST_VISIBLE,
             len: self.len,
-            content: BarContent::Pieces {
+            content: BarContent::Memory {
                 handler: self.clone(),
-                pieces,
+                ranges,
                 hypervisor: self.hypervisor.clone(),
             },
         })
@@ -151,7 +151,7 @@ impl HostMemory {
         }
         if shareable {
             // SAFETY: taken out of reach before it is unmapped. The region is the guest's alone.
-            let source = unsafe { Source::new(file, arena.host_address() + offset) };
+            let source = unsafe { DmaMemory::new(file, arena.host_address() + offset) };
             let at = address.map(|address| address + offset);
             if let Some(blob) = self.reach.add(at, len, source) {
                 shared.insert(offset, blob);
@@ -266,10 +266,10 @@ mod tests {
     #[test]
     fn one_slot_shows_all() {
         let (memory, hypervisor) = region(false);
-        let BarContent::Pieces { pieces, .. } = memory.shared_memory().unwrap().content else {
+        let BarContent::Memory { ranges, .. } = memory.shared_memory().unwrap().content else {
             panic!("no memory");
         };
-        assert_eq!((pieces[0].offset, pieces[0].len), (0, 16 * PAGE));
+        assert_eq!((ranges[0].offset, ranges[0].len), (0, 16 * PAGE));
         memory.map(PAGE, PAGE, &page(), false).unwrap();
         memory.unmap(PAGE).unwrap();
         assert!(hypervisor.slots().is_empty());

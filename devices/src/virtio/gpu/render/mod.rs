@@ -19,7 +19,9 @@ mod renderer;
 mod tests;
 pub mod wire;
 
-pub(super) use completion::{CommandContext, Heard, Outcome, Pending, Then};
+pub(super) use completion::{
+    CommandContext, CommandOutcome, Completion, PendingRequest, RendererEvent,
+};
 pub use host_memory::HostMemory;
 pub use process::{Connection, Rendering, StartRenderer};
 pub(super) use renderer::Renderer;

@@ -17,18 +17,21 @@ use super::{
         scanout::Scanout,
         state::State,
     },
-    completion::{CommandContext, Outcome, Then, later},
+    completion::{CommandContext, CommandOutcome, Completion, later},
     renderer::Renderer,
-    wire::{CALL_EXPORT, CALL_EXPORT_TEXTURE, CALL_READ_BACK, Call, ReadBack, Say, TextureLayout},
+    wire::{
+        REQUEST_EXPORT, REQUEST_EXPORT_TEXTURE, REQUEST_READ_BACK, ReadBack, Reply, Request,
+        TextureLayout,
+    },
 };
 
 impl Renderer {
-    /// A texture's own memory is asked for when an output is to show it for the first time.
+    /// A texture's own memory is in_flight for when an output is to show it for the first time.
     pub(super) fn set_scanout(
         &self,
         command: &SetScanout,
         context: &CommandContext,
-    ) -> Result<Outcome, CommandError> {
+    ) -> Result<CommandOutcome, CommandError> {
         let mut state = context.state.lock();
         let id = command.resource_id.get();
         if !self.is_gone()
@@ -41,19 +44,19 @@ impl Renderer {
                 resource_id: id.into(),
                 padding: 0.into(),
             };
-            let call = Call::new(CALL_EXPORT_TEXTURE, 0, &what);
-            return later(call, Then::Texture(*command));
+            let call = Request::new(REQUEST_EXPORT_TEXTURE, 0, &what);
+            return later(call, Completion::Texture(*command));
         }
         Ok(state.set_scanout_2d(command)?.into())
     }
 
-    /// The memory of a blob of the renderer's is asked for when an output is to show it for the first time, unless it is
+    /// The memory of a blob of the renderer's is in_flight for when an output is to show it for the first time, unless it is
     /// at hand.
     pub(super) fn set_scanout_blob(
         &mut self,
         command: &SetScanoutBlob,
         context: &CommandContext,
-    ) -> Result<Outcome, CommandError> {
+    ) -> Result<CommandOutcome, CommandError> {
         let mut state = context.state.lock();
         let id = command.resource_id.get();
         if state.features & VIRTIO_GPU_F_RESOURCE_BLOB == 0 {
@@ -69,8 +72,8 @@ impl Renderer {
                     resource_id: id.into(),
                     padding: 0.into(),
                 };
-                let call = Call::new(CALL_EXPORT, 0, &what);
-                later(call, Then::Scanout(*command))
+                let call = Request::new(REQUEST_EXPORT, 0, &what);
+                later(call, Completion::Scanout(*command))
             }
             _ => Ok(state.set_scanout_blob(command)?.into()),
         }
@@ -82,7 +85,7 @@ impl Renderer {
         &mut self,
         command: ResourceFlush,
         context: &CommandContext,
-    ) -> Result<Outcome, CommandError> {
+    ) -> Result<CommandOutcome, CommandError> {
         let mut state = context.state.lock();
         let id = command.resource_id.get();
         let flushed = area(&command.r)?;
@@ -122,9 +125,9 @@ impl Renderer {
                     (file, body)
                 }
             };
-            let mut call = Call::new(CALL_READ_BACK, 0, &body);
+            let mut call = Request::new(REQUEST_READ_BACK, 0, &body);
             call.file = Some(file.try_clone().map_err(CommandError::Host)?);
-            return later(call, Then::Flush(command));
+            return later(call, Completion::Flush(command));
         }
         Ok(state.flush(&command)?.into())
     }
@@ -159,12 +162,12 @@ pub(super) fn show_blob(
 pub(super) fn show_texture(
     state: &mut State,
     command: &SetScanout,
-    say: Say,
+    reply: Reply,
 ) -> Result<Response, CommandError> {
     let on_outputs = on_outputs(state);
     let id = command.resource_id.get();
-    let layout = TextureLayout::read_from_bytes(&say.data);
-    let shown = match (say.file, layout) {
+    let layout = TextureLayout::read_from_bytes(&reply.data);
+    let shown = match (reply.file, layout) {
         (Some(file), Ok(layout)) => exported_layout(&layout)
             .and_then(|layout| state.resources.show_texture(id, file, layout, &on_outputs)),
         _ => Err(CommandError::Renderer),

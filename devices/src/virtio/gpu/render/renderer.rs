@@ -1,4 +1,4 @@
-//! The device's end of the socket to one renderer: what was asked, and which fences are awaited.
+//! The device's end of the socket to one renderer: what was in_flight, and which fences are awaited.
 
 use std::{
     collections::BTreeSet,
@@ -11,29 +11,32 @@ use rustix::net::RecvFlags;
 use super::{
     super::{error::CommandError, protocol::*},
     blob_files::BlobFiles,
-    completion::{Heard, Pending, Then},
+    completion::{Completion, PendingRequest, RendererEvent},
     process::{Connection, Rendering},
-    wire::{CALL_FENCE, Call, FAILED_NO_FILES, FenceAt, SAY_DONE, SAY_FENCE, SAY_READY, Say},
+    wire::{
+        FAILED_NO_FILES, FencePosition, REPLY_DONE, REPLY_FENCE, REPLY_READY, REQUEST_FENCE, Reply,
+        Request,
+    },
 };
 
 #[derive(Debug)]
-struct Asked {
-    pending: Pending,
-    then: Then,
-    /// Its fence was told of before its answer.
+struct InFlight {
+    pending: PendingRequest,
+    completion: Completion,
+    /// Its fence was unanswered of before its answer.
     passed: bool,
 }
 
 /// An answer that waits for a fence.
 #[derive(Debug)]
 struct Fenced {
-    at: FenceAt,
+    at: FencePosition,
     head: u16,
     written: u32,
 }
 
 /// Calls on their way that are not answered: far fewer than a socket takes.
-pub const MAX_TOLD: usize = 32;
+pub const MAX_UNANSWERED: usize = 32;
 
 /// The device's side of one renderer.
 pub struct Renderer {
@@ -42,13 +45,13 @@ pub struct Renderer {
     socket: OwnedFd,
     pub(super) process: Option<Box<dyn Send>>,
     pub(super) contexts: BTreeSet<u32>,
-    asked: Option<Asked>,
+    in_flight: Option<InFlight>,
     fences: Vec<Fenced>,
     /// Of the last fence.
     number: u32,
     pub(super) files: BlobFiles,
     /// Calls that went without an answer since the last one that has one.
-    told: usize,
+    unanswered: usize,
 }
 
 impl Renderer {
@@ -59,11 +62,11 @@ impl Renderer {
             socket,
             process: Some(process),
             contexts: BTreeSet::new(),
-            asked: None,
+            in_flight: None,
             fences: Vec::new(),
             number: 0,
             files: BlobFiles::default(),
-            told: 0,
+            unanswered: 0,
         })
     }
 
@@ -73,14 +76,14 @@ impl Renderer {
 
     /// Whether a command can be taken.
     pub fn is_idle(&self) -> bool {
-        self.asked.is_none()
+        self.in_flight.is_none()
     }
 
     /// Where a request stands in the order of fences. One that has no ring stands in that of the device.
-    pub fn fence(&mut self, header: &CtrlHdr) -> Result<FenceAt, CommandError> {
+    pub fn fence(&mut self, header: &CtrlHdr) -> Result<FencePosition, CommandError> {
         let flags = header.flags.get();
         if flags & VIRTIO_GPU_FLAG_FENCE == 0 {
-            return Ok(FenceAt::default());
+            return Ok(FencePosition::default());
         }
         let of_ring = flags & VIRTIO_GPU_FLAG_INFO_RING_IDX != 0;
         if of_ring && header.ring_idx >= VIRTIO_GPU_MAX_RINGS {
@@ -93,7 +96,7 @@ impl Renderer {
         } else {
             (0, 0)
         };
-        Ok(FenceAt {
+        Ok(FencePosition {
             of_ring: of_ring.into(),
             context,
             ring,
@@ -102,47 +105,47 @@ impl Renderer {
     }
 
     /// Whether an earlier request of the device's own order waits: Linux takes a fence for all before it.
-    pub fn must_wait(&self, at: &FenceAt) -> bool {
+    pub fn must_wait_for_fence(&self, at: &FencePosition) -> bool {
         at.number != 0 && self.fences.iter().any(|fenced| same_order(&fenced.at, at))
     }
 
     /// A call that only asks for a fence.
-    pub fn fence_only() -> Call {
-        Call::new(CALL_FENCE, 0, &[0_u8; 0])
+    pub fn fence_only() -> Request {
+        Request::new(REQUEST_FENCE, 0, &[0_u8; 0])
     }
 
     /// Sends a command on that needs no answer; gives it back if it must have one, lest the socket be full.
-    pub fn tell(&mut self, call: Box<Call>) -> Result<(), Box<Call>> {
-        if self.told >= MAX_TOLD {
+    pub fn send_unanswered(&mut self, call: Box<Request>) -> Result<(), Box<Request>> {
+        if self.unanswered >= MAX_UNANSWERED {
             return Err(call);
         }
-        self.told += 1;
+        self.unanswered += 1;
         let mut call = call;
         call.head.unanswered = 1;
         if let Err(error) = call.send(&self.socket) {
-            // Heard of when the socket is.
+            // RendererEvent of when the socket is.
             tracing::debug!(%error, "cannot tell the renderer");
         }
         Ok(())
     }
 
-    /// Sends a command on. The request comes back by [`Renderer::hear`], or at once.
+    /// Sends a command on. The request comes back by [`Renderer::receive`], or at once.
     pub fn ask(
         &mut self,
-        mut call: Call,
-        then: Then,
-        pending: Pending,
-    ) -> Result<(), Box<(Pending, CommandError)>> {
+        mut call: Request,
+        completion: Completion,
+        pending: PendingRequest,
+    ) -> Result<(), Box<(PendingRequest, CommandError)>> {
         call.head.fence = pending.fence;
-        self.told = 0;
+        self.unanswered = 0;
         if self.process.is_none() {
             return Err(Box::new((pending, CommandError::NoRenderer)));
         }
         match call.send(&self.socket) {
             Ok(()) => {
-                self.asked = Some(Asked {
+                self.in_flight = Some(InFlight {
                     pending,
-                    then,
+                    completion,
                     passed: false,
                 });
                 Ok(())
@@ -155,87 +158,87 @@ impl Renderer {
     }
 
     /// Has the answer of a request wait for its fence.
-    pub fn wait(&mut self, at: FenceAt, head: u16, written: u32) {
+    pub fn wait(&mut self, at: FencePosition, head: u16, written: u32) {
         self.fences.push(Fenced { at, head, written });
     }
 
     /// Takes what the renderer says; `None` if that is nothing now.
-    pub fn hear(&mut self) -> Option<Heard> {
+    pub fn receive(&mut self) -> Option<RendererEvent> {
         self.process.as_ref()?;
         loop {
-            let say = match Say::receive(&self.socket, RecvFlags::DONTWAIT) {
-                Ok(Some(say)) => say,
+            let reply = match Reply::receive(&self.socket, RecvFlags::DONTWAIT) {
+                Ok(Some(reply)) => reply,
                 Err(error) if error.kind() == io::ErrorKind::WouldBlock => return None,
                 Ok(None) | Err(_) => return Some(self.died()),
             };
-            match say.head.what {
-                SAY_READY => {}
-                SAY_FENCE => {
-                    let heard = self.passed(&say.head.fence);
+            match reply.head.what {
+                REPLY_READY => {}
+                REPLY_FENCE => {
+                    let heard = self.passed(&reply.head.fence);
                     if !heard.is_empty() {
-                        return Some(Heard::Passed(heard));
+                        return Some(RendererEvent::FencesPassed(heard));
                     }
                 }
-                SAY_DONE if self.asked.is_some() => return self.done(say),
+                REPLY_DONE if self.in_flight.is_some() => return self.done(reply),
                 _ => return Some(self.died()),
             }
         }
     }
 
     /// Answers that waited for this fence or, in its order, an earlier one.
-    fn passed(&mut self, at: &FenceAt) -> Vec<(u16, u32)> {
-        let is_past = |other: &FenceAt| {
+    fn passed(&mut self, at: &FencePosition) -> Vec<(u16, u32)> {
+        let is_past = |other: &FencePosition| {
             same_order(other, at) && at.number.wrapping_sub(other.number) <= u32::MAX / 2
         };
-        if let Some(asked) = &mut self.asked
-            && asked.pending.fence.number != 0
+        if let Some(in_flight) = &mut self.in_flight
+            && in_flight.pending.fence.number != 0
         {
-            asked.passed |= is_past(&asked.pending.fence);
+            in_flight.passed |= is_past(&in_flight.pending.fence);
         }
         let passed = self.fences.extract_if(.., |fenced| is_past(&fenced.at));
         passed.map(|fenced| (fenced.head, fenced.written)).collect()
     }
 
-    fn done(&mut self, say: Say) -> Option<Heard> {
-        let Asked {
+    fn done(&mut self, reply: Reply) -> Option<RendererEvent> {
+        let InFlight {
             mut pending,
-            then,
+            completion,
             passed,
-        } = self.asked.take()?;
-        if passed || say.head.fence.number == 0 {
-            pending.fence = FenceAt::default();
+        } = self.in_flight.take()?;
+        if passed || reply.head.fence.number == 0 {
+            pending.fence = FencePosition::default();
         }
-        let result = match say.head.failed {
-            0 => Ok(say),
+        let result = match reply.head.failed {
+            0 => Ok(reply),
             FAILED_NO_FILES => Err(CommandError::RendererFiles),
             _ => Err(CommandError::Renderer),
         };
-        Some(Heard::Done(pending, then, result))
+        Some(RendererEvent::Replied(pending, completion, result))
     }
 
     /// The renderer is no more: all that waits for it is answered.
-    fn died(&mut self) -> Heard {
+    fn died(&mut self) -> RendererEvent {
         self.process = None;
         self.contexts.clear();
         self.files.clear();
         tracing::warn!(
             "the GPU's renderer has ended: the guest's 3D is lost until its driver is bound again; 2D goes on"
         );
-        let asked = self.asked.take().map(|asked| {
-            let mut pending = asked.pending;
-            pending.fence = FenceAt::default();
-            let answer = match asked.then {
-                Then::Give(answer) => Ok(answer),
+        let in_flight = self.in_flight.take().map(|in_flight| {
+            let mut pending = in_flight.pending;
+            pending.fence = FencePosition::default();
+            let answer = match in_flight.completion {
+                Completion::Respond(answer) => Ok(answer),
                 _ => Err(CommandError::NoRenderer),
             };
             (pending, answer)
         });
         let waited = self.fences.drain(..);
         let waited = waited.map(|fenced| (fenced.head, fenced.written));
-        Heard::Died(asked, waited.collect())
+        RendererEvent::Ended(in_flight, waited.collect())
     }
 }
 
-fn same_order(one: &FenceAt, other: &FenceAt) -> bool {
+fn same_order(one: &FencePosition, other: &FencePosition) -> bool {
     (one.of_ring, one.context, one.ring) == (other.of_ring, other.context, other.ring)
 }

@@ -26,25 +26,25 @@ const MAX_PACKET: usize = 16 << 10;
 const MAX_RANGES: usize = 900;
 
 /// What a call asks for, besides the numbers of commands.
-pub const CALL_EXPORT: u32 = 1;
+pub const REQUEST_EXPORT: u32 = 1;
 /// Copies a rectangle of a resource's pixels into the file that comes along.
-pub const CALL_READ_BACK: u32 = 2;
+pub const REQUEST_READ_BACK: u32 = 2;
 /// Begin: see [`Start`].
-pub const CALL_START: u32 = 4;
+pub const REQUEST_START: u32 = 4;
 /// Only the fence.
-pub const CALL_FENCE: u32 = 3;
+pub const REQUEST_FENCE: u32 = 3;
 /// A texture's memory as a dma-buf, with its [`TextureLayout`]; without either if it cannot be had, or its rows are not one
 /// behind the other.
-pub const CALL_EXPORT_TEXTURE: u32 = 5;
+pub const REQUEST_EXPORT_TEXTURE: u32 = 5;
 
 /// The renderer is there: the data are [`CapsetInfo`]s.
-pub const SAY_READY: u32 = 1;
+pub const REPLY_READY: u32 = 1;
 /// There is no renderer: the data are text for people.
-pub const SAY_FAILED: u32 = 2;
+pub const REPLY_FAILED: u32 = 2;
 /// The answer to the call before.
-pub const SAY_DONE: u32 = 3;
+pub const REPLY_DONE: u32 = 3;
 /// A fence was passed.
-pub const SAY_FENCE: u32 = 4;
+pub const REPLY_FENCE: u32 = 4;
 
 /// The call failed.
 pub const FAILED: u32 = 1;
@@ -91,7 +91,7 @@ pub struct TextureLayout {
     pub offset: u32,
 }
 
-/// What [`CALL_READ_BACK`] is about.
+/// What [`REQUEST_READ_BACK`] is about.
 #[derive(Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout)]
 #[repr(C)]
 pub struct ReadBack {
@@ -118,7 +118,7 @@ pub struct ReadBack {
     Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout, PartialEq, Eq,
 )]
 #[repr(C)]
-pub struct FenceAt {
+pub struct FencePosition {
     /// Whether `context` and `ring` count: without, it is the order of the device's own.
     pub of_ring: u32,
     /// The context.
@@ -132,13 +132,13 @@ pub struct FenceAt {
 /// The head of a call.
 #[derive(Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout)]
 #[repr(C)]
-pub struct CallHead {
+pub struct RequestHeader {
     /// A command's number, or one of the above.
     pub what: u32,
     /// `ctx_id` of the command.
     pub context: u32,
     /// What is to be told once all before it is done.
-    pub fence: FenceAt,
+    pub fence: FencePosition,
     /// How long the body is.
     pub body: u32,
     /// How many ranges follow.
@@ -163,9 +163,9 @@ pub struct Start {
 
 /// What a renderer is asked.
 #[derive(Debug, Default)]
-pub struct Call {
+pub struct Request {
     /// Its head; lengths are filled in when it is sent.
-    pub head: CallHead,
+    pub head: RequestHeader,
     /// The command.
     pub body: Vec<u8>,
     /// Guest RAM.
@@ -174,11 +174,11 @@ pub struct Call {
     pub file: Option<File>,
 }
 
-impl Call {
+impl Request {
     /// A call with a command as its body.
     pub fn new(what: u32, context: u32, body: &(impl IntoBytes + Immutable)) -> Self {
         Self {
-            head: CallHead {
+            head: RequestHeader {
                 what,
                 context,
                 ..Default::default()
@@ -191,7 +191,7 @@ impl Call {
     /// Sends it as one packet.
     pub fn send(&self, socket: impl AsFd) -> io::Result<()> {
         let in_file = self.ranges.len() > MAX_RANGES;
-        let head = CallHead {
+        let head = RequestHeader {
             body: self.body.len() as u32,
             ranges: self.ranges.len() as u32,
             in_file: in_file.into(),
@@ -221,7 +221,7 @@ impl Call {
             return Ok(None);
         };
         let bad = || io::Error::from(io::ErrorKind::InvalidData);
-        let (head, rest) = CallHead::read_from_prefix(&packet).map_err(|_| bad())?;
+        let (head, rest) = RequestHeader::read_from_prefix(&packet).map_err(|_| bad())?;
         let (body, rest) = rest.split_at_checked(head.body as usize).ok_or_else(bad)?;
         let mut ranges = vec![RamRange::default(); head.ranges as usize];
         if head.in_file != 0 {
@@ -245,13 +245,13 @@ impl Call {
 /// The head of what a renderer says.
 #[derive(Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout)]
 #[repr(C)]
-pub struct SayHead {
+pub struct ReplyHeader {
     /// One of the above.
     pub what: u32,
     /// Whether the call failed, and why.
     pub failed: u32,
     /// Which fence was passed.
-    pub fence: FenceAt,
+    pub fence: FencePosition,
     /// A number that belongs to the answer.
     pub value: u32,
     pad: u32,
@@ -259,9 +259,9 @@ pub struct SayHead {
 
 /// What a renderer says.
 #[derive(Debug, Default)]
-pub struct Say {
+pub struct Reply {
     /// Its head.
-    pub head: SayHead,
+    pub head: ReplyHeader,
     /// What belongs to it.
     pub data: Vec<u8>,
     /// A blob's memory.
@@ -270,10 +270,10 @@ pub struct Say {
     pub lost_file: bool,
 }
 
-impl Say {
+impl Reply {
     /// Something with nothing but its kind.
     pub fn of(what: u32) -> Self {
-        let head = SayHead {
+        let head = ReplyHeader {
             what,
             ..Default::default()
         };
@@ -294,7 +294,7 @@ impl Say {
         let Some(packet) = receive(socket, flags)? else {
             return Ok(None);
         };
-        let (head, data) = SayHead::read_from_prefix(&packet.bytes)
+        let (head, data) = ReplyHeader::read_from_prefix(&packet.bytes)
             .map_err(|_| io::Error::from(io::ErrorKind::InvalidData))?;
         Ok(Some(Self {
             head,
@@ -378,20 +378,22 @@ mod tests {
         )
         .unwrap();
         for count in [0, 2, MAX_RANGES + 1] {
-            let mut call = Call::new(7, 3, &[1_u8, 2, 3]);
+            let mut call = Request::new(7, 3, &[1_u8, 2, 3]);
             call.ranges = (0..count as u64)
                 .map(|offset| RamRange { offset, len: 9 })
                 .collect();
             call.send(&ours).unwrap();
-            let back = Call::receive(&theirs, RecvFlags::empty()).unwrap().unwrap();
+            let back = Request::receive(&theirs, RecvFlags::empty())
+                .unwrap()
+                .unwrap();
             assert_eq!((back.head.what, back.head.context), (7, 3));
             assert_eq!(back.body, [1, 2, 3]);
             assert_eq!(back.ranges, call.ranges);
         }
         send(&ours, &[1; 10], None).unwrap();
-        assert!(Call::receive(&theirs, RecvFlags::empty()).is_err());
+        assert!(Request::receive(&theirs, RecvFlags::empty()).is_err());
         drop(ours);
-        let end = Call::receive(&theirs, RecvFlags::empty()).unwrap();
+        let end = Request::receive(&theirs, RecvFlags::empty()).unwrap();
         assert!(end.is_none());
     }
 }

@@ -21,7 +21,7 @@ fn a_blob_s_memory_is_not_asked_for_while_it_is_at_hand() {
         assert_eq!(m.command(unmap, &resource(3)), OK);
         assert_eq!(m.command(unmap, &resource(1)), OK);
     }
-    assert_eq!(m.fake.calls_of(CALL_EXPORT), 0);
+    assert_eq!(m.fake.calls_of(REQUEST_EXPORT), 0);
     // Those that came before many others are asked for, once. Every other one comes with its memory.
     let others = 100..100 + 2 * MOST as u32;
     for id in others {
@@ -32,7 +32,7 @@ fn a_blob_s_memory_is_not_asked_for_while_it_is_at_hand() {
         assert_eq!(m.seen(0), Some(1));
         assert_eq!(m.command(unmap, &resource(1)), OK);
     }
-    assert_eq!(m.fake.calls_of(CALL_EXPORT), 1);
+    assert_eq!(m.fake.calls_of(REQUEST_EXPORT), 1);
     // Another one of the same number is another one.
     let unref = VIRTIO_GPU_CMD_RESOURCE_UNREF;
     assert_eq!(m.command(unref, &resource(1)), OK);
@@ -112,7 +112,7 @@ fn outputs_show_the_renderer_s_blobs() {
         let pixels = m.display.read_scanout(0).unwrap();
         assert_eq!(pixels.rgba(63, 31).map(|p| p[0]), Some(id as u8));
     }
-    assert_eq!(m.fake.calls_of(CALL_EXPORT), 1);
+    assert_eq!(m.fake.calls_of(REQUEST_EXPORT), 1);
     // The file is shorter.
     assert_eq!(m.command(create, &blob(4, 3)), OK);
     assert_eq!(m.command(show, &set(4, 32)), VIRTIO_GPU_RESP_ERR_UNSPEC);

@@ -18,9 +18,9 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 mod blobs;
 mod textures;
 
-use super::{super::protocol::*, renderer::MAX_TOLD, wire::*, *};
+use super::{super::protocol::*, renderer::MAX_UNANSWERED, wire::*, *};
 use crate::{
-    dma::{DeviceReach, test_util::FakeSpace},
+    dma::{SharedBlobDmaMap, test_util::FakeSpace},
     dmabuf::Exporter,
     hypervisor::test_util::FakeHypervisor,
     memory::{AddressSpace, GuestRam},
@@ -44,7 +44,7 @@ const OK: u32 = VIRTIO_GPU_RESP_OK_NODATA;
 /// What a renderer was asked, and how it answers.
 #[derive(Debug, Default)]
 struct Script {
-    calls: Vec<Call>,
+    calls: Vec<Request>,
     /// Calls of this kind are not answered.
     silent: Option<u32>,
     /// Fences are not passed by themselves.
@@ -61,17 +61,17 @@ impl Fake {
         script.calls.iter().filter(|c| c.head.what == what).count()
     }
 
-    fn say(&self, say: &Say) {
+    fn say(&self, say: &Reply) {
         say.send(self.0.lock().socket.as_ref().unwrap()).unwrap();
     }
 
-    fn pass(&self, fence: FenceAt) {
-        let mut say = Say::of(SAY_FENCE);
+    fn pass(&self, fence: FencePosition) {
+        let mut say = Reply::of(REPLY_FENCE);
         say.head.fence = fence;
         self.say(&say);
     }
 
-    fn last_fence(&self) -> FenceAt {
+    fn last_fence(&self) -> FencePosition {
         self.0.lock().calls.last().unwrap().head.fence
     }
 
@@ -95,7 +95,7 @@ impl StartRenderer for Fake {
         let (ended, end) = mpsc::channel::<()>();
         thread::spawn(move || {
             let _ended = ended;
-            while let Ok(Some(call)) = Call::receive(&own, RecvFlags::empty()) {
+            while let Ok(Some(call)) = Request::receive(&own, RecvFlags::empty()) {
                 let mut script = script.lock();
                 let say = answer(&call);
                 let (silent, fence) = (script.silent == Some(call.head.what), call.head.fence);
@@ -107,7 +107,7 @@ impl StartRenderer for Fake {
                     continue;
                 }
                 if fence.number != 0 && !keeps {
-                    let mut passed = Say::of(SAY_FENCE);
+                    let mut passed = Reply::of(REPLY_FENCE);
                     passed.head.fence = fence;
                     let _ = passed.send(&own);
                 }
@@ -122,11 +122,11 @@ impl StartRenderer for Fake {
 }
 
 /// Blobs are a page of their number; textures are of one colour.
-fn answer(call: &Call) -> Say {
-    let mut say = Say::of(SAY_DONE);
+fn answer(call: &Request) -> Reply {
+    let mut say = Reply::of(REPLY_DONE);
     say.head.fence = call.head.fence;
     match call.head.what {
-        CALL_EXPORT => {
+        REQUEST_EXPORT => {
             let id = ResourceId::read_from_bytes(&call.body).unwrap();
             give_memory(&mut say, id.resource_id.get());
         }
@@ -139,7 +139,7 @@ fn answer(call: &Call) -> Say {
             }
         }
         // Of others it cannot be had.
-        CALL_EXPORT_TEXTURE => {
+        REQUEST_EXPORT_TEXTURE => {
             let id = ResourceId::read_from_bytes(&call.body).unwrap();
             let id = id.resource_id.get();
             if id.is_multiple_of(2) {
@@ -155,7 +155,7 @@ fn answer(call: &Call) -> Say {
                 say.data = layout.as_bytes().into();
             }
         }
-        CALL_READ_BACK => {
+        REQUEST_READ_BACK => {
             let command = ReadBack::read_from_bytes(&call.body).unwrap();
             let file = call.file.as_ref().unwrap();
             let row = vec![0x40; command.width as usize * 4];
@@ -174,7 +174,7 @@ fn answer(call: &Call) -> Say {
     say
 }
 
-fn give_memory(say: &mut Say, id: u32) {
+fn give_memory(say: &mut Reply, id: u32) {
     let mut file = File::from(memfd_create("blob", MemfdFlags::CLOEXEC).unwrap());
     file.write_all(&[id as u8; 2 * PAGE as usize]).unwrap();
     say.file = Some(file);
@@ -206,14 +206,14 @@ fn machine() -> Machine {
     let display = DisplayHandle::new(config, Arc::new(Exporter::none())).unwrap();
     let fake = Fake::default();
     let (reach, reached) = (
-        Arc::<DeviceReach>::default(),
+        Arc::<SharedBlobDmaMap>::default(),
         Arc::new(FakeSpace::default()),
     );
     reach.attach(reached.clone());
     let hypervisor = Arc::new(FakeHypervisor::default());
     let memory = HostMemory::new(PAGES * PAGE, false, hypervisor, reach).unwrap();
     memory.mapped(Some(REGION));
-    let crate::pci::BarContent::Pieces { pieces, .. } = memory.shared_memory().unwrap().content
+    let crate::pci::BarContent::Memory { ranges, .. } = memory.shared_memory().unwrap().content
     else {
         panic!("no memory");
     };
@@ -229,7 +229,7 @@ fn machine() -> Machine {
     });
     let mut machine = Machine {
         driver: Driver::with_memory(2, ram.memory().clone()),
-        arena: pieces[0].host,
+        arena: ranges[0].host,
         gpu,
         display,
         fake,
@@ -465,7 +465,7 @@ fn what_the_renderer_refuses_does_not_exist() {
 fn what_needs_no_answer_does_not_fill_the_socket() {
     let mut m = machine();
     let unref = VIRTIO_GPU_CMD_RESOURCE_UNREF;
-    let count = 2 * MAX_TOLD as u32 + 2;
+    let count = 2 * MAX_UNANSWERED as u32 + 2;
     for id in 1..=count {
         assert_eq!(m.create_3d(id, 2), OK);
     }
@@ -517,9 +517,9 @@ fn answers_wait_for_their_fences_in_order() {
     let info = header(VIRTIO_GPU_CMD_GET_DISPLAY_INFO, 0);
     let before = m.driver.used_index(0);
     m.submit_fenced(&[sync, ring, info]);
-    m.wait_calls(CALL_FENCE, 1);
+    m.wait_calls(REQUEST_FENCE, 1);
     assert_eq!(m.driver.used_index(0), before);
-    let fence = |number, of_ring: u32| FenceAt {
+    let fence = |number, of_ring: u32| FencePosition {
         of_ring,
         context: 7 * of_ring,
         ring: 3 * of_ring,

@@ -71,8 +71,8 @@ fn a_texture_s_own_memory_is_shown() {
             Some(if id == 4 { own } else { copied })
         );
     }
-    assert_eq!(m.fake.calls_of(CALL_EXPORT_TEXTURE), 2);
-    assert_eq!(m.fake.calls_of(CALL_READ_BACK), 2);
+    assert_eq!(m.fake.calls_of(REQUEST_EXPORT_TEXTURE), 2);
+    assert_eq!(m.fake.calls_of(REQUEST_READ_BACK), 2);
     m.fake.kill();
     assert_eq!(m.command(show, &set(4)), OK);
     assert_eq!(m.display.read_scanout(0).unwrap().rgba(0, 0).unwrap()[0], 4);
