@@ -5,11 +5,16 @@
 use std::io;
 
 use fanlight_api::{ApiError, ErrorKind, methods::MachineCall, types::VmState};
-use fanlight_devices::{error_line, pci::SlotError, vfio::VfioError};
+use fanlight_devices::{
+    error_line,
+    pci::SlotError,
+    vfio::VfioError,
+    virtio::gpu::{DisplayError, FrameError},
+};
 
 use crate::{
-    host::resources::ConfigError, vm::error::LifeError, vm::machine::MachineError,
-    vm::passthrough::PassthroughError, vm::pci_topology::InventoryError,
+    display::api::CallError, host::resources::ConfigError, vm::error::LifeError,
+    vm::machine::MachineError, vm::passthrough::PassthroughError, vm::pci_topology::InventoryError,
 };
 
 /// A call that the machine's state forbids.
@@ -77,6 +82,38 @@ pub fn no_gpu(gpu: u32, count: usize) -> ApiError {
             format!("there is no GPU {gpu}: the last one is {last}"),
         )
         .at("gpu"),
+    }
+}
+
+/// A call that a display refuses.
+pub fn display(error: &CallError) -> ApiError {
+    let (kind, field) = match error {
+        CallError::Display(error) => match error {
+            DisplayError::NoOutput(_) => (ErrorKind::NotFound, Some("output")),
+            DisplayError::BadMode(_) => (ErrorKind::InvalidParams, Some("mode")),
+            DisplayError::Dark(_) | DisplayError::Gone(_) => {
+                (ErrorKind::WrongState, Some("output"))
+            }
+            DisplayError::NoResource(_) => (ErrorKind::NotFound, Some("resource")),
+            DisplayError::Frame(FrameError::Export(_)) => (ErrorKind::BadInput, Some("output")),
+            DisplayError::Frame(
+                FrameError::Read(_)
+                | FrameError::TooManyCopies { .. }
+                | FrameError::Copy(_)
+                | FrameError::Duplicate(_),
+            ) => (ErrorKind::HostFailure, Some("output")),
+        },
+        CallError::Mode(_) => (ErrorKind::InvalidParams, Some("mode")),
+        CallError::TooManyCalls | CallError::TooManyStreams => (ErrorKind::Busy, None),
+        CallError::WriteFile { .. } | CallError::MakeFile(_) => {
+            (ErrorKind::HostFailure, Some("file"))
+        }
+        CallError::Stream(_) => (ErrorKind::HostFailure, None),
+    };
+    let api_error = ApiError::new(kind, error_line(error));
+    match field {
+        Some(field) => api_error.at(field),
+        None => api_error,
     }
 }
 

@@ -24,10 +24,11 @@ use crate::{
         requests::{RequestHandler, SetLog},
         status::VmStatus,
     },
+    display::{api::Display, input::Inputs},
     host::resources::Resources,
     vm::ending::Ending,
     vm::error::LifeError,
-    vm::graphics::Graphics,
+    vm::graphics::{Graphics, HostGpu},
 };
 
 /// Replies to `vm.wait` that are kept before those of clients that have gone are dropped.
@@ -121,7 +122,7 @@ impl ControlQueue {
 
     /// A machine was created of `resources`.
     pub fn created(&self, resources: &Resources) -> StateNow {
-        let displays = resources.graphics.as_ref().map(Graphics::displays);
+        let displays = resources.graphics.as_ref().map(displays);
         self.status
             .set_created(&resources.config, displays.unwrap_or_default());
         StateNow {
@@ -254,6 +255,15 @@ impl ControlQueue {
     pub fn refuse(&self, call: &MachineCall, reply: Reply) {
         reply.refuse(errors::forbidden(call, self.state()));
     }
+}
+
+/// The displays of the GPUs, by number.
+fn displays(graphics: &Graphics) -> Vec<Display> {
+    let display = |gpu: &HostGpu| {
+        let inputs = Inputs::new(gpu.display.clone(), graphics.inputs.clone());
+        Display::new(gpu.display.clone(), inputs)
+    };
+    graphics.gpus.iter().map(display).collect()
 }
 
 #[cfg(test)]

@@ -1,9 +1,8 @@
 //! The server's side: answers calls that need no machine, has displays answer theirs, and queues the rest.
 
-use std::{os::fd::OwnedFd, sync::mpsc::Sender};
+use std::{os::fd::OwnedFd, sync::mpsc::Sender, thread};
 
 use fanlight_api::{
-    ApiError,
     methods::{self, DisplayCall, MachineCall, Method, StatusCall},
     server::{Handler, Reply},
     socket::Descriptors,
@@ -13,7 +12,7 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
     control::{errors, queue::Command, status::VmStatus},
-    display::api::Display,
+    display::api::{CallError, Display},
 };
 
 /// Changes what is logged. The error is text for people.
@@ -56,7 +55,18 @@ impl Handler for RequestHandler {
         if !matches!(state, VmState::Running | VmState::Paused) {
             return reply.refuse(errors::display_state(method, state));
         }
-        display.answer(reply, move |display, reply| answer(call, display, reply));
+        let counted = match display.begin_call() {
+            Ok(counted) => counted,
+            Err(error) => return reply.refuse(errors::display(&error)),
+        };
+        let display = display.clone();
+        // If no thread can be started, the reply says so as it is dropped.
+        let _ = thread::Builder::new()
+            .name("display-call".into())
+            .spawn(move || {
+                answer(call, &display, reply);
+                drop(counted);
+            });
     }
 
     fn machine(&self, call: MachineCall, descriptors: Descriptors, reply: Reply) {
@@ -91,7 +101,8 @@ fn answer(call: DisplayCall, display: &Display, reply: Reply) {
     match call {
         DisplayCall::GpuOutputs(_) => reply.send::<methods::GpuOutputs>(Ok(display.outputs())),
         DisplayCall::GpuSetOutput(params) => {
-            reply.send::<methods::GpuSetOutput>(display.set_output(&params));
+            let outputs = display.set_output(&params);
+            reply.send::<methods::GpuSetOutput>(outputs.map_err(|error| errors::display(&error)));
         }
         DisplayCall::GpuScreenshot(params) => {
             send_with::<methods::GpuScreenshot>(reply, display.screenshot(&params));
@@ -116,9 +127,9 @@ fn with_fd<T>((result, fd): (T, OwnedFd)) -> (T, Option<OwnedFd>) {
 }
 
 /// Sends a result with its descriptor, if it has one.
-fn send_with<M: Method>(reply: Reply, result: Result<(M::Result, Option<OwnedFd>), ApiError>) {
+fn send_with<M: Method>(reply: Reply, result: Result<(M::Result, Option<OwnedFd>), CallError>) {
     match result {
         Ok((result, fd)) => reply.send_with::<M>(Ok(result), fd.into_iter().collect()),
-        Err(error) => reply.refuse(error),
+        Err(error) => reply.refuse(errors::display(&error)),
     }
 }

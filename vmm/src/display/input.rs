@@ -1,4 +1,4 @@
-//! What a viewer's user does, as events of the guest's input devices.
+//! Input from a viewer, as events of the guest's keyboard, pointer and touch screen.
 
 use std::{
     collections::BTreeSet,
@@ -15,11 +15,11 @@ use fanlight_devices::virtio::{
     },
 };
 
-/// A notch of a wheel in high resolution.
+/// High-resolution units of one wheel notch.
 const NOTCH: i32 = 120;
-/// A turn of a wheel beyond this is no wheel's.
+/// The longest turn that is passed on; no wheel turns further at once.
 const MAX_TURN: i32 = 100 * NOTCH;
-/// Numbers of touches start again from here on.
+/// Tracking ids count up to here and start again at 0.
 const TRACKING_IDS: i32 = 0x1_0000;
 
 /// The guest's keyboard, pointer and touch screen.
@@ -30,14 +30,14 @@ pub struct Inputs {
     state: Arc<Mutex<State>>,
 }
 
-/// What is down, so that it can be let go.
+/// What is pressed, so that it can be released.
 #[derive(Debug, Default)]
 struct State {
     keys: BTreeSet<u16>,
     buttons: BTreeSet<u16>,
-    /// Parts of a notch, right and down.
+    /// Parts of a notch that were not reported yet: right, down.
     wheels: [i32; 2],
-    /// Which finger has which slot.
+    /// The finger in each slot.
     fingers: [Option<i32>; TOUCHES as usize],
     touches: i32,
 }
@@ -52,21 +52,21 @@ impl Inputs {
         }
     }
 
-    /// Passes on what the user did. What the devices do not have is left out.
-    pub fn take(&self, says: &ViewerMessage) {
+    /// Sends a message of the viewer to the device that it is for. Codes that the device lacks are dropped.
+    pub fn take(&self, message: &ViewerMessage) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let [keyboard, pointer, touch] = &self.devices;
-        match *says {
+        match *message {
             ViewerMessage::Key { code, pressed } => {
-                note(&mut state.keys, code, pressed);
+                track(&mut state.keys, code, pressed);
                 send(keyboard, &[event(EV_KEY, code, pressed.into())]);
             }
             ViewerMessage::Button { code, pressed } => {
-                note(&mut state.buttons, code, pressed);
+                track(&mut state.buttons, code, pressed);
                 send(pointer, &[event(EV_KEY, code, pressed.into())]);
             }
             ViewerMessage::Pointer { output, x, y } => {
-                if let Some((x, y)) = self.place(output, x, y) {
+                if let Some((x, y)) = self.axes(output, x, y) {
                     send(pointer, &[event(EV_ABS, ABS_X, x), event(EV_ABS, ABS_Y, y)]);
                 }
             }
@@ -75,7 +75,7 @@ impl Inputs {
                 vertical,
             } => send(pointer, &turn(&mut state.wheels, horizontal, vertical)),
             ViewerMessage::Touch { output, finger, at } => {
-                let at = at.map(|[x, y]| self.place(output, x, y));
+                let at = at.map(|[x, y]| self.axes(output, x, y));
                 if at != Some(None) {
                     send(touch, &state.touch(finger, at.flatten()));
                 }
@@ -90,7 +90,7 @@ impl Inputs {
         }
     }
 
-    /// Lets go of everything.
+    /// Releases all keys, buttons and fingers.
     pub fn release_all(&self) {
         let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
         let [keyboard, pointer, touch] = &self.devices;
@@ -106,8 +106,8 @@ impl Inputs {
         state.wheels = [0, 0];
     }
 
-    /// A place on an output as the guest's axes have it: they span all outputs, which stand side by side.
-    fn place(&self, output: u32, x: f64, y: f64) -> Option<(i32, i32)> {
+    /// A position on an output as values of the guest's axes, which span all outputs side by side.
+    fn axes(&self, output: u32, x: f64, y: f64) -> Option<(i32, i32)> {
         let outputs = self.display.outputs();
         let connected = || outputs.iter().filter(|info| info.output.connected);
         let this = connected().find(|info| info.index == output as usize)?;
@@ -118,15 +118,15 @@ impl Inputs {
             .sum();
         let all: f64 = connected().map(|info| width(info.output.mode)).sum();
         let highest = connected().map(|info| info.output.mode.height).max()?;
-        let x = (left + within(x) * width(this.output.mode)) / all;
-        let y = within(y) * f64::from(this.output.mode.height) / f64::from(highest);
+        let x = (left + clamped(x) * width(this.output.mode)) / all;
+        let y = clamped(y) * f64::from(this.output.mode.height) / f64::from(highest);
         let axis = |part: f64| (part * f64::from(AXIS_MAX)) as i32;
         Some((axis(x), axis(y)))
     }
 }
 
-/// A part of a side; what is no number is at its start.
-fn within(part: f64) -> f64 {
+/// A part of a side, 0 to 1; NaN is 0.
+fn clamped(part: f64) -> f64 {
     if part.is_nan() {
         0.0
     } else {
@@ -138,7 +138,7 @@ fn event(type_: u16, code: u16, value: i32) -> InputEvent {
     InputEvent { type_, code, value }
 }
 
-fn note(down: &mut BTreeSet<u16>, code: u16, pressed: bool) {
+fn track(down: &mut BTreeSet<u16>, code: u16, pressed: bool) {
     if pressed {
         down.insert(code);
     } else {
@@ -148,11 +148,11 @@ fn note(down: &mut BTreeSet<u16>, code: u16, pressed: bool) {
 
 fn send(device: &InputHandle, report: &[InputEvent]) {
     if let Err(error) = device.send(report) {
-        tracing::debug!(%error, "input is left out");
+        tracing::debug!(%error, "the guest's input device takes no event");
     }
 }
 
-/// A turn of the wheels, in parts of notches and in whole ones. Up is positive in the guest.
+/// A turn of the wheels, in high-resolution units and in whole notches. The guest counts up as positive.
 fn turn(rests: &mut [i32; 2], horizontal: i32, vertical: i32) -> Vec<InputEvent> {
     let wheels = [
         (horizontal, 1, REL_HWHEEL_HI_RES, REL_HWHEEL),
@@ -175,11 +175,11 @@ fn turn(rests: &mut [i32; 2], horizontal: i32, vertical: i32) -> Vec<InputEvent>
 }
 
 impl State {
-    /// A finger comes, moves or leaves. One more than the device has is left out.
+    /// A finger touches, moves or leaves. Without a free slot it is ignored.
     fn touch(&mut self, finger: i32, at: Option<(i32, i32)>) -> Vec<InputEvent> {
-        let slot_of = |wanted| self.fingers.iter().position(|&held| held == wanted);
-        let known = slot_of(Some(finger));
-        let Some(slot) = known.or_else(|| at.and_then(|_| slot_of(None))) else {
+        let slot_of = |wanted| self.fingers.iter().position(|&finger| finger == wanted);
+        let held = slot_of(Some(finger));
+        let Some(slot) = held.or_else(|| at.and_then(|_| slot_of(None))) else {
             return Vec::new();
         };
         let mut report = vec![event(EV_ABS, ABS_MT_SLOT, slot as i32)];
@@ -190,14 +190,14 @@ impl State {
                 report.push(event(EV_ABS, ABS_MT_TRACKING_ID, -1));
             }
             Some((x, y)) => {
-                if known.is_none() {
+                if held.is_none() {
                     self.fingers[slot] = Some(finger);
                     report.push(event(EV_ABS, ABS_MT_TRACKING_ID, self.touches));
                     self.touches = (self.touches + 1) % TRACKING_IDS;
                 }
                 report.push(event(EV_ABS, ABS_MT_POSITION_X, x));
                 report.push(event(EV_ABS, ABS_MT_POSITION_Y, y));
-                // Programs that know one finger follow the first.
+                // Programs without multi-touch follow the first finger.
                 if slot == 0 {
                     report.push(event(EV_ABS, ABS_X, x));
                     report.push(event(EV_ABS, ABS_Y, y));
@@ -255,9 +255,9 @@ mod tests {
     }
 
     #[test]
-    fn no_number_is_a_place_too() {
-        assert_eq!(within(f64::NAN), 0.0);
-        assert_eq!(within(f64::INFINITY), 1.0);
-        assert_eq!(within(-3.0), 0.0);
+    fn not_a_number_is_zero() {
+        assert_eq!(clamped(f64::NAN), 0.0);
+        assert_eq!(clamped(f64::INFINITY), 1.0);
+        assert_eq!(clamped(-3.0), 0.0);
     }
 }

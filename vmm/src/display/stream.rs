@@ -1,7 +1,6 @@
-//! A display stream: what changes, as it changes, to one watcher, and what that one does.
+//! A display stream: updates of the display to one viewer, and input from it.
 //!
-//! News is merged in the display until the watcher's socket takes it, so a watcher that does not read costs
-//! nothing more than one that does.
+//! The display merges updates until the viewer's socket takes them. So a viewer that does not read costs no memory.
 
 use std::{
     collections::BTreeMap,
@@ -19,6 +18,7 @@ use fanlight_api::{
 };
 use fanlight_devices::{
     error_line,
+    memory::Charge,
     virtio::gpu::{
         CURSOR_SIZE, CursorImage, DisplayError, DisplayEvent, DisplayHandle, DisplaySubscriber,
         ExportedFrame, Frame, FrameCopy, FrameError, Location, Mode,
@@ -29,25 +29,26 @@ use rustix::{
     fs::{MemfdFlags, memfd_create},
 };
 
-use super::api::{Driver, Slot, described, outputs};
-use crate::display::input::Inputs;
+use crate::display::{input::Inputs, messages};
 
-/// Serves a watcher on a thread of its own; its end of the socket.
+/// Serves a viewer on a thread of its own. Returns the viewer's end of the socket.
+///
+/// `inputs` are the input devices, for the viewer that drives. The stream keeps both charges until it ends.
 pub fn start(
     display: DisplayHandle,
-    subscription: DisplaySubscriber,
-    inputs: Option<(Driver, Inputs)>,
-    slot: Slot,
+    subscriber: DisplaySubscriber,
+    inputs: Option<(Charge, Inputs)>,
+    open: Charge,
 ) -> io::Result<OwnedFd> {
     let (ours, theirs) = UnixStream::pair()?;
     let mut server = Server {
         stream: MessageStream::new(ours)?,
-        subscription,
+        subscriber,
         display,
         inputs,
         copies: BTreeMap::new(),
         copies_devices: false,
-        _slot: slot,
+        _open: open,
     };
     thread::Builder::new()
         .name("display-stream".into())
@@ -69,18 +70,18 @@ pub fn start(
 
 struct Server {
     stream: MessageStream,
-    subscription: DisplaySubscriber,
+    subscriber: DisplaySubscriber,
     display: DisplayHandle,
-    inputs: Option<(Driver, Inputs)>,
-    /// What outputs show of which there is no dma-buf, or none that the watcher can use.
+    inputs: Option<(Charge, Inputs)>,
+    /// Copies of frames that have no dma-buf, or none that the viewer can use, by output.
     copies: BTreeMap<usize, FrameCopy>,
-    /// Whether the watcher wants copies of what is in memory of passed-through devices.
+    /// Whether the viewer wants copies of frames in memory of passed-through devices.
     copies_devices: bool,
-    _slot: Slot,
+    _open: Charge,
 }
 
 impl Server {
-    /// Waits for news or for the watcher, and serves both.
+    /// Waits for the display or for the viewer, and serves both.
     fn turn(&mut self) -> Result<(), StreamError> {
         let full = self.stream.is_full();
         let wanted = if full {
@@ -90,53 +91,57 @@ impl Server {
         };
         let mut fds = [
             PollFd::from_borrowed_fd(self.stream.as_fd(), wanted),
-            PollFd::from_borrowed_fd(self.subscription.as_fd(), PollFlags::IN),
+            PollFd::from_borrowed_fd(self.subscriber.as_fd(), PollFlags::IN),
         ];
-        // What does not fit stays in the display, where it is merged.
+        // While the socket takes no more, updates stay in the display, which merges them.
         let waiting = if full { &mut fds[..1] } else { &mut fds[..] };
         match poll(waiting, None) {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(io::Error::from(error).into()),
         }
-        let [watcher, news] = [&fds[0], &fds[1]].map(|fd| !fd.revents().is_empty());
-        if watcher {
+        let [viewer, updates] = [&fds[0], &fds[1]].map(|fd| !fd.revents().is_empty());
+        if viewer {
             self.stream.flush()?;
-            for (says, _) in self.stream.receive::<ViewerMessage>()? {
-                self.obey(says);
+            for (message, _) in self.stream.receive::<ViewerMessage>()? {
+                self.receive(message);
             }
         }
-        if news && !full {
-            for event in self.subscription.events() {
-                let (news, fds) = self.tell(event);
-                self.stream.send(&news, fds)?;
+        if updates && !full {
+            for event in self.subscriber.events() {
+                let (update, fds) = self.update(event);
+                self.stream.send(&update, fds)?;
             }
         }
         Ok(())
     }
 
-    fn tell(&mut self, event: DisplayEvent) -> (DisplayUpdate, Vec<OwnedFd>) {
+    /// An event of the display as a message, with its descriptors.
+    fn update(&mut self, event: DisplayEvent) -> (DisplayUpdate, Vec<OwnedFd>) {
         match event {
-            DisplayEvent::Outputs => (DisplayUpdate::Outputs(outputs(&self.display)), vec![]),
+            DisplayEvent::Outputs => {
+                let outputs = messages::outputs(&self.display);
+                (DisplayUpdate::Outputs(outputs), vec![])
+            }
             DisplayEvent::Scanout {
                 output,
                 frame,
                 gone,
             } => {
-                let (picture, error, fds) = match self.picture(output, frame) {
+                let (frame, error, fds) = match self.export(output, frame) {
                     None => {
                         let why = gone.then(|| DisplayError::Gone(output).to_string());
                         (None, why, vec![])
                     }
-                    Some(Ok(image)) => (Some(described(&image)), None, vec![image.fd]),
+                    Some(Ok(frame)) => (Some(messages::frame(&frame)), None, vec![frame.fd]),
                     Some(Err(error)) => (None, Some(error_line(&error)), vec![]),
                 };
                 let output = output as u32;
-                let news = DisplayUpdate::Scanout {
+                let update = DisplayUpdate::Scanout {
                     output,
-                    frame: picture,
+                    frame,
                     error,
                 };
-                (news, fds)
+                (update, fds)
             }
             DisplayEvent::Damage {
                 output,
@@ -153,31 +158,25 @@ impl Server {
                     .map(|area| [area.x, area.y, area.width, area.height])
                     .collect();
                 let output = output as u32;
-                let news = DisplayUpdate::Damage {
+                let update = DisplayUpdate::Damage {
                     output,
                     areas,
                     serial,
                 };
-                (news, vec![])
+                (update, vec![])
             }
             DisplayEvent::CursorImage { output, image } => {
-                let look = image.and_then(|image| {
-                    cursor(&image)
-                        .inspect_err(|error| tracing::warn!(%error, "a cursor cannot be passed on"))
+                let exported = image.and_then(|image| {
+                    export_cursor(&image)
+                        .inspect_err(|error| tracing::warn!(%error, "cannot export a cursor image"))
                         .ok()
                 });
-                let (look, fds) = match look {
-                    Some((look, fd)) => (Some(look), vec![fd]),
+                let output = output as u32;
+                let (image, fds) = match exported {
+                    Some((image, fd)) => (Some(image), vec![fd]),
                     None => (None, vec![]),
                 };
-                let output = output as u32;
-                (
-                    DisplayUpdate::CursorImage {
-                        output,
-                        image: look,
-                    },
-                    fds,
-                )
+                (DisplayUpdate::CursorImage { output, image }, fds)
             }
             DisplayEvent::CursorPosition { output, x, y } => {
                 let output = output as u32;
@@ -186,8 +185,8 @@ impl Server {
         }
     }
 
-    /// What an output shows, in a dma-buf, or copied where there can be none or the watcher cannot use it.
-    fn picture(
+    /// A frame as a dma-buf, or as a copy if it has none or the viewer cannot use it.
+    fn export(
         &mut self,
         output: usize,
         frame: Option<Frame>,
@@ -212,38 +211,45 @@ impl Server {
         }))
     }
 
-    fn obey(&mut self, says: ViewerMessage) {
-        match says {
-            ViewerMessage::Release { serial } => return self.subscription.release(serial),
+    fn receive(&mut self, message: ViewerMessage) {
+        match message {
+            ViewerMessage::Release { serial } => self.subscriber.release(serial),
             ViewerMessage::CopyDeviceMemory => {
                 if !mem::replace(&mut self.copies_devices, true) {
-                    self.subscription.repeat_scanouts();
+                    self.subscriber.repeat_scanouts();
                 }
-                return;
             }
-            _ => {}
-        }
-        let Some((_, inputs)) = &self.inputs else {
-            return;
-        };
-        match says {
             ViewerMessage::Resize {
                 output,
                 width,
                 height,
             } => {
-                let mode = Mode { width, height };
-                if let Err(error) = self.display.set_output(output as usize, Some(mode)) {
-                    tracing::info!("a viewer's window: {}", error_line(&error));
+                if self.inputs.is_some() {
+                    self.resize(output, Mode { width, height });
                 }
             }
-            other => inputs.take(&other),
+            ViewerMessage::Key { .. }
+            | ViewerMessage::Pointer { .. }
+            | ViewerMessage::Unfocused
+            | ViewerMessage::Button { .. }
+            | ViewerMessage::Wheel { .. }
+            | ViewerMessage::Touch { .. } => {
+                if let Some((_, inputs)) = &self.inputs {
+                    inputs.take(&message);
+                }
+            }
+        }
+    }
+
+    fn resize(&self, output: u32, mode: Mode) {
+        if let Err(error) = self.display.set_output(output as usize, Some(mode)) {
+            tracing::info!("a viewer cannot resize an output: {}", error_line(&error));
         }
     }
 }
 
-/// A cursor's look in a memory file, in the format that compositors know.
-fn cursor(image: &CursorImage) -> io::Result<(ExportedCursor, OwnedFd)> {
+/// A cursor image in a memory file, in the byte order of `DRM_FORMAT_ARGB8888`.
+fn export_cursor(image: &CursorImage) -> io::Result<(ExportedCursor, OwnedFd)> {
     let fd = memfd_create("fanlight-cursor", MemfdFlags::CLOEXEC)?;
     let mut argb = image.rgba.clone();
     for pixel in argb.as_chunks_mut::<4>().0 {
@@ -252,12 +258,12 @@ fn cursor(image: &CursorImage) -> io::Result<(ExportedCursor, OwnedFd)> {
     let mut file = std::fs::File::from(fd);
     io::Write::write_all(&mut file, &argb)?;
     io::Seek::rewind(&mut file)?;
-    let look = ExportedCursor {
+    let exported = ExportedCursor {
         fd: 0,
         width: CURSOR_SIZE,
         height: CURSOR_SIZE,
         hot_x: image.hot_x,
         hot_y: image.hot_y,
     };
-    Ok((look, file.into()))
+    Ok((exported, file.into()))
 }

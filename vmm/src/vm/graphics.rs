@@ -21,11 +21,7 @@ use fanlight_devices::{
 };
 use thiserror::Error;
 
-use crate::{
-    display::api::Display,
-    display::input::Inputs,
-    renderer::{RendererError, Starter},
-};
+use crate::renderer::{RendererError, Starter};
 
 /// GPUs of a machine.
 const MAX_GPUS: usize = 8;
@@ -151,15 +147,6 @@ impl Graphics {
             ],
         }))
     }
-
-    /// The same as the API offers it, by GPU.
-    pub fn displays(&self) -> Vec<Display> {
-        let display = |gpu: &HostGpu| {
-            let inputs = Inputs::new(gpu.display.clone(), self.inputs.clone());
-            Display::new(gpu.display.clone(), inputs)
-        };
-        self.gpus.iter().map(display).collect()
-    }
 }
 
 impl HostGpu {
@@ -225,7 +212,7 @@ mod tests {
         let ram = GuestRam::new(16 << 20, None).unwrap();
         let made = |count| Graphics::new(&vec![GpuConfig::default(); count], &ram);
         assert!(made(0).unwrap().is_none());
-        assert_eq!(made(MAX_GPUS).unwrap().unwrap().displays().len(), MAX_GPUS);
+        assert_eq!(made(MAX_GPUS).unwrap().unwrap().gpus.len(), MAX_GPUS);
         let error = made(MAX_GPUS + 1).unwrap_err().to_string();
         assert_eq!(error, "9 GPUs are more than 8");
     }
