@@ -17,7 +17,7 @@ use vm_memory::{GuestMemoryBackend, GuestMemoryRegion};
 use crate::{
     control::{
         errors,
-        queue::Command,
+        requests::Command,
         running::{Outcome, RunningMachine},
     },
     host::console::Input,

@@ -12,7 +12,6 @@ use std::{
 use fanlight_api::{
     methods::{self, MachineCall},
     server::{Events, Handler, Reply},
-    socket::Descriptors,
     types::{Ended, EventName, StateNow, VmEnding, VmState},
 };
 use fanlight_devices::error_line;
@@ -21,7 +20,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use crate::{
     control::{
         errors,
-        requests::{RequestHandler, SetLog},
+        requests::{Command, RequestHandler, SetLog},
         status::VmStatus,
     },
     display::{api::Display, input::Inputs},
@@ -33,17 +32,6 @@ use crate::{
 
 /// Replies to `vm.wait` that are kept before those of clients that have gone are dropped.
 const MANY_WAITING: usize = 64;
-
-/// A call that the main thread answers.
-#[derive(Debug)]
-pub struct Command {
-    /// The method with its parameters.
-    pub call: MachineCall,
-    /// The descriptors that came with it.
-    pub descriptors: Descriptors,
-    /// Its answer.
-    pub reply: Reply,
-}
 
 /// The main thread's side of the API. Readable when a command has come.
 pub struct ControlQueue {

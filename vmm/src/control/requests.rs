@@ -11,12 +11,23 @@ use fanlight_api::{
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::{
-    control::{errors, queue::Command, status::VmStatus},
+    control::{errors, status::VmStatus},
     display::api::{CallError, Display},
 };
 
 /// Changes what is logged. The error is text for people.
 pub type SetLog = Box<dyn Fn(&str) -> Result<(), String> + Send + Sync>;
+
+/// A call that the main thread answers.
+#[derive(Debug)]
+pub struct Command {
+    /// The method with its parameters.
+    pub call: MachineCall,
+    /// The descriptors that came with it.
+    pub descriptors: Descriptors,
+    /// Its answer.
+    pub reply: Reply,
+}
 
 /// Answers the calls that the server takes, on the server's thread.
 pub struct RequestHandler {

@@ -13,12 +13,7 @@ use fanlight_devices::error_line;
 use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::{
-    control::{
-        errors,
-        handlers::attach,
-        queue::{Command, ControlQueue},
-        run_loop,
-    },
+    control::{errors, handlers::attach, queue::ControlQueue, requests::Command, run_loop},
     host::resources::Resources,
     host::signals::Signals,
     vm::ending::Ending,

@@ -1,5 +1,5 @@
-//! Pictures as buffers of the compositor: the guest's dma-buf itself, or where that cannot be, a copy in
-//! shared memory.
+//! Frames as buffers of the compositor: the guest's dma-buf itself, or a copy in shared memory where the compositor
+//! cannot import it.
 
 use std::{
     collections::HashSet,
@@ -16,52 +16,71 @@ use rustix::{
     ioctl::{Setter, ioctl, opcode},
 };
 use wayland_client::{
-    QueueHandle,
-    protocol::{wl_buffer::WlBuffer, wl_shm, wl_shm::WlShm},
+    Dispatch, QueueHandle,
+    protocol::{wl_buffer::WlBuffer, wl_shm, wl_shm::WlShm, wl_shm_pool::WlShmPool},
 };
 use wayland_protocols::wp::linux_dmabuf::zv1::client::{
-    zwp_linux_buffer_params_v1, zwp_linux_dmabuf_v1::ZwpLinuxDmabufV1,
+    zwp_linux_buffer_params_v1::{self, ZwpLinuxBufferParamsV1},
+    zwp_linux_dmabuf_v1::ZwpLinuxDmabufV1,
 };
 
 use super::{
+    frame::{Frame, PIXEL},
     mapping::Mapping,
-    picture::{PIXEL, Picture},
-    window::{State, WindowEvent},
 };
 
-/// The longest side of a picture.
+/// The longest side of a frame, in pixels.
 const MAX_SIDE: u32 = 16384;
-/// DRM's codes of the formats that every compositor takes from shared memory.
+/// DRM codes of the formats that every compositor reads from shared memory (`wl_shm.format`).
 const XRGB8888: u32 = u32::from_le_bytes(*b"XR24");
 const ARGB8888: u32 = u32::from_le_bytes(*b"AR24");
-/// Copies, so that one can be made while the compositor shows the other.
+/// Copies of a frame: one is written while the compositor shows the other.
 const COPIES: usize = 2;
 
-/// Makes buffers.
+/// The event handlers that buffers need.
+pub trait BufferEvents:
+    Dispatch<ZwpLinuxBufferParamsV1, ImportId>
+    + Dispatch<WlShmPool, ()>
+    + Dispatch<WlBuffer, InUse>
+    + 'static
+{
+}
+
+impl<D> BufferEvents for D where
+    D: Dispatch<ZwpLinuxBufferParamsV1, ImportId>
+        + Dispatch<WlShmPool, ()>
+        + Dispatch<WlBuffer, InUse>
+        + 'static
+{
+}
+
+/// Makes buffers of frames.
 pub struct Buffers {
     shm: WlShm,
     dmabuf: Option<ZwpLinuxDmabufV1>,
     /// Formats and layouts that the compositor imports.
     formats: HashSet<(u32, u64)>,
     next_id: u64,
-    /// Whether the user knows that pictures are copied.
-    told: bool,
+    /// Whether the log has the warning that frames are copied.
+    warned: bool,
 }
 
-/// A picture that the compositor shows.
+/// A frame in a buffer of the compositor.
 pub struct Buffer {
     id: u64,
-    picture: Picture,
-    way: Way,
+    frame: Frame,
+    access: Access,
 }
 
-enum Way {
-    /// The compositor has not answered.
+/// Where the compositor reads a frame.
+enum Access {
+    /// The compositor has not answered yet.
     Importing,
-    /// The compositor reads the guest's memory.
+    /// In the guest's memory.
     Imported(WlBuffer),
+    /// In shared memory, to which it is copied.
     Copied(Copied),
-    /// Nobody can read it: there will be another picture in its place.
+    /// Nowhere: the server must send a copy in its place.
     Unreadable,
 }
 
@@ -71,62 +90,57 @@ struct Copied {
     buffers: [(WlBuffer, Arc<AtomicBool>); COPIES],
 }
 
-/// Of a buffer in shared memory: whether the compositor still reads it.
+/// Whether the compositor still reads a buffer in shared memory.
 #[derive(Clone, Debug)]
-pub(super) struct InUse(pub Arc<AtomicBool>);
+pub struct InUse(pub Arc<AtomicBool>);
 
-/// Of an import: the buffer that it is for.
+/// The number of the buffer that an import is for.
 #[derive(Clone, Copy, Debug)]
-pub(super) struct ImportOf(pub u64);
+pub struct ImportId(pub u64);
 
 impl Buffers {
-    /// None yet.
+    /// No buffer yet.
     pub fn new(shm: WlShm, dmabuf: Option<ZwpLinuxDmabufV1>) -> Self {
         Self {
             shm,
             dmabuf,
             formats: HashSet::new(),
             next_id: 1,
-            told: false,
+            warned: false,
         }
     }
 
-    /// The compositor says that it can import this.
+    /// The compositor can import this format and modifier.
     pub fn add_format(&mut self, fourcc: u32, modifier: u64) {
         self.formats.insert((fourcc, modifier));
     }
 
-    /// Hands a picture to the compositor.
-    pub(super) fn import(
+    /// Has the compositor import a frame, or copies it.
+    ///
+    /// Fails if the frame is not within its memory or cannot be copied.
+    pub fn import(
         &mut self,
-        picture: Picture,
-        handle: &QueueHandle<State>,
+        frame: Frame,
+        handle: &QueueHandle<impl BufferEvents>,
     ) -> io::Result<Buffer> {
-        check(&picture)?;
+        check(&frame)?;
         let id = self.next_id;
         self.next_id += 1;
         let mut buffer = Buffer {
             id,
-            picture,
-            way: Way::Importing,
+            frame,
+            access: Access::Importing,
         };
-        let picture = &buffer.picture;
+        let frame = &buffer.frame;
         match &self.dmabuf {
-            Some(dmabuf) if self.formats.contains(&(picture.fourcc, picture.modifier)) => {
-                let params = dmabuf.create_params(handle, ImportOf(id));
-                let (high, low) = ((picture.modifier >> 32) as u32, picture.modifier as u32);
-                params.add(
-                    picture.fd.as_fd(),
-                    0,
-                    picture.offset,
-                    picture.stride,
-                    high,
-                    low,
-                );
+            Some(dmabuf) if self.formats.contains(&(frame.fourcc, frame.modifier)) => {
+                let params = dmabuf.create_params(handle, ImportId(id));
+                let (high, low) = ((frame.modifier >> 32) as u32, frame.modifier as u32);
+                params.add(frame.fd.as_fd(), 0, frame.offset, frame.stride, high, low);
                 params.create(
-                    picture.width as i32,
-                    picture.height as i32,
-                    picture.fourcc,
+                    frame.width as i32,
+                    frame.height as i32,
+                    frame.fourcc,
                     zwp_linux_buffer_params_v1::Flags::empty(),
                 );
             }
@@ -135,17 +149,17 @@ impl Buffers {
         Ok(buffer)
     }
 
-    /// A black picture, for when the guest shows none.
-    pub(super) fn blank(
+    /// A black frame, for a guest that shows none.
+    pub fn blank(
         &self,
         (width, height): (u32, u32),
-        handle: &QueueHandle<State>,
+        handle: &QueueHandle<impl BufferEvents>,
     ) -> io::Result<Buffer> {
         let (width, height) = (width.clamp(1, MAX_SIDE), height.clamp(1, MAX_SIDE));
         let stride = width * PIXEL;
         let mut buffer = Buffer {
             id: 0,
-            picture: Picture {
+            frame: Frame {
                 fd: shared_memory(stride as usize * height as usize)?,
                 width,
                 height,
@@ -155,45 +169,47 @@ impl Buffers {
                 modifier: 0,
                 mappable: true,
             },
-            way: Way::Importing,
+            access: Access::Importing,
         };
         self.copy(&mut buffer, handle)?;
         Ok(buffer)
     }
 
-    /// Has a picture copied from now on, by whoever can.
-    pub(super) fn fall_back(
+    /// Copies a frame from now on. One that this process cannot read becomes [unreadable](Buffer::is_unreadable).
+    pub fn fall_back(
         &mut self,
         buffer: &mut Buffer,
-        handle: &QueueHandle<State>,
+        handle: &QueueHandle<impl BufferEvents>,
     ) -> io::Result<()> {
-        if !std::mem::replace(&mut self.told, true) {
-            tracing::warn!("the compositor does not import the guest's pictures: they are copied");
+        if !std::mem::replace(&mut self.warned, true) {
+            tracing::warn!("the compositor does not import the guest's frames: they are copied");
         }
-        if !buffer.picture.mappable {
-            buffer.way = Way::Unreadable;
+        if !buffer.frame.mappable {
+            buffer.access = Access::Unreadable;
             return Ok(());
         }
         self.copy(buffer, handle)
     }
 
-    fn copy(&self, buffer: &mut Buffer, handle: &QueueHandle<State>) -> io::Result<()> {
-        let picture = &buffer.picture;
-        let format = match picture.fourcc {
+    fn copy(&self, buffer: &mut Buffer, handle: &QueueHandle<impl BufferEvents>) -> io::Result<()> {
+        let frame = &buffer.frame;
+        let format = match frame.fourcc {
             XRGB8888 => wl_shm::Format::Xrgb8888,
             ARGB8888 => wl_shm::Format::Argb8888,
             other => wl_shm::Format::try_from(other).map_err(|()| {
-                io::Error::other(format!("no compositor takes pictures of format {other:#x}"))
+                io::Error::other(format!(
+                    "the viewer cannot copy frames of format {other:#x}"
+                ))
             })?,
         };
         let len = |bytes: Option<u64>| {
             bytes
                 .and_then(|bytes| usize::try_from(bytes).ok())
-                .ok_or_else(|| io::Error::other("the picture is too large"))
+                .ok_or_else(|| io::Error::other("the frame is too large"))
         };
-        let source = Mapping::new(&picture.fd, len(picture.end())?, false)?;
-        let line = u64::from(picture.width) * u64::from(PIXEL);
-        let copy = line * u64::from(picture.height);
+        let source = Mapping::new(&frame.fd, len(frame.end())?, false)?;
+        let line = u64::from(frame.width) * u64::from(PIXEL);
+        let copy = line * u64::from(frame.height);
         let total = len(copy
             .checked_mul(COPIES as u64)
             .filter(|&t| t <= i32::MAX as u64))?;
@@ -206,8 +222,8 @@ impl Buffers {
             let in_use = Arc::new(AtomicBool::new(false));
             let wl_buffer = pool.create_buffer(
                 (index as u64 * copy) as i32,
-                picture.width as i32,
-                picture.height as i32,
+                frame.width as i32,
+                frame.height as i32,
                 line as i32,
                 format,
                 handle,
@@ -216,7 +232,7 @@ impl Buffers {
             (wl_buffer, in_use)
         });
         pool.destroy();
-        buffer.way = Way::Copied(Copied {
+        buffer.access = Access::Copied(Copied {
             source,
             target,
             buffers,
@@ -225,24 +241,24 @@ impl Buffers {
     }
 }
 
-/// A picture must lie within its dma-buf, whoever describes it.
-fn check(picture: &Picture) -> io::Result<()> {
-    let size = seek(&picture.fd, SeekFrom::End(0))?;
-    let sane = (1..=MAX_SIDE).contains(&picture.width)
-        && (1..=MAX_SIDE).contains(&picture.height)
-        && picture.stride / PIXEL >= picture.width
-        && picture.end().is_some_and(|end| end <= size);
+/// Checks that a frame is within its memory: its description is not trusted.
+fn check(frame: &Frame) -> io::Result<()> {
+    let size = seek(&frame.fd, SeekFrom::End(0))?;
+    let sane = (1..=MAX_SIDE).contains(&frame.width)
+        && (1..=MAX_SIDE).contains(&frame.height)
+        && frame.stride / PIXEL >= frame.width
+        && frame.end().is_some_and(|end| end <= size);
     if sane {
         Ok(())
     } else {
         Err(io::Error::other(format!(
-            "a picture of {}x{} pixels with {} bytes a line does not lie in a dma-buf of {size} bytes",
-            picture.width, picture.height, picture.stride
+            "a frame of {}x{} pixels with {} bytes a line does not lie in a dma-buf of {size} bytes",
+            frame.width, frame.height, frame.stride
         )))
     }
 }
 
-/// Memory to share with the compositor.
+/// A memory file of `len` bytes to share with the compositor.
 pub fn shared_memory(len: usize) -> io::Result<OwnedFd> {
     let memory = memfd_create("fanlight-view", MemfdFlags::CLOEXEC)?;
     rustix::fs::ftruncate(&memory, len as u64)?;
@@ -250,42 +266,42 @@ pub fn shared_memory(len: usize) -> io::Result<OwnedFd> {
 }
 
 impl Buffer {
-    /// Tells buffers apart.
+    /// The number of the buffer.
     pub fn id(&self) -> u64 {
         self.id
     }
 
-    /// What to tell if only who made the picture can copy it.
-    pub fn unreadable(&self) -> Option<WindowEvent> {
-        matches!(self.way, Way::Unreadable).then_some(WindowEvent::Unreadable)
+    /// Whether neither the compositor nor this process can read the frame.
+    pub fn is_unreadable(&self) -> bool {
+        matches!(self.access, Access::Unreadable)
     }
 
-    /// All of it, as damage.
+    /// The whole frame, as damage.
     pub fn whole(&self) -> [i32; 4] {
-        [0, 0, self.picture.width as i32, self.picture.height as i32]
+        [0, 0, self.frame.width as i32, self.frame.height as i32]
     }
 
     /// The compositor has taken the dma-buf.
     pub fn imported(&mut self, wl_buffer: WlBuffer) {
-        self.way = Way::Imported(wl_buffer);
+        self.access = Access::Imported(wl_buffer);
     }
 
-    /// A buffer with the picture as it is now. `None`: not yet.
+    /// A buffer with the frame as it is now. `None` while there is none, or the compositor still reads all copies.
     pub fn ready(&self) -> io::Result<Option<WlBuffer>> {
-        match &self.way {
-            Way::Importing | Way::Unreadable => Ok(None),
-            Way::Imported(wl_buffer) => Ok(Some(wl_buffer.clone())),
-            Way::Copied(copied) => copied.fill(&self.picture),
+        match &self.access {
+            Access::Importing | Access::Unreadable => Ok(None),
+            Access::Imported(wl_buffer) => Ok(Some(wl_buffer.clone())),
+            Access::Copied(copied) => copied.fill(&self.frame),
         }
     }
 }
 
 impl Drop for Buffer {
     fn drop(&mut self) {
-        match &self.way {
-            Way::Importing | Way::Unreadable => {}
-            Way::Imported(wl_buffer) => wl_buffer.destroy(),
-            Way::Copied(copied) => {
+        match &self.access {
+            Access::Importing | Access::Unreadable => {}
+            Access::Imported(wl_buffer) => wl_buffer.destroy(),
+            Access::Copied(copied) => {
                 for (wl_buffer, _) in &copied.buffers {
                     wl_buffer.destroy();
                 }
@@ -295,22 +311,22 @@ impl Drop for Buffer {
 }
 
 impl Copied {
-    fn fill(&self, picture: &Picture) -> io::Result<Option<WlBuffer>> {
+    fn fill(&self, frame: &Frame) -> io::Result<Option<WlBuffer>> {
         let free = self
             .buffers
             .iter()
             .position(|(_, in_use)| !in_use.load(Ordering::Acquire));
         let Some(index) = free else { return Ok(None) };
-        let line = picture.width as usize * PIXEL as usize;
-        let start = index * line * picture.height as usize;
-        cpu_access(&picture.fd, DMA_BUF_SYNC_START);
-        let copied = (0..picture.height as usize).try_for_each(|row| {
-            let from = picture.offset as usize + row * picture.stride as usize;
+        let line = frame.width as usize * PIXEL as usize;
+        let start = index * line * frame.height as usize;
+        cpu_access(&frame.fd, DMA_BUF_SYNC_START);
+        let copied = (0..frame.height as usize).try_for_each(|row| {
+            let from = frame.offset as usize + row * frame.stride as usize;
             self.target
                 .copy(start + row * line, &self.source, from, line)
         });
-        cpu_access(&picture.fd, DMA_BUF_SYNC_END);
-        copied.ok_or_else(|| io::Error::other("a picture does not lie in its memory"))?;
+        cpu_access(&frame.fd, DMA_BUF_SYNC_END);
+        copied.ok_or_else(|| io::Error::other("a frame is not within its memory"))?;
         let (wl_buffer, in_use) = &self.buffers[index];
         in_use.store(true, Ordering::Release);
         Ok(Some(wl_buffer.clone()))
@@ -321,8 +337,7 @@ impl Copied {
 const DMA_BUF_SYNC_START: u64 = 1;
 const DMA_BUF_SYNC_END: u64 = 1 | 1 << 2;
 
-/// Tells a dma-buf's exporter that the CPU starts, or has ended, reading. Other descriptors have no such
-/// call, and need none.
+/// Tells the exporter of a dma-buf that the CPU begins or ends to read. A memory file refuses the call and needs none.
 fn cpu_access(fd: &OwnedFd, flags: u64) {
     // SAFETY: the ioctl reads one 64-bit number.
     let _ = unsafe {
@@ -337,8 +352,8 @@ fn cpu_access(fd: &OwnedFd, flags: u64) {
 mod tests {
     use super::*;
 
-    fn picture(width: u32, height: u32, stride: u32, offset: u32, bytes: usize) -> Picture {
-        Picture {
+    fn frame(width: u32, height: u32, stride: u32, offset: u32, bytes: usize) -> Frame {
+        Frame {
             fd: shared_memory(bytes).unwrap(),
             width,
             height,
@@ -351,14 +366,14 @@ mod tests {
     }
 
     #[test]
-    fn pictures_outside_of_their_memory_are_refused() {
-        assert!(check(&picture(16, 16, 64, 0, 1024)).is_ok());
+    fn frames_outside_of_their_memory_are_refused() {
+        assert!(check(&frame(16, 16, 64, 0, 1024)).is_ok());
         for bad in [
-            picture(16, 16, 64, 1, 1024),
-            picture(16, 16, 60, 0, 1024),
-            picture(0, 16, 64, 0, 1024),
-            picture(16, 17, 64, 0, 1024),
-            picture(16, u32::MAX, u32::MAX, u32::MAX, 1024),
+            frame(16, 16, 64, 1, 1024),
+            frame(16, 16, 60, 0, 1024),
+            frame(0, 16, 64, 0, 1024),
+            frame(16, 17, 64, 0, 1024),
+            frame(16, u32::MAX, u32::MAX, u32::MAX, 1024),
         ] {
             assert!(check(&bad).is_err(), "{bad:?}");
         }

@@ -1,54 +1,54 @@
 //! The guest's cursor on the host's pointer.
 
-use std::io;
-
-use std::os::fd::AsFd;
+use std::{io, os::fd::AsFd};
 
 use wayland_client::{
-    QueueHandle,
-    protocol::{wl_pointer::WlPointer, wl_shm, wl_shm::WlShm, wl_surface::WlSurface},
+    Dispatch, QueueHandle,
+    protocol::{
+        wl_buffer::WlBuffer, wl_pointer::WlPointer, wl_shm, wl_shm::WlShm, wl_shm_pool::WlShmPool,
+        wl_surface::WlSurface,
+    },
 };
 
-use super::{buffers::shared_memory, mapping::Mapping, picture::CursorPicture, window::State};
+use super::{buffers::shared_memory, frame::CursorImage, mapping::Mapping};
 
-/// The longest side of a cursor; virtio-gpu's has 64.
+/// The longest side of a cursor in pixels. Cursors of virtio-gpu have 64.
 const MAX_SIDE: u32 = 512;
 
 /// A surface that follows the pointer.
 pub struct CursorSurface {
     surface: WlSurface,
     shm: WlShm,
-    picture: Option<CursorPicture>,
-    /// The pointer that is in the window, and the serial of its entering.
+    image: Option<CursorImage>,
+    /// The pointer in the window, and the serial of its `enter` event.
     pointer: Option<(WlPointer, u32)>,
 }
 
 impl CursorSurface {
-    /// A cursor that is hidden.
+    /// A hidden cursor.
     pub fn new(surface: WlSurface, shm: WlShm) -> Self {
         Self {
             surface,
             shm,
-            picture: None,
+            image: None,
             pointer: None,
         }
     }
 
-    /// Gives it another look.
-    pub(super) fn set(
-        &mut self,
-        picture: Option<CursorPicture>,
-        handle: &QueueHandle<State>,
-    ) -> io::Result<()> {
-        self.picture = picture.filter(is_sane);
-        if let Some(picture) = &self.picture {
-            let memory = shared_memory(picture.pixels.len())?;
-            Mapping::new(&memory, picture.pixels.len(), true)?
-                .write(0, &picture.pixels)
+    /// Sets another image, or hides the cursor. An image that contradicts itself hides it too.
+    pub fn set<D>(&mut self, image: Option<CursorImage>, handle: &QueueHandle<D>) -> io::Result<()>
+    where
+        D: Dispatch<WlShmPool, ()> + Dispatch<WlBuffer, ()> + 'static,
+    {
+        self.image = image.filter(is_sane);
+        if let Some(image) = &self.image {
+            let memory = shared_memory(image.pixels.len())?;
+            Mapping::new(&memory, image.pixels.len(), true)?
+                .write(0, &image.pixels)
                 .ok_or_else(|| io::Error::other("a cursor does not fit its memory"))?;
-            let len = picture.pixels.len() as i32;
+            let len = image.pixels.len() as i32;
             let pool = self.shm.create_pool(memory.as_fd(), len, handle, ());
-            let (width, height) = (picture.width as i32, picture.height as i32);
+            let (width, height) = (image.width as i32, image.height as i32);
             let format = wl_shm::Format::Argb8888;
             let buffer = pool.create_buffer(0, width, height, width * 4, format, handle, ());
             self.surface.attach(Some(&buffer), 0, 0);
@@ -61,13 +61,13 @@ impl CursorSurface {
     }
 
     /// The pointer came into the window.
-    pub fn entered(&mut self, pointer: &WlPointer, serial: u32) {
+    pub fn enter(&mut self, pointer: &WlPointer, serial: u32) {
         self.pointer = Some((pointer.clone(), serial));
         self.apply();
     }
 
     /// The seat has no pointer any more.
-    pub fn left(&mut self) {
+    pub fn leave(&mut self) {
         self.pointer = None;
     }
 
@@ -75,9 +75,9 @@ impl CursorSurface {
         let Some((pointer, serial)) = &self.pointer else {
             return;
         };
-        match &self.picture {
-            Some(picture) => {
-                let (x, y) = (picture.hot_x as i32, picture.hot_y as i32);
+        match &self.image {
+            Some(image) => {
+                let (x, y) = (image.hot_x as i32, image.hot_y as i32);
                 pointer.set_cursor(*serial, Some(&self.surface), x, y);
             }
             None => pointer.set_cursor(*serial, None, 0, 0),
@@ -85,13 +85,13 @@ impl CursorSurface {
     }
 }
 
-fn is_sane(picture: &CursorPicture) -> bool {
-    let pixels = u64::from(picture.width) * u64::from(picture.height);
-    (1..=MAX_SIDE).contains(&picture.width)
-        && (1..=MAX_SIDE).contains(&picture.height)
-        && picture.hot_x < picture.width
-        && picture.hot_y < picture.height
-        && picture.pixels.len() as u64 == pixels * 4
+fn is_sane(image: &CursorImage) -> bool {
+    let pixels = u64::from(image.width) * u64::from(image.height);
+    (1..=MAX_SIDE).contains(&image.width)
+        && (1..=MAX_SIDE).contains(&image.height)
+        && image.hot_x < image.width
+        && image.hot_y < image.height
+        && image.pixels.len() as u64 == pixels * 4
 }
 
 #[cfg(test)]
@@ -100,7 +100,7 @@ mod tests {
 
     #[test]
     fn absurd_cursors_are_hidden() {
-        let good = CursorPicture {
+        let good = CursorImage {
             width: 64,
             height: 64,
             hot_x: 3,
@@ -109,20 +109,20 @@ mod tests {
         };
         assert!(is_sane(&good));
         for bad in [
-            CursorPicture {
+            CursorImage {
                 width: 63,
                 ..good.clone()
             },
-            CursorPicture {
+            CursorImage {
                 hot_x: 64,
                 ..good.clone()
             },
-            CursorPicture {
+            CursorImage {
                 height: 0,
                 pixels: vec![],
                 ..good.clone()
             },
-            CursorPicture {
+            CursorImage {
                 width: u32::MAX,
                 height: u32::MAX,
                 ..good.clone()

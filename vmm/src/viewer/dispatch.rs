@@ -1,4 +1,4 @@
-//! The compositor's events about the window and its buffers.
+//! Events of the compositor for the window and its buffers.
 
 use std::sync::atomic::Ordering;
 
@@ -32,8 +32,10 @@ use wayland_protocols::{
 };
 
 use super::{
-    buffers::{ImportOf, InUse},
-    window::{FrameSerial, Inhibitor, State, WindowEvent},
+    buffers::{ImportId, InUse},
+    events::WindowEvent,
+    grab::Inhibitor,
+    state::{FrameSerial, State},
 };
 
 delegate_noop!(State: WlCompositor);
@@ -44,7 +46,7 @@ delegate_noop!(State: ZwpKeyboardShortcutsInhibitManagerV1);
 delegate_noop!(State: ignore WlShm);
 delegate_noop!(State: ignore WlSurface);
 delegate_noop!(State: ignore Inhibitor);
-// Of a dma-buf, which the compositor may go on reading: the guest draws when it likes.
+// A dma-buf: the compositor may read it at any time, and the guest draws at any time.
 delegate_noop!(State: ignore WlBuffer);
 
 impl Dispatch<WlRegistry, GlobalListContents> for State {
@@ -136,7 +138,7 @@ impl Dispatch<WlBuffer, InUse> for State {
     ) {
         if let wl_buffer::Event::Release = event {
             in_use.0.store(false, Ordering::Release);
-            state.buffer_is_free();
+            state.buffer_released();
         }
     }
 }
@@ -162,12 +164,12 @@ impl Dispatch<ZwpLinuxDmabufV1, ()> for State {
     }
 }
 
-impl Dispatch<ZwpLinuxBufferParamsV1, ImportOf> for State {
+impl Dispatch<ZwpLinuxBufferParamsV1, ImportId> for State {
     fn event(
         state: &mut Self,
         params: &ZwpLinuxBufferParamsV1,
         event: zwp_linux_buffer_params_v1::Event,
-        import: &ImportOf,
+        import: &ImportId,
         _: &Connection,
         _: &QueueHandle<Self>,
     ) {

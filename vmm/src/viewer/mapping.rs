@@ -1,4 +1,4 @@
-//! Shared memory of pictures, which others write while it is read: bytes are copied, never borrowed.
+//! Shared memory of frames. Others write it while it is read, so bytes are copied and never borrowed.
 
 use std::{io, os::fd::AsFd, ptr};
 

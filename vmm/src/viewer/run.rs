@@ -1,4 +1,4 @@
-//! Between a display stream and a window.
+//! Carries frames from a display stream to the window, and input from the window to the stream.
 
 use std::{
     fs::File,
@@ -23,16 +23,17 @@ use rustix::event::{PollFd, PollFlags, poll};
 use thiserror::Error;
 
 use super::{
-    picture::{CursorPicture, Picture},
-    window::{Window, WindowError, WindowEvent},
+    events::WindowEvent,
+    frame::{CursorImage, Frame},
+    window::{Window, WindowError},
 };
 
-/// The size of a window before the guest has said what it shows.
+/// Width and height of the window in pixels before the first frame.
 const FIRST_SIZE: (u32, u32) = (1280, 800);
-/// A cursor has so many bytes at most.
+/// The longest cursor image, in bytes.
 const MAX_CURSOR: u64 = 1 << 20;
 
-/// Why there is nothing to see.
+/// Why the view ends, or does not begin.
 #[derive(Debug, Error)]
 pub enum ViewError {
     /// The API.
@@ -51,7 +52,7 @@ pub enum ViewError {
     #[error(transparent)]
     Stream(#[from] StreamError),
     /// The server sent a message without its descriptor.
-    #[error("the server sent no descriptor with a picture")]
+    #[error("the server sent no descriptor with a frame")]
     NoDescriptor,
     /// Waiting.
     #[error("cannot wait for the window")]
@@ -65,13 +66,13 @@ pub fn run(socket: &Path, gpu: u32, output: u32) -> Result<(), ViewError> {
         source,
     };
     let mut client = Client::connect(socket).map_err(api)?;
-    let watch = SubscribeDisplay {
+    let params = SubscribeDisplay {
         gpu,
         pace: true,
         drive: true,
     };
     let (stream, fds) = client
-        .call_with::<DisplaySubscribe>(&watch, &[])
+        .call_with::<DisplaySubscribe>(&params, &[])
         .map_err(api)?;
     let fd = take(fds, stream.fd)?;
     if !stream.drives {
@@ -92,10 +93,10 @@ pub fn run(socket: &Path, gpu: u32, output: u32) -> Result<(), ViewError> {
     }
 }
 
-/// The descriptor at a place among those of a message.
-fn take(fds: Vec<OwnedFd>, place: u32) -> Result<OwnedFd, ViewError> {
+/// A message's descriptor of this index.
+fn take(fds: Vec<OwnedFd>, index: u32) -> Result<OwnedFd, ViewError> {
     fds.into_iter()
-        .nth(place as usize)
+        .nth(index as usize)
         .ok_or(ViewError::NoDescriptor)
 }
 
@@ -107,7 +108,7 @@ struct View {
 }
 
 impl View {
-    /// Waits for one of both sides and serves both. Whether to go on.
+    /// Waits for the stream or the window, and serves both. `false` once the window is closed.
     fn turn(&mut self) -> Result<bool, ViewError> {
         let mut wanted = PollFlags::IN;
         if self.stream.is_full() {
@@ -121,36 +122,35 @@ impl View {
             Ok(_) | Err(rustix::io::Errno::INTR) => {}
             Err(error) => return Err(io::Error::from(error).into()),
         }
-        let heard = !fds[0].revents().is_empty();
-        if heard {
+        let readable = !fds[0].revents().is_empty();
+        if readable {
             self.stream.flush()?;
-            for (news, fds) in self.stream.receive::<DisplayUpdate>()? {
-                self.take_news(news, fds)?;
+            for (update, fds) in self.stream.receive::<DisplayUpdate>()? {
+                self.show(update, fds)?;
             }
         }
         for event in self.window.dispatch()? {
             if event == WindowEvent::Closed {
                 return Ok(false);
             }
-            self.pass_on(event)?;
+            self.send(event)?;
         }
         Ok(true)
     }
 
-    fn take_news(&mut self, news: DisplayUpdate, fds: Vec<OwnedFd>) -> Result<(), ViewError> {
-        match news {
+    /// Shows an update of the display.
+    fn show(&mut self, update: DisplayUpdate, fds: Vec<OwnedFd>) -> Result<(), ViewError> {
+        match update {
             DisplayUpdate::Scanout {
                 output,
-                frame: picture,
+                frame,
                 error,
             } if output == self.output => {
                 if let Some(error) = error {
-                    tracing::warn!("the guest's picture cannot be had: {error}");
+                    tracing::warn!("the guest's frame cannot be shown: {error}");
                 }
-                let picture = picture
-                    .map(|described| picture_of(described, fds))
-                    .transpose()?;
-                self.window.show(picture)?;
+                let frame = frame.map(|frame| open_frame(&frame, fds)).transpose()?;
+                self.window.show(frame)?;
             }
             DisplayUpdate::Damage {
                 output,
@@ -165,14 +165,11 @@ impl View {
                         .send(&ViewerMessage::Release { serial }, vec![])?;
                 }
             }
-            DisplayUpdate::CursorImage {
-                output,
-                image: look,
-            } if output == self.output => {
-                let picture = look.map(|look| cursor_of(&look, fds)).transpose()?;
-                self.window.set_cursor(picture)?;
+            DisplayUpdate::CursorImage { output, image } if output == self.output => {
+                let image = image.map(|image| read_cursor(&image, fds)).transpose()?;
+                self.window.set_cursor(image)?;
             }
-            // The host's pointer is where the guest was told that it is.
+            // The host's pointer is already where it moved the guest's.
             DisplayUpdate::CursorPosition { .. }
             | DisplayUpdate::Outputs(_)
             | DisplayUpdate::Scanout { .. }
@@ -181,9 +178,10 @@ impl View {
         Ok(())
     }
 
-    fn pass_on(&mut self, event: WindowEvent) -> Result<(), ViewError> {
+    /// Sends an event of the window on the stream. Input is sent only by a stream that drives.
+    fn send(&mut self, event: WindowEvent) -> Result<(), ViewError> {
         let output = self.output;
-        let says = match event {
+        let message = match event {
             WindowEvent::Shown { serial } => ViewerMessage::Release { serial },
             WindowEvent::Unreadable => ViewerMessage::CopyDeviceMemory,
             _ if !self.drives => return Ok(()),
@@ -216,7 +214,7 @@ impl View {
             WindowEvent::Unfocused => ViewerMessage::Unfocused,
             WindowEvent::Closed => return Ok(()),
         };
-        Ok(self.stream.send(&says, vec![])?)
+        Ok(self.stream.send(&message, vec![])?)
     }
 }
 
@@ -224,14 +222,15 @@ fn clamped(pixels: u32) -> i32 {
     i32::try_from(pixels).unwrap_or(i32::MAX)
 }
 
-fn picture_of(described: ExportedFrame, fds: Vec<OwnedFd>) -> Result<Picture, ViewError> {
-    Ok(Picture {
+/// A frame with its descriptor.
+fn open_frame(described: &ExportedFrame, fds: Vec<OwnedFd>) -> Result<Frame, ViewError> {
+    Ok(Frame {
         fd: take(fds, described.fd)?,
         width: described.width,
         height: described.height,
         stride: described.stride,
         offset: u32::try_from(described.offset)
-            .map_err(|_| io::Error::other("a picture is too far into its dma-buf"))?,
+            .map_err(|_| io::Error::other("a frame begins too far into its memory"))?,
         fourcc: described.fourcc,
         modifier: described.modifier,
         mappable: described.memory == FrameMemory::Shared
@@ -239,16 +238,17 @@ fn picture_of(described: ExportedFrame, fds: Vec<OwnedFd>) -> Result<Picture, Vi
     })
 }
 
-fn cursor_of(look: &ExportedCursor, fds: Vec<OwnedFd>) -> Result<CursorPicture, ViewError> {
+/// A cursor image with its pixels.
+fn read_cursor(image: &ExportedCursor, fds: Vec<OwnedFd>) -> Result<CursorImage, ViewError> {
     let mut pixels = Vec::new();
-    File::from(take(fds, look.fd)?)
+    File::from(take(fds, image.fd)?)
         .take(MAX_CURSOR)
         .read_to_end(&mut pixels)?;
-    Ok(CursorPicture {
-        width: look.width,
-        height: look.height,
-        hot_x: look.hot_x,
-        hot_y: look.hot_y,
+    Ok(CursorImage {
+        width: image.width,
+        height: image.height,
+        hot_x: image.hot_x,
+        hot_y: image.hot_y,
         pixels,
     })
 }
