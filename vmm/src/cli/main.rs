@@ -16,12 +16,13 @@ use fanlight::{
     control::run_loop,
     control::serve::{self, with_api_defaults},
     host::files,
-    host::resources::Resources,
     host::signals::Signals,
     host::terminal,
     renderer, viewer,
     vm::ending::Ending,
-    vm::error::LifeError,
+    vm::error::RunError,
+    vm::fault::Classify,
+    vm::resources::Resources,
 };
 use fanlight_api::{server::Server, socket::Descriptors};
 use fanlight_devices::error_line;
@@ -72,6 +73,14 @@ fn failed(error: &dyn std::error::Error) -> Ending {
     Ending::Failed
 }
 
+/// Prints an error of a machine, with the option that it is about. Options are named like the configuration's fields.
+fn print_about(field: Option<&str>, error: &dyn std::error::Error) {
+    let option = field.map_or_else(String::new, |field| {
+        format!("--{}: ", field.replace('_', "-"))
+    });
+    eprintln!("fanlight: {option}{}", error_line(error));
+}
+
 fn run(mut options: RunOptions, started: Instant) -> Ending {
     files::allow_all();
     let set_log = log::start(&options.log.level);
@@ -84,7 +93,10 @@ fn run(mut options: RunOptions, started: Instant) -> Ending {
     };
     let resources = match Resources::open(config, &Descriptors::Inherited) {
         Ok(resources) => resources,
-        Err(error) => return bad_input(&error),
+        Err(error) => {
+            print_about(error.field(), &error);
+            return Ending::BadInput;
+        }
     };
     with_queue(set_log, settings, |signals, queue| {
         queue.created(&resources);
@@ -103,9 +115,9 @@ fn serve(options: ServeOptions) -> Ending {
 fn with_queue(
     set_log: SetLog,
     settings: Option<(PathBuf, ApiOptions)>,
-    life: impl FnOnce(&Signals, &mut ControlQueue) -> Result<Ending, LifeError>,
+    life: impl FnOnce(&Signals, &mut ControlQueue) -> Result<Ending, RunError>,
 ) -> Ending {
-    let host = |action| move |source| LifeError::Host { action, source };
+    let host = |action| move |source| RunError::Host { action, source };
     let signals = match Signals::catch().map_err(host("catch signals")) {
         Ok(signals) => signals,
         Err(error) => return failed(&error),
@@ -129,8 +141,14 @@ fn with_queue(
     match result {
         Ok(ending) => ending,
         // By now the terminal is itself again: the machine and its consoles are gone.
-        Err(error) if error.is_bad_input() => bad_input(&error),
-        Err(error) => failed(&error),
+        Err(error) => {
+            print_about(error.field(), &error);
+            if error.fault().is_bad_input() {
+                Ending::BadInput
+            } else {
+                Ending::Failed
+            }
+        }
     }
 }
 

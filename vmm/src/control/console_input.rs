@@ -2,65 +2,51 @@
 
 use std::collections::VecDeque;
 
-use vmm_sys_util::eventfd::EventFd;
-
-use crate::{host::console::Input, host::resources::Consoles, vm::machine::Machine};
-
-/// Gives bytes to a console; how many found room.
-type Give = Box<dyn Fn(&[u8]) -> usize>;
+use crate::{
+    host::console::Input,
+    vm::{guest_console::GuestConsole, resources::Consoles},
+};
 
 /// A console of the machine with the host's side of its input.
 pub struct ConsoleInput<'a> {
     /// The host's side.
     pub source: &'a mut Input,
-    give: Give,
-    /// Signalled when the guest has made room.
-    pub room: EventFd,
+    /// The guest's side.
+    pub guest: GuestConsole,
     /// What the guest had no room for.
     pub pending: VecDeque<u8>,
     /// Whether the source is being waited on.
     pub waiting: bool,
 }
 
-/// The machine's consoles, those of `consoles` that it has.
-pub fn inputs<'a>(consoles: Consoles<'a>, machine: &Machine) -> Vec<ConsoleInput<'a>> {
-    let serial = machine.serial.clone();
-    let mut inputs: Vec<(_, Give, _)> = vec![(
-        &mut consoles.serial.input,
-        Box::new(move |bytes: &[u8]| serial.input(bytes)),
-        &machine.serial_room,
-    )];
-    if let (Some(host), Some((handle, room))) = (consoles.console, &machine.console) {
-        let handle = handle.clone();
-        if let Some((cols, rows)) = host.input.terminal_size() {
-            handle.resize(cols, rows);
-        }
-        inputs.push((
-            &mut host.input,
-            Box::new(move |bytes: &[u8]| handle.input(bytes)),
-            room,
-        ));
-    }
+/// Connects backends with the machine's consoles: the serial port, and the virtio console if there is one.
+pub fn inputs(hosts: &mut Consoles, guests: Vec<GuestConsole>) -> Vec<ConsoleInput<'_>> {
+    let hosts = [Some(&mut hosts.serial), hosts.virtio.as_mut()];
+    let inputs = hosts.into_iter().flatten().zip(guests);
+    let inputs = inputs.map(|(host, guest)| ConsoleInput {
+        source: &mut host.input,
+        guest,
+        pending: VecDeque::new(),
+        waiting: false,
+    });
+    let inputs: Vec<_> = inputs.collect();
+    inputs.iter().for_each(ConsoleInput::resize);
     inputs
-        .into_iter()
-        .filter_map(|(source, give, room)| {
-            Some(ConsoleInput {
-                source,
-                give,
-                room: room.try_clone().ok()?,
-                pending: VecDeque::new(),
-                waiting: false,
-            })
-        })
-        .collect()
 }
 
 impl ConsoleInput<'_> {
+    /// Tells the guest the terminal's size, if the host's side is one.
+    pub fn resize(&self) {
+        if let Some((columns, rows)) = self.source.terminal_size() {
+            (self.guest.resize)(columns, rows);
+        }
+    }
+
     /// Gives the guest what waits; returns whether everything found room.
     pub fn push(&mut self) -> bool {
         while !self.pending.is_empty() {
             let (front, _) = self.pending.as_slices();
-            let taken = (self.give)(front);
+            let taken = (self.guest.give)(front);
             if taken == 0 {
                 return false;
             }

@@ -8,13 +8,19 @@ use fanlight_api::{ApiError, ErrorKind, methods::MachineCall, types::VmState};
 use fanlight_devices::{
     error_line,
     pci::SlotError,
-    vfio::VfioError,
     virtio::gpu::{DisplayError, FrameError},
 };
 
 use crate::{
-    display::api::CallError, host::resources::ConfigError, vm::error::LifeError,
-    vm::machine::MachineError, vm::passthrough::PassthroughError, vm::pci_topology::InventoryError,
+    display::api::CallError,
+    vm::{
+        devices::disk::ResizeError,
+        error::{MachineError, RunError},
+        fault::{Classify, Fault},
+        hotplug::{AddError, AddFailure},
+        pci_topology::TopologyError,
+        resources::OpenError,
+    },
 };
 
 /// A call that the machine's state forbids.
@@ -122,19 +128,37 @@ pub fn log_level(error: String) -> ApiError {
     ApiError::new(ErrorKind::InvalidParams, error).at("level")
 }
 
+/// The kind of an error, by who is at fault.
+fn kind(fault: Fault) -> ErrorKind {
+    match fault {
+        Fault::Input => ErrorKind::BadInput,
+        Fault::Descriptor => ErrorKind::BadDescriptor,
+        Fault::Host | Fault::Guest => ErrorKind::HostFailure,
+    }
+}
+
+/// An error about a field of the parameters, or about all of them.
+fn about(error: &impl Classify, field: Option<&str>) -> ApiError {
+    let answer = ApiError::new(kind(error.fault()), error_line(error));
+    match field {
+        Some(field) => answer.at(field),
+        None => answer,
+    }
+}
+
+/// A configuration that makes no machine.
+pub fn open(error: &OpenError) -> ApiError {
+    about(error, error.field())
+}
+
 /// A failure of the machine.
-pub fn life(error: &LifeError) -> ApiError {
-    let kind = if error.is_bad_input() {
-        ErrorKind::BadInput
-    } else {
-        ErrorKind::HostFailure
-    };
-    ApiError::new(kind, error_line(error))
+pub fn run(error: &RunError) -> ApiError {
+    about(error, error.field())
 }
 
 /// A failure of a running machine.
 pub fn machine(error: MachineError) -> ApiError {
-    life(&error.into())
+    run(&error.into())
 }
 
 /// The power button cannot be pressed.
@@ -143,120 +167,49 @@ pub fn power_button(error: &io::Error) -> ApiError {
     ApiError::new(ErrorKind::HostFailure, text)
 }
 
-/// A configuration that makes no machine or no device. `field` is empty for the whole of it.
-pub fn config(error: &ConfigError, field: &str) -> ApiError {
-    let kind = match error {
-        ConfigError::Descriptor { .. } => ErrorKind::BadDescriptor,
-        ConfigError::Vfio(error) => passthrough_kind(error),
-        ConfigError::NoKernel
-        | ConfigError::Open { .. }
-        | ConfigError::NotAFile { .. }
-        | ConfigError::HugePages(_)
-        | ConfigError::Ram(_)
-        | ConfigError::Disk(_)
-        | ConfigError::Serial(_)
-        | ConfigError::Tap(_)
-        | ConfigError::Mac(_)
-        | ConfigError::Requests(_)
-        | ConfigError::Graphics(_)
-        | ConfigError::TwoConsoles
-        | ConfigError::Console(_)
-        | ConfigError::Vsock(_)
-        | ConfigError::Id(_)
-        | ConfigError::IdTaken(_)
-        | ConfigError::Port(_) => ErrorKind::BadInput,
-    };
-    let error = ApiError::new(kind, error_line(error));
-    if field.is_empty() {
-        error
-    } else {
-        error.at(field)
-    }
-}
-
-/// The kind of a fault in the configuration of a passed-through device.
-fn passthrough_kind(error: &PassthroughError) -> ErrorKind {
-    match error {
-        PassthroughError::Descriptor(_) | PassthroughError::NotANode(_) => ErrorKind::BadDescriptor,
-        PassthroughError::Vfio(error) => vfio_kind(error),
-        PassthroughError::Address(_)
-        | PassthroughError::Twice(_)
-        | PassthroughError::Present(_)
-        | PassthroughError::BothInterfaces
-        | PassthroughError::NodeInContainer
-        | PassthroughError::SecondIommu
-        | PassthroughError::OpenNode { .. } => ErrorKind::BadInput,
-    }
-}
-
-fn vfio_kind(error: &VfioError) -> ErrorKind {
-    match error {
-        VfioError::NotAContainer
-        | VfioError::NotAGroup(_)
-        | VfioError::NotInGroup(_)
-        | VfioError::GroupInContainer(_) => ErrorKind::BadDescriptor,
-        VfioError::NoDevice(_)
-        | VfioError::NotBound { .. }
-        | VfioError::NoIommu(_)
-        | VfioError::NotViable { .. }
-        | VfioError::Busy(_)
-        | VfioError::Permission(_)
-        | VfioError::NoNode { .. }
-        | VfioError::UnsafeInterrupts
-        | VfioError::MemoryLock { .. }
-        | VfioError::OutOfReach { .. }
-        | VfioError::Broken { .. }
-        | VfioError::Msix(_)
-        | VfioError::DmaBuf(_)
-        | VfioError::Library { .. }
-        | VfioError::Device { .. }
-        | VfioError::Host { .. } => ErrorKind::BadInput,
-    }
-}
-
 /// A device that cannot be plugged or unplugged.
-pub fn topology(error: &InventoryError, field: &str) -> ApiError {
+pub fn topology(error: &TopologyError, field: &str) -> ApiError {
     let kind = match error {
-        InventoryError::NotFound(_) => ErrorKind::NotFound,
-        InventoryError::Exists(_) | InventoryError::Slot(SlotError::Occupied(_)) => {
-            ErrorKind::Exists
-        }
-        InventoryError::Slot(SlotError::Busy(_)) => ErrorKind::Busy,
-        InventoryError::Machine(error) if !error.is_bad_input() => ErrorKind::HostFailure,
-        InventoryError::Machine(_)
-        | InventoryError::Slot(SlotError::Empty(_))
-        | InventoryError::NoSlot
-        | InventoryError::NoPort { .. }
-        | InventoryError::Fixed(_)
-        | InventoryError::Shared(_) => ErrorKind::BadInput,
+        TopologyError::NotFound(_) => ErrorKind::NotFound,
+        TopologyError::Exists(_) | TopologyError::Slot(SlotError::Occupied(_)) => ErrorKind::Exists,
+        TopologyError::Slot(SlotError::Busy(_)) => ErrorKind::Busy,
+        TopologyError::Slot(SlotError::Empty(_))
+        | TopologyError::NoSlot
+        | TopologyError::NoPort { .. }
+        | TopologyError::Fixed(_)
+        | TopologyError::Shared(_)
+        | TopologyError::Pci(_)
+        | TopologyError::Interrupt(_) => kind(error.fault()),
     };
     ApiError::new(kind, error_line(error)).at(field)
 }
 
-/// A `device.add` that names no device, or more than one.
-pub fn not_one_device() -> ApiError {
-    ApiError::new(
-        ErrorKind::InvalidParams,
-        "device.add takes one device: disk, net or vfio",
-    )
+/// A `device.add` that cannot be done.
+pub fn add(error: &AddError) -> ApiError {
+    match &error.cause {
+        AddFailure::NotOneDevice => {
+            ApiError::new(ErrorKind::InvalidParams, error_line(&error.cause))
+        }
+        AddFailure::Topology(cause) | AddFailure::Machine(MachineError::Topology(cause)) => {
+            topology(cause, &error.field)
+        }
+        AddFailure::Name(cause) => about(cause, Some(&error.field)),
+        AddFailure::Device(cause) => about(cause, Some(&error.field)),
+        AddFailure::Machine(cause) => about(cause, Some(&error.field)),
+    }
 }
 
-/// A disk that the machine does not have; `ids` are those that it has.
-pub fn no_disk<'a>(id: &str, ids: impl Iterator<Item = &'a str>) -> ApiError {
-    let text = format!("there is no disk {id:?}; device.list has their names");
-    ApiError::new(ErrorKind::NotFound, text)
-        .at("id")
-        .with_nearest(id, ids)
-}
-
-/// A disk that cannot be `size` bytes long.
-pub fn disk_size(id: &str, size: u64, error: &io::Error) -> ApiError {
-    let kind = match error.kind() {
-        io::ErrorKind::InvalidInput | io::ErrorKind::Unsupported => ErrorKind::BadInput,
-        _ => ErrorKind::HostFailure,
-    };
-    let text = format!("disk {id:?} cannot be {size} bytes: {error}");
-    ApiError::new(kind, text).at("size")
+/// A disk that keeps its size.
+pub fn resize(error: &ResizeError) -> ApiError {
+    match error {
+        ResizeError::NotFound { id, names } => {
+            let names = names.iter().map(String::as_str);
+            ApiError::new(ErrorKind::NotFound, error_line(error))
+                .at("id")
+                .with_nearest(id, names)
+        }
+        ResizeError::Image { .. } => about(error, Some("size")),
+    }
 }
 
 /// A console that the machine does not have.

@@ -21,6 +21,7 @@ use crate::{
         running::{Outcome, RunningMachine},
     },
     host::console::Input,
+    vm::devices::{disk, gpu::Gpu},
     vm::ending::Ending,
 };
 
@@ -35,11 +36,11 @@ impl RunningMachine<'_> {
         } = command;
         match call {
             MachineCall::VmPause(_) if !paused => {
-                let result = self.machine.pause().map_err(errors::machine);
+                let result = self.machine.processors.pause().map_err(errors::machine);
                 reply.send::<methods::VmPause>(result.map(|()| self.queue.paused(true)));
             }
             MachineCall::VmResume(_) if paused => {
-                let result = self.machine.resume().map_err(errors::machine);
+                let result = self.machine.processors.resume().map_err(errors::machine);
                 reply.send::<methods::VmResume>(result.map(|()| self.queue.paused(false)));
             }
             MachineCall::VmPowerButton(_) if !paused => {
@@ -48,7 +49,7 @@ impl RunningMachine<'_> {
                 reply.send::<methods::VmPowerButton>(result.map(|()| Done {}));
             }
             MachineCall::VmNmi(_) if !paused => {
-                let result = self.machine.raise_nmi().map_err(errors::machine);
+                let result = self.machine.processors.raise_nmi().map_err(errors::machine);
                 reply.send::<methods::VmNmi>(result.map(|()| Done {}));
             }
             MachineCall::VmCreate(_)
@@ -69,15 +70,15 @@ impl RunningMachine<'_> {
             MachineCall::VmStats(_) => reply.send::<methods::VmStats>(Ok(self.stats())),
             MachineCall::DeviceList(_) => {
                 reply.send::<methods::DeviceList>(Ok(types::DeviceList {
-                    devices: self.machine.inventory.list(),
-                    free_ports: self.machine.inventory.free_ports(),
+                    devices: self.machine.topology.list(),
+                    free_ports: self.machine.topology.free_ports(),
                 }));
             }
             MachineCall::DeviceAdd(add) => {
                 reply.send::<methods::DeviceAdd>(self.add_device(add, &descriptors));
             }
             MachineCall::DeviceRemove(device) => {
-                let result = self.machine.inventory.ask_back(&device.id);
+                let result = self.machine.topology.request_unplug(&device.id);
                 let result = result.map_err(|error| errors::topology(&error, "id"));
                 reply.send::<methods::DeviceRemove>(result.map(|()| Done {}));
             }
@@ -96,32 +97,35 @@ impl RunningMachine<'_> {
     }
 
     fn stats(&self) -> types::VmStats {
-        let vcpus = self.machine.exits.iter().zip(0..).map(|(exits, vcpu)| {
-            let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
-            VcpuStats {
-                vcpu,
-                io_in: count(&exits.io_in),
-                io_out: count(&exits.io_out),
-                mmio_read: count(&exits.mmio_read),
-                mmio_write: count(&exits.mmio_write),
-                interrupted: count(&exits.interrupted),
-                other: count(&exits.other),
-            }
-        });
-        let ram = self.holdings.ram;
-        let gpus = self.holdings.graphics.into_iter().flat_map(|graphics| {
-            graphics.gpus.iter().map(|gpu| {
-                let statistics = gpu.display.statistics();
-                GpuStats {
-                    flushes: statistics.flushes,
-                    copied: statistics.transferred_bytes,
-                    resource_memory: statistics.resource_memory,
+        let vcpus = self
+            .machine
+            .processors
+            .exits()
+            .zip(0..)
+            .map(|(exits, vcpu)| {
+                let count = |count: &AtomicU64| count.load(Ordering::Relaxed);
+                VcpuStats {
+                    vcpu,
+                    io_in: count(&exits.io_in),
+                    io_out: count(&exits.io_out),
+                    mmio_read: count(&exits.mmio_read),
+                    mmio_write: count(&exits.mmio_write),
+                    interrupted: count(&exits.interrupted),
+                    other: count(&exits.other),
                 }
-            })
+            });
+        let ram = self.ram;
+        let gpus = self.hotplug.devices.of().map(|gpu: &Gpu| {
+            let statistics = gpu.display().statistics();
+            GpuStats {
+                flushes: statistics.flushes,
+                copied: statistics.transferred_bytes,
+                resource_memory: statistics.resource_memory,
+            }
         });
         types::VmStats {
             vcpus: vcpus.collect(),
-            devices: self.machine.inventory.stats(),
+            devices: self.machine.topology.stats(),
             memory: MemoryStats {
                 guest: ram.size(),
                 guest_allocated: allocated(ram.memory()).unwrap_or(0),
@@ -132,16 +136,10 @@ impl RunningMachine<'_> {
     }
 
     fn resize_disk(&mut self, resize: &ResizeDisk) -> Result<DiskSize, ApiError> {
-        let disk = self.holdings.disks.iter().find(|disk| disk.id == resize.id);
-        let Some(disk) = disk else {
-            let ids = self.holdings.disks.iter().map(|disk| disk.id.as_str());
-            return Err(errors::no_disk(&resize.id, ids));
-        };
-        disk.image
-            .grow(resize.size.0)
-            .map_err(|error| errors::disk_size(&resize.id, resize.size.0, &error))?;
-        let size = disk.image.size();
-        self.machine.inventory.config_changed(&resize.id);
+        let (id, size) = (&resize.id, resize.size.0);
+        let size = disk::resize(&self.hotplug.devices, id, size);
+        let size = size.map_err(|error| errors::resize(&error))?;
+        self.machine.topology.config_changed(&resize.id);
         let events = &self.queue.events;
         events.publish_device(EventName::DiskResized, &resize.id);
         Ok(DiskSize { size })

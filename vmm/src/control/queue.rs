@@ -24,10 +24,10 @@ use crate::{
         status::VmStatus,
     },
     display::{api::Display, input::Inputs},
-    host::resources::Resources,
+    vm::devices::{Devices, gpu::Gpu, input},
     vm::ending::Ending,
-    vm::error::LifeError,
-    vm::graphics::{Graphics, HostGpu},
+    vm::error::RunError,
+    vm::resources::Resources,
 };
 
 /// Replies to `vm.wait` that are kept before those of clients that have gone are dropped.
@@ -110,9 +110,8 @@ impl ControlQueue {
 
     /// A machine was created of `resources`.
     pub fn created(&self, resources: &Resources) -> StateNow {
-        let displays = resources.graphics.as_ref().map(displays);
-        self.status
-            .set_created(&resources.config, displays.unwrap_or_default());
+        let displays = displays(&resources.hotplug.devices);
+        self.status.set_created(resources.config(), displays);
         StateNow {
             state: VmState::Created,
         }
@@ -170,7 +169,7 @@ impl ControlQueue {
     }
 
     /// The machine ended: answers all calls that waited for that.
-    pub fn ended(&mut self, result: &Result<Ending, LifeError>) {
+    pub fn ended(&mut self, result: &Result<Ending, RunError>) {
         let ending = match result {
             Ok(ending) => ending.for_api(),
             Err(_) => VmEnding::Failed,
@@ -180,7 +179,7 @@ impl ControlQueue {
         self.events.publish_ending(ending);
         for reply in self.starting.drain(..) {
             reply.refuse(match result {
-                Err(error) => errors::life(error),
+                Err(error) => errors::run(error),
                 Ok(_) => errors::ended_before_start(),
             });
         }
@@ -245,13 +244,17 @@ impl ControlQueue {
     }
 }
 
-/// The displays of the GPUs, by number.
-fn displays(graphics: &Graphics) -> Vec<Display> {
-    let display = |gpu: &HostGpu| {
-        let inputs = Inputs::new(gpu.display.clone(), graphics.inputs.clone());
-        Display::new(gpu.display.clone(), inputs)
+/// The display of each GPU, with the input devices that all share.
+fn displays(devices: &Devices) -> Vec<Display> {
+    let Some(inputs) = input::handles(devices) else {
+        return Vec::new();
     };
-    graphics.gpus.iter().map(display).collect()
+    let display = |gpu: &Gpu| {
+        let handle = gpu.display().clone();
+        let inputs = Inputs::new(handle.clone(), inputs.clone());
+        Display::new(handle, inputs)
+    };
+    devices.of().map(display).collect()
 }
 
 #[cfg(test)]

@@ -28,12 +28,12 @@ use crate::{
         running::{Outcome, RunningMachine},
     },
     host::console::Received,
-    host::resources::Resources,
     host::signals::Signals,
     kvm::VcpuError,
     vm::ending::Ending,
-    vm::error::LifeError,
-    vm::machine::{Callbacks, Machine, MachineError},
+    vm::error::{MachineError, RunError},
+    vm::machine::{Callbacks, Machine},
+    vm::resources::Resources,
 };
 
 /// How long a guest has to shut down after SIGTERM pressed its power button.
@@ -60,7 +60,7 @@ pub fn run(
     signals: &Signals,
     queue: &mut ControlQueue,
     started: Instant,
-) -> Result<Ending, LifeError> {
+) -> Result<Ending, RunError> {
     let result = run_lives(resources, signals, queue, started);
     queue.ended(&result);
     result
@@ -71,7 +71,7 @@ fn run_lives(
     signals: &Signals,
     queue: &mut ControlQueue,
     started: Instant,
-) -> Result<Ending, LifeError> {
+) -> Result<Ending, RunError> {
     let mut restarts = 0;
     loop {
         let begun = Instant::now();
@@ -87,7 +87,7 @@ fn run_lives(
                     0
                 };
                 if restarts >= RESTART_LOOP.0 {
-                    return Err(LifeError::RestartLoop {
+                    return Err(RunError::RestartLoop {
                         times: RESTART_LOOP.0,
                         within: RESTART_LOOP.1,
                     });
@@ -106,8 +106,8 @@ fn live(
     signals: &Signals,
     queue: &mut ControlQueue,
     started: Instant,
-) -> Result<Outcome, LifeError> {
-    let host = |action| move |source| LifeError::Host { action, source };
+) -> Result<Outcome, RunError> {
+    let host = |action| move |source| RunError::Host { action, source };
     let (sender, events) = mpsc::channel();
     let wake = EventFd::new(EFD_NONBLOCK).map_err(host("make an event descriptor"))?;
     let callbacks = callbacks(
@@ -122,13 +122,14 @@ fn live(
 
     let mut manager =
         EventManager::new().map_err(|error| host("wait for events")(io::Error::other(error)))?;
-    let (consoles, holdings) = resources.split();
+    let guests = std::mem::take(&mut machine.consoles);
     let main = manager.add_subscriber(MainLoop {
-        on_reset: holdings.config.on_reset,
-        on_panic: holdings.config.on_panic,
+        on_reset: resources.config().on_reset,
+        on_panic: resources.config().on_panic,
         vm: RunningMachine {
-            inputs: inputs(consoles, &machine),
-            holdings,
+            inputs: inputs(&mut resources.consoles, guests),
+            hotplug: &mut resources.hotplug,
+            ram: &resources.ram,
             machine,
             queue,
             requested: BTreeSet::new(),
@@ -153,12 +154,12 @@ fn live(
         main.check_patience();
         if let Some(outcome) = main.vm.outcome.take() {
             tracing::info!(
-                exits = main.vm.machine.total_exits(),
+                exits = main.vm.machine.processors.total_exits(),
                 ?outcome,
                 "the guest stops"
             );
             // What the guest was asked to give up does not come back after a reset.
-            for id in main.vm.machine.inventory.removing() {
+            for id in main.vm.machine.topology.removing() {
                 main.vm.removed(&id);
             }
             return Ok(outcome);
@@ -224,7 +225,7 @@ impl MainLoop<'_> {
             tracing::warn!("the guest did not shut down within {SHUTDOWN_PATIENCE:?}: stopped");
             self.vm.end(Outcome::End(Ending::Stopped));
         }
-        let exits = self.vm.machine.total_exits();
+        let exits = self.vm.machine.processors.total_exits();
         if let Some((mut grace, outcome)) = self.panic_grace.take() {
             if grace.is_over(now, exits) {
                 self.vm.end(outcome);
@@ -247,7 +248,7 @@ impl MainLoop<'_> {
         {
             match event {
                 Event::Ejected(slot) => {
-                    if let Some(id) = self.vm.machine.inventory.ejected(slot) {
+                    if let Some(id) = self.vm.machine.topology.ejected(slot) {
                         self.vm.removed(&id);
                     }
                 }
@@ -265,7 +266,8 @@ impl MainLoop<'_> {
                         OnPanic::Restart => Outcome::Restart,
                         OnPanic::Continue => continue,
                     };
-                    let grace = PanicGrace::begin(Instant::now(), self.vm.machine.total_exits());
+                    let grace =
+                        PanicGrace::begin(Instant::now(), self.vm.machine.processors.total_exits());
                     self.panic_grace.get_or_insert((grace, outcome));
                 }
                 Event::Guest(GuestRequest::CrashLoaded) => {
@@ -288,7 +290,7 @@ impl MainLoop<'_> {
     fn take_signals(&mut self) {
         let signals = self.signals.take();
         if signals.resized {
-            self.resize_console();
+            self.vm.inputs.iter().for_each(ConsoleInput::resize);
         }
         for _ in 0..signals.terminate {
             self.terminate();
@@ -313,14 +315,6 @@ impl MainLoop<'_> {
         }
     }
 
-    fn resize_console(&self) {
-        if let (Some((handle, _)), Some(input)) = (&self.vm.machine.console, self.vm.inputs.get(1))
-            && let Some((cols, rows)) = input.source.terminal_size()
-        {
-            handle.resize(cols, rows);
-        }
-    }
-
     /// Input came, or a console has room again.
     fn move_input(&mut self, index: usize, readable: bool, ops: &mut EventOps) {
         let Some(input) = self.vm.inputs.get_mut(index) else {
@@ -335,7 +329,7 @@ impl MainLoop<'_> {
                 Received::Quit => quit = true,
             }
         } else {
-            let _ = input.room.read();
+            let _ = input.guest.room.read();
         }
         let all_taken = input.push();
         let wanted = !ended && (all_taken || input.pending.len() < PENDING_INPUT);
@@ -388,9 +382,9 @@ impl MutEventSubscriber for MainLoop<'_> {
         add(self.wake.as_raw_fd(), WAKE);
         add(self.signals.as_fd().as_raw_fd(), SIGNAL);
         add(self.vm.queue.as_fd().as_raw_fd(), COMMAND);
-        add(self.vm.holdings.requests.as_fd().as_raw_fd(), REQUESTED);
+        add(self.vm.hotplug.requests.as_fd().as_raw_fd(), REQUESTED);
         for (index, input) in (0..).zip(&self.vm.inputs) {
-            add(input.room.as_raw_fd(), FIRST_INPUT + 2 * index + 1);
+            add(input.guest.room.as_raw_fd(), FIRST_INPUT + 2 * index + 1);
         }
         for (index, input) in self.vm.inputs.iter_mut().enumerate() {
             set_waiting(input, index, true, ops);

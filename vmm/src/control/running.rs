@@ -2,14 +2,14 @@
 
 use std::collections::BTreeSet;
 
-use fanlight_devices::error_line;
+use fanlight_devices::{error_line, memory::GuestRam};
 
 use crate::{
     control::{console_input::ConsoleInput, queue::ControlQueue},
-    host::resources::Holdings,
     vm::ending::Ending,
-    vm::error::LifeError,
+    vm::error::RunError,
     vm::machine::Machine,
+    vm::resources::HotplugState,
 };
 
 /// How a machine stops running.
@@ -20,15 +20,17 @@ pub enum Outcome {
     /// It starts again.
     Restart,
     /// It cannot go on.
-    Failed(LifeError),
+    Failed(RunError),
 }
 
 /// A machine between its start and its end or reset.
 pub struct RunningMachine<'a> {
     /// vCPUs and devices.
     pub machine: Machine,
-    /// What devices that are plugged and unplugged use of the host.
-    pub holdings: Holdings<'a>,
+    /// The host side of its devices, and its configuration.
+    pub hotplug: &'a mut HotplugState,
+    /// Guest RAM.
+    pub ram: &'a GuestRam,
     /// Where its calls come from.
     pub queue: &'a mut ControlQueue,
     /// Its consoles: the serial port, and the virtio console if there is one.
@@ -47,7 +49,7 @@ impl RunningMachine<'_> {
 
     /// Resumes a paused guest that is to shut down.
     pub fn resume_silently(&mut self) {
-        match self.machine.resume() {
+        match self.machine.processors.resume() {
             Ok(()) => {
                 self.queue.paused(false);
             }

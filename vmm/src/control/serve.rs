@@ -14,10 +14,10 @@ use rustix::event::{PollFd, PollFlags, poll};
 
 use crate::{
     control::{errors, handlers::attach, queue::ControlQueue, requests::Command, run_loop},
-    host::resources::Resources,
     host::signals::Signals,
     vm::ending::Ending,
-    vm::error::LifeError,
+    vm::error::RunError,
+    vm::resources::Resources,
 };
 
 /// Empty root ports of a machine with an API whose configuration has no `hotplug_ports`.
@@ -30,10 +30,10 @@ pub fn with_api_defaults(mut config: VmConfig) -> VmConfig {
 }
 
 /// Creates and runs machines, one after the other, until a signal asks the process to end.
-pub fn serve(signals: &Signals, queue: &mut ControlQueue) -> Result<Ending, LifeError> {
+pub fn serve(signals: &Signals, queue: &mut ControlQueue) -> Result<Ending, RunError> {
     let mut created: Option<Resources> = None;
     loop {
-        wait(signals, queue).map_err(|source| LifeError::Host {
+        wait(signals, queue).map_err(|source| RunError::Host {
             action: "wait for events",
             source,
         })?;
@@ -73,8 +73,8 @@ pub fn serve(signals: &Signals, queue: &mut ControlQueue) -> Result<Ending, Life
             }
             MachineCall::ConsoleAttach(params) if state == VmState::Created => {
                 let console = created.as_mut().and_then(|resources| match params.console {
-                    ConsoleName::Serial => Some(&mut resources.serial),
-                    ConsoleName::Console => resources.console.as_mut(),
+                    ConsoleName::Serial => Some(&mut resources.consoles.serial),
+                    ConsoleName::Console => resources.consoles.virtio.as_mut(),
                 });
                 attach(console.map(|console| &mut console.input), reply);
             }
@@ -111,7 +111,7 @@ fn create(
             Some(resources)
         }
         Err(error) => {
-            reply.refuse(errors::config(&error, ""));
+            reply.refuse(errors::open(&error));
             None
         }
     }

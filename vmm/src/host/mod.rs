@@ -3,6 +3,5 @@
 pub mod console;
 pub mod files;
 pub(crate) mod memory_trim;
-pub mod resources;
 pub mod signals;
 pub mod terminal;

@@ -1,23 +1,22 @@
-//! A machine's PCI devices: where they are, how they come and go while it runs, and what they tell of
-//! themselves.
+//! A machine's PCI devices: where they are, and how they come and go while it runs.
 
-use std::{collections::BTreeMap, sync::Arc, sync::atomic::Ordering};
+use std::{collections::BTreeMap, io, sync::Arc};
 
 use fanlight_api::types;
 use fanlight_arch::layout;
 use fanlight_devices::{
     hypervisor::Hypervisor,
-    memory::AddressSpace,
     pci::{
-        BarKind, BarReport, Bridge, DevFn, EjectSink, FunctionContext, HostBridge, PciBus,
-        PciError, PciFunction, Port, PortKind, SlotError,
+        Bridge, DevFn, EjectSink, HostBridge, PciBus, PciError, PciFunction, Port, PortKind,
+        SlotError,
     },
-    vfio::VfioFunction,
-    virtio::{VirtioDevice, transport::VirtioPciFunction},
 };
 use thiserror::Error;
 
-use crate::{vm::machine::MachineError, vm::passthrough::PassedThrough};
+use crate::vm::{
+    fault::{Classify, Fault},
+    function::Function,
+};
 
 /// Where what is put into a slot is on the bus behind it.
 const PLUGGED: DevFn = DevFn::new(0, 0);
@@ -26,12 +25,12 @@ const PLUGGED: DevFn = DevFn::new(0, 0);
 pub struct NewDevice {
     /// Its name.
     pub id: String,
-    /// The device.
-    pub device: Box<dyn VirtioDevice>,
-    /// PCI class code.
-    pub class: u32,
-    /// Root port to put it behind; on the root bus if absent.
+    /// Its PCI function.
+    pub function: Function,
+    /// The port to put it behind; if absent, on the root bus.
     pub port: Option<u8>,
+    /// Whether it goes into the switch, if there is one and no port is named.
+    pub in_switch: bool,
 }
 
 /// A device that is part of the machine.
@@ -43,26 +42,20 @@ struct Entry {
     port: Option<u8>,
 }
 
-/// A device's function, by who makes the device.
-enum Function {
-    /// Fanlight.
-    Virtio(Arc<VirtioPciFunction>),
-    /// The host.
-    PassedThrough(Arc<VfioFunction>),
-}
-
-impl Function {
-    fn bars(&self) -> Vec<BarReport> {
-        match self {
-            Function::Virtio(function) => function.report().bars,
-            Function::PassedThrough(function) => function.report(),
+impl NewDevice {
+    fn at(self, place: Place) -> Entry {
+        Entry {
+            id: self.id,
+            function: self.function,
+            place,
+            port: self.port,
         }
     }
 }
 
 /// Why a device cannot come or go.
 #[derive(Debug, Error)]
-pub enum InventoryError {
+pub enum TopologyError {
     /// No device of that name.
     #[error("there is no device {0:?}; device.list has their names")]
     NotFound(String),
@@ -89,9 +82,28 @@ pub enum InventoryError {
     /// The slot.
     #[error(transparent)]
     Slot(#[from] SlotError),
-    /// The device cannot be made.
+    /// The bus.
     #[error(transparent)]
-    Machine(#[from] MachineError),
+    Pci(#[from] PciError),
+    /// The host gives a port no interrupt.
+    #[error("cannot make a port's interrupt")]
+    Interrupt(#[source] io::Error),
+}
+
+impl Classify for TopologyError {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::NotFound(_)
+            | Self::Exists(_)
+            | Self::NoSlot
+            | Self::NoPort { .. }
+            | Self::Fixed(_)
+            | Self::Shared(_) => Fault::Input,
+            Self::Slot(error) => error.fault(),
+            Self::Pci(error) => error.fault(),
+            Self::Interrupt(_) => Fault::Host,
+        }
+    }
 }
 
 fn free_ports(free: &[u8]) -> String {
@@ -121,8 +133,11 @@ struct Place {
     behind: Option<(DevFn, Arc<Port>)>,
 }
 
-/// The devices of one machine.
-pub struct Inventory {
+/// Told the name of a device that needs a reset by its driver.
+pub type FailureSink = Arc<dyn Fn(&str) + Send + Sync>;
+
+/// The PCI devices of one machine.
+pub struct PciTopology {
     bus: Arc<PciBus>,
     /// The switch that ports belong to, if there is one.
     switch: Option<Switch>,
@@ -130,20 +145,18 @@ pub struct Inventory {
     /// Where each port is, on the root bus or in the switch.
     port_places: BTreeMap<u8, DevFn>,
     entries: Vec<Entry>,
-    /// The number of the next device of the host's: none is given twice.
-    next_passed: u32,
-    environment: FunctionContext,
+    hypervisor: Arc<dyn Hypervisor>,
     ejected: EjectSink,
-    failed: Arc<dyn Fn(&str) + Send + Sync>,
+    failed: FailureSink,
 }
 
-impl Inventory {
+impl PciTopology {
     /// A root bus with the host bridge. `ejected` and `failed` are told what happens to devices.
     pub fn new(
-        environment: FunctionContext,
+        hypervisor: Arc<dyn Hypervisor>,
         ejected: EjectSink,
-        failed: Arc<dyn Fn(&str) + Send + Sync>,
-    ) -> Result<Self, MachineError> {
+        failed: FailureSink,
+    ) -> Result<Self, TopologyError> {
         let bus = Arc::new(PciBus::default());
         bus.add(Arc::new(HostBridge::default()))?;
         Ok(Self {
@@ -152,21 +165,10 @@ impl Inventory {
             ports: BTreeMap::new(),
             port_places: BTreeMap::new(),
             entries: Vec::new(),
-            next_passed: 0,
-            environment,
+            hypervisor,
             ejected,
             failed,
         })
-    }
-
-    /// The map of guest-physical addresses.
-    pub fn address_space(&self) -> Arc<AddressSpace> {
-        self.environment.memory.clone()
-    }
-
-    /// What devices ask for interrupts and memory slots.
-    pub fn hypervisor(&self) -> Arc<dyn Hypervisor> {
-        self.environment.hypervisor.clone()
     }
 
     /// The root bus.
@@ -174,71 +176,42 @@ impl Inventory {
         self.bus.clone()
     }
 
-    fn function(&self, new: NewDevice) -> Result<Arc<VirtioPciFunction>, MachineError> {
-        let function = VirtioPciFunction::new(new.device, new.class, &self.environment)?;
-        let (failed, id) = (self.failed.clone(), new.id);
-        function
-            .device_status()
-            .set_on_error(Box::new(move || failed(&id)));
-        Ok(function)
-    }
-
     /// Adds a device before the guest runs.
-    pub fn add(&mut self, new: NewDevice) -> Result<(), MachineError> {
-        let (id, port) = (new.id.clone(), new.port);
-        let function = self.function(new)?;
-        let place = self.put(function.clone(), port)?;
-        self.entries.push(Entry {
-            id,
-            function: Function::Virtio(function),
-            place,
-            port,
-        });
+    pub fn add(&mut self, new: NewDevice) -> Result<(), TopologyError> {
+        let function = new.function.pci();
+        let place = if new.in_switch {
+            self.put_in_switch(function, new.port)?
+        } else {
+            self.put(function, new.port)?
+        };
+        self.connect(&new, &place);
+        self.entries.push(new.at(place));
         Ok(())
     }
 
-    /// The same for a device that shares memory with passed-through ones.
-    pub fn add_together(&mut self, new: NewDevice) -> Result<(), MachineError> {
-        let (id, port) = (new.id.clone(), new.port);
-        let function = self.function(new)?;
-        let place = self.put_together(function.clone(), port)?;
-        self.entries.push(Entry {
-            id,
-            function: Function::Virtio(function),
-            place,
-            port,
-        });
+    /// Puts a device into a free slot while the guest runs: the one that it names, or the first.
+    pub fn plug(&mut self, mut new: NewDevice) -> Result<(), TopologyError> {
+        if self.has(&new.id) {
+            return Err(TopologyError::Exists(new.id));
+        }
+        let number = self.choose_port(new.port)?;
+        new.port = Some(number);
+        let place = self.behind(number, PLUGGED);
+        self.connect(&new, &place);
+        let port = self.ports.get(&number).ok_or(TopologyError::NoSlot)?;
+        port.plug(new.function.pci())?;
+        self.entries.push(new.at(place));
         Ok(())
     }
 
-    /// Adds a device of the host's before the guest runs.
-    pub fn add_passed_through(&mut self, passed: &PassedThrough) -> Result<(), MachineError> {
-        let function = self.passed_function(passed)?;
-        let place = self.put_together(function.clone(), passed.port)?;
-        self.connect_pin(&function, &place);
-        self.entries.push(Entry {
-            id: passed.id.clone(),
-            function: Function::PassedThrough(function),
-            place,
-            port: passed.port,
-        });
-        Ok(())
+    /// Connects a device's failures and interrupt pin, before its driver sees it.
+    fn connect(&self, new: &NewDevice, place: &Place) {
+        let (failed, id) = (self.failed.clone(), new.id.clone());
+        new.function.on_error(move || failed(&id));
+        self.connect_pin(&new.function, place);
     }
 
-    fn passed_function(
-        &mut self,
-        passed: &PassedThrough,
-    ) -> Result<Arc<VfioFunction>, MachineError> {
-        let number = self.next_passed;
-        self.next_passed = number.wrapping_add(1);
-        Ok(VfioFunction::new(
-            passed.device.clone(),
-            number,
-            &self.environment,
-        )?)
-    }
-
-    fn connect_pin(&self, function: &VfioFunction, place: &Place) {
+    fn connect_pin(&self, function: &Function, place: &Place) {
         let Some(pin) = function.interrupt_pin() else {
             return;
         };
@@ -250,7 +223,7 @@ impl Inventory {
             pin = (pin + device) % 4;
             device = above.device();
         }
-        function.connect_pin(&*self.environment.hypervisor, layout::pci_irq(device, pin));
+        function.connect_pin(&*self.hypervisor, layout::pci_irq(device, pin));
     }
 
     /// Puts a function on the root bus or behind a port.
@@ -258,7 +231,7 @@ impl Inventory {
         &mut self,
         function: Arc<dyn PciFunction>,
         port: Option<u8>,
-    ) -> Result<Place, MachineError> {
+    ) -> Result<Place, TopologyError> {
         let Some(number) = port else {
             return Ok(Place {
                 own: self.bus.add(function)?,
@@ -270,13 +243,12 @@ impl Inventory {
         Ok(self.behind(number, own))
     }
 
-    /// Puts a function where those are that share memory with each other: in the switch, if there is one and no port
-    /// is named.
-    fn put_together(
+    /// Puts a function into the switch, if there is one and no port is named.
+    fn put_in_switch(
         &mut self,
         function: Arc<dyn PciFunction>,
         port: Option<u8>,
-    ) -> Result<Place, MachineError> {
+    ) -> Result<Place, TopologyError> {
         let (Some(switch), None) = (&self.switch, port) else {
             return self.put(function, port);
         };
@@ -302,7 +274,7 @@ impl Inventory {
 
     /// Makes a switch: ports are its ports from now on. It has no access control services, so that what is behind it
     /// reaches each other without the root complex.
-    pub fn make_switch(&mut self) -> Result<(), MachineError> {
+    pub fn make_switch(&mut self) -> Result<(), TopologyError> {
         let root = self.make_port(PortKind::Root, 0)?;
         let upstream = self.make_port(PortKind::Upstream, 0)?;
         root.bus().add_port(upstream.clone())?;
@@ -311,12 +283,9 @@ impl Inventory {
         Ok(())
     }
 
-    fn make_port(&self, kind: PortKind, slot: u8) -> Result<Arc<Port>, MachineError> {
-        let vector = self.environment.hypervisor.msi_vector();
-        let vector = vector.map_err(|source| MachineError::Host {
-            action: "make an interrupt",
-            source,
-        })?;
+    fn make_port(&self, kind: PortKind, slot: u8) -> Result<Arc<Port>, TopologyError> {
+        let vector = self.hypervisor.msi_vector();
+        let vector = vector.map_err(TopologyError::Interrupt)?;
         Ok(Arc::new(Port::new(
             kind,
             slot,
@@ -326,7 +295,7 @@ impl Inventory {
     }
 
     /// Adds ports with nothing behind them, of the lowest numbers that are free.
-    pub fn add_empty_ports(&mut self, count: u8) -> Result<(), MachineError> {
+    pub fn add_empty_ports(&mut self, count: u8) -> Result<(), TopologyError> {
         let free: Vec<u8> = (1..=u8::MAX)
             .filter(|number| !self.ports.contains_key(number))
             .take(count.into())
@@ -338,7 +307,7 @@ impl Inventory {
     }
 
     /// The port of this number, which is made when it is first named.
-    fn port(&mut self, number: u8) -> Result<Arc<Port>, MachineError> {
+    fn port(&mut self, number: u8) -> Result<Arc<Port>, TopologyError> {
         if let Some(port) = self.ports.get(&number) {
             return Ok(port.clone());
         }
@@ -363,13 +332,13 @@ impl Inventory {
     }
 
     /// The port for a device that is to come: the one that is asked for, or the first that is free.
-    pub fn choose_port(&self, asked: Option<u8>) -> Result<u8, InventoryError> {
+    pub fn choose_port(&self, asked: Option<u8>) -> Result<u8, TopologyError> {
         let free = self.free_ports();
         match asked {
-            None => free.first().copied().ok_or(InventoryError::NoSlot),
+            None => free.first().copied().ok_or(TopologyError::NoSlot),
             Some(port) if free.contains(&port) => Ok(port),
             Some(port) if self.ports.contains_key(&port) => Err(SlotError::Occupied(port).into()),
-            Some(port) => Err(InventoryError::NoPort { port, free }),
+            Some(port) => Err(TopologyError::NoPort { port, free }),
         }
     }
 
@@ -378,52 +347,13 @@ impl Inventory {
         self.entries.iter().any(|entry| entry.id == id)
     }
 
-    fn entry(&self, id: &str) -> Result<&Entry, InventoryError> {
+    fn entry(&self, id: &str) -> Result<&Entry, TopologyError> {
         let entry = self.entries.iter().find(|entry| entry.id == id);
-        entry.ok_or_else(|| InventoryError::NotFound(id.into()))
+        entry.ok_or_else(|| TopologyError::NotFound(id.into()))
     }
 
-    /// Puts a device into the slot that it names, while the guest runs.
-    pub fn plug(&mut self, new: NewDevice) -> Result<(), InventoryError> {
-        let (id, asked) = (new.id.clone(), new.port);
-        let (number, port) = self.slot(&id, asked)?;
-        let function = self.function(new)?;
-        port.plug(function.clone())?;
-        self.plugged(id, Function::Virtio(function), number);
-        Ok(())
-    }
-
-    /// The same for a device of the host's.
-    pub fn plug_passed_through(&mut self, passed: &PassedThrough) -> Result<(), InventoryError> {
-        let (number, port) = self.slot(&passed.id, passed.port)?;
-        let function = self.passed_function(passed)?;
-        self.connect_pin(&function, &self.behind(number, PLUGGED));
-        port.plug(function.clone())?;
-        self.plugged(passed.id.clone(), Function::PassedThrough(function), number);
-        Ok(())
-    }
-
-    /// The free slot for a device that is to come.
-    fn slot(&self, id: &str, asked: Option<u8>) -> Result<(u8, Arc<Port>), InventoryError> {
-        if self.has(id) {
-            return Err(InventoryError::Exists(id.to_owned()));
-        }
-        let number = self.choose_port(asked)?;
-        let port = self.ports.get(&number).ok_or(InventoryError::NoSlot)?;
-        Ok((number, port.clone()))
-    }
-
-    fn plugged(&mut self, id: String, function: Function, port: u8) {
-        self.entries.push(Entry {
-            id,
-            function,
-            place: self.behind(port, PLUGGED),
-            port: Some(port),
-        });
-    }
-
-    /// Takes a device of the host's away, whatever the guest does with it.
-    pub fn take_away(&mut self, id: &str) {
+    /// Removes a device, whatever the guest does with it.
+    pub fn force_remove(&mut self, id: &str) {
         let Some(at) = self.entries.iter().position(|entry| entry.id == id) else {
             return;
         };
@@ -435,14 +365,14 @@ impl Inventory {
     }
 
     /// Asks the guest to give a device up.
-    pub fn ask_back(&self, id: &str) -> Result<(), InventoryError> {
+    pub fn request_unplug(&self, id: &str) -> Result<(), TopologyError> {
         let entry = self.entry(id)?;
         let number = entry
             .port
-            .ok_or_else(|| InventoryError::Fixed(id.to_owned()))?;
+            .ok_or_else(|| TopologyError::Fixed(id.to_owned()))?;
         let others = self.entries.iter().filter(|e| e.port == entry.port).count();
         if others > 1 {
-            return Err(InventoryError::Shared(id.to_owned()));
+            return Err(TopologyError::Shared(id.to_owned()));
         }
         let port = self.ports.get(&number);
         Ok(port.ok_or(SlotError::Empty(number))?.request_unplug()?)
@@ -467,12 +397,10 @@ impl Inventory {
         port.is_some_and(|port| port.is_removing())
     }
 
-    /// Tells a device's driver that its configuration has changed.
+    /// Tells the driver of the device `id` that the device's configuration has changed.
     pub fn config_changed(&self, id: &str) {
-        if let Ok(entry) = self.entry(id)
-            && let Function::Virtio(function) = &entry.function
-        {
-            function.device_status().config_changed();
+        if let Ok(entry) = self.entry(id) {
+            entry.function.config_changed();
         }
     }
 
@@ -483,69 +411,32 @@ impl Inventory {
     }
 
     fn describe(&self, entry: &Entry) -> types::Device {
-        let virtio = match &entry.function {
-            Function::Virtio(function) => Some(function.report()),
-            Function::PassedThrough(_) => None,
-        };
-        let bars = entry.function.bars().into_iter();
+        let report = entry.function.report();
         let behind = entry.place.behind.as_ref();
         let bus = behind.map_or(0, |(_, port)| *port.forwarded_buses().start());
-        let bars = bars.map(|bar| types::Bar {
-            index: bar.index as u8,
-            kind: match bar.kind {
-                BarKind::Io => "io",
-                BarKind::Memory32 { .. } => "memory32",
-                BarKind::Memory64 { .. } => "memory64",
-                BarKind::Rom => "rom",
-            }
-            .into(),
-            address: bar.address,
-            size: bar.size,
-        });
         types::Device {
             id: entry.id.clone(),
-            kind: virtio.as_ref().map_or("vfio", |report| report.name).into(),
+            kind: report.kind.into(),
             address: format!("0000:{bus:02x}:{}", entry.place.own),
             port: entry.port,
-            bars: bars.collect(),
-            offered_features: format!("{:#x}", virtio.as_ref().map_or(0, |report| report.offered)),
-            driver_features: format!("{:#x}", virtio.as_ref().map_or(0, |report| report.taken)),
-            active: match &entry.function {
-                Function::Virtio(_) => virtio.is_some_and(|report| report.active),
-                Function::PassedThrough(function) => function.is_enabled(),
-            },
+            bars: report.bars,
+            offered_features: format!("{:#x}", report.offered_features),
+            driver_features: format!("{:#x}", report.driver_features),
+            active: report.active,
             removing: self.is_removing(entry),
         }
     }
 
     /// What all devices have done, for the API.
     pub fn stats(&self) -> Vec<types::DeviceStats> {
-        let stats = self.entries.iter().map(|entry| {
-            // What a device of the host's does, nobody here sees.
-            let (errors, counters) = match &entry.function {
-                Function::Virtio(f) => (f.device_status().errors(), f.counters().collect()),
-                Function::PassedThrough(_) => (0, Vec::new()),
-            };
+        let stats = |entry: &Entry| {
+            let (errors, queues) = entry.function.stats();
             types::DeviceStats {
                 id: entry.id.clone(),
                 errors,
-                queues: (0..)
-                    .zip(counters)
-                    .map(|(queue, counters)| types::QueueStats {
-                        queue,
-                        requests: counters.requests.load(Ordering::Relaxed),
-                        bytes_from_guest: counters.from_guest.load(Ordering::Relaxed),
-                        bytes_to_guest: counters.to_guest.load(Ordering::Relaxed),
-                    })
-                    .collect(),
+                queues,
             }
-        });
-        stats.collect()
-    }
-}
-
-impl From<PciError> for InventoryError {
-    fn from(error: PciError) -> Self {
-        Self::Machine(error.into())
+        };
+        self.entries.iter().map(stats).collect()
     }
 }

@@ -26,10 +26,11 @@ pub struct Shared {
     /// Takes the guest's requests.
     pub requests: RequestSink,
     /// Takes the failure that ends the machine.
-    pub failures: Arc<dyn Fn(VcpuError) + Send + Sync>,
-    /// Exits to user space of each vCPU.
-    pub exits: Vec<Arc<ExitCounts>>,
+    pub failures: VcpuFailureSink,
 }
+
+/// Told why a vCPU cannot go on.
+pub type VcpuFailureSink = Arc<dyn Fn(VcpuError) + Send + Sync>;
 
 /// What all threads are to do.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -121,11 +122,13 @@ pub struct VcpuThreads {
 }
 
 impl VcpuThreads {
-    /// Starts a thread for each vCPU.
-    pub fn start(vcpus: Vec<KvmVcpu>, shared: Shared) -> io::Result<Self> {
+    /// Starts a thread for each vCPU, which counts its exits to user space.
+    pub fn start(
+        vcpus: impl ExactSizeIterator<Item = (KvmVcpu, Arc<ExitCounts>)>,
+        shared: &Arc<Shared>,
+    ) -> io::Result<Self> {
         // A machine that is stopped at once kicks threads that have not begun.
         catch_kicks()?;
-        let shared = Arc::new(shared);
         let mut running = Self {
             gate: Arc::new(Gate {
                 state: Mutex::new(GateState {
@@ -139,9 +142,8 @@ impl VcpuThreads {
             }),
             threads: Vec::with_capacity(vcpus.len()),
         };
-        for (index, mut vcpu) in vcpus.into_iter().enumerate() {
+        for (index, (mut vcpu, exits)) in vcpus.enumerate() {
             let (shared, gate) = (shared.clone(), running.gate.clone());
-            let exits = shared.exits[index].clone();
             gate.lock().alive += 1;
             let thread = std::thread::Builder::new()
                 .name(format!("vcpu{index}"))

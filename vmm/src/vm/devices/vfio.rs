@@ -1,17 +1,34 @@
-//! Passed-through devices of a machine: opened once, kept over resets.
+//! Passed-through devices: PCI functions of the host, with what bounds their DMA. They are kept over resets.
 
 use std::{fs::File, io, path::PathBuf, sync::Arc};
 
-use fanlight_api::{ApiError, Iommufd, OrFd, PathOrFd, VfioConfig, socket::Descriptors};
+use fanlight_api::{
+    Iommufd, OrFd, PathOrFd, VfioConfig, VmConfig, socket::Descriptors, types::AddDevice,
+};
 use fanlight_devices::vfio::{
-    HostDevice, Iommu, VfioError,
+    HostDevice, Iommu, VfioError, VfioFunction,
     sysfs::{HostFunction, PciAddress, PciAddressError},
 };
 use thiserror::Error;
+use vmm_sys_util::eventfd::EventFd;
+
+use super::{Device, DeviceError, Devices, Entry, Failure, Hotplug, Kind, Life, Opening, Place};
+use crate::vm::{
+    fault::{BadDescriptor, Classify, Fault},
+    function::Function,
+};
+
+/// Passed-through devices, in the configuration's order.
+pub static KIND: Kind = Kind {
+    field: "vfio",
+    title: "passed-through device",
+    open,
+    hotplug: Some(Hotplug::of::<VfioConfig>()),
+};
 
 /// Why devices cannot be passed through.
 #[derive(Debug, Error)]
-pub enum PassthroughError {
+enum PassthroughError {
     /// Not an address.
     #[error(transparent)]
     Address(#[from] PciAddressError),
@@ -38,7 +55,7 @@ pub enum PassthroughError {
     NotANode(String),
     /// A descriptor is missing.
     #[error(transparent)]
-    Descriptor(ApiError),
+    Descriptor(#[from] BadDescriptor),
     /// Two of them.
     #[error("iommu: a machine has one for all its devices, and it is there already: leave it away")]
     SecondIommu,
@@ -56,92 +73,159 @@ pub enum PassthroughError {
     Vfio(#[from] VfioError),
 }
 
-/// A device with its place in the machine.
-#[derive(Debug)]
-pub struct PassedThrough {
-    /// The device.
-    pub device: Arc<HostDevice>,
-    /// What it is called.
-    pub id: String,
-    /// Root port, if it is behind one.
-    pub port: Option<u8>,
-}
-
-/// The machine's devices with what bounds their DMA.
-#[derive(Debug)]
-pub struct Passthrough {
-    /// In the guest's order.
-    pub devices: Vec<PassedThrough>,
-    /// Their I/O address space.
-    pub iommu: Arc<Iommu>,
-}
-
-impl Passthrough {
-    /// Opens what `configs` name, each of which has a name of its own; nothing if they are none. Descriptors that they
-    /// name come from `descriptors`.
-    pub fn open(
-        configs: &[VfioConfig],
-        descriptors: &Descriptors,
-    ) -> Result<Option<Self>, PassthroughError> {
-        if configs.is_empty() {
-            return Ok(None);
+impl Classify for PassthroughError {
+    fn fault(&self) -> Fault {
+        match self {
+            Self::Address(_)
+            | Self::Twice(_)
+            | Self::Present(_)
+            | Self::BothInterfaces
+            | Self::NodeInContainer
+            | Self::SecondIommu
+            | Self::OpenNode { .. } => Fault::Input,
+            Self::NotANode(_) => Fault::Descriptor,
+            Self::Descriptor(error) => error.fault(),
+            Self::Vfio(error) => error.fault(),
         }
-        let mut found: Vec<Found> = Vec::new();
-        for config in configs {
-            let next = Found::new(config, descriptors)?;
-            let address = next.function.address;
-            if found.iter().any(|other| other.function.address == address) {
-                return Err(PassthroughError::Twice(address));
-            }
-            found.push(next);
-        }
-        for found in &found {
-            found.function.check_usable()?;
-        }
-        let functions: Vec<_> = found.iter().map(|found| found.function.clone()).collect();
-        let iommu = Iommu::open(
-            &functions,
-            interface(configs)?,
-            iommu_node(configs, descriptors)?,
-        )?;
-        let devices = found
-            .into_iter()
-            .zip(configs)
-            .map(|(found, config)| found.open(config, &iommu))
-            .collect::<Result<_, VfioError>>()?;
-        Ok(Some(Self { devices, iommu }))
     }
+}
 
-    /// Opens one more device for a machine that runs.
-    pub fn add(
-        this: &mut Option<Self>,
-        config: &VfioConfig,
-        descriptors: &Descriptors,
-    ) -> Result<(), PassthroughError> {
-        let Some(present) = this else {
-            *this = Self::open(std::slice::from_ref(config), descriptors)?;
-            return Ok(());
-        };
-        let found = Found::new(config, descriptors)?;
-        let address = found.function.address;
-        let is_it = |passed: &PassedThrough| passed.device.address == address;
-        if present.devices.iter().any(is_it) {
+impl Classify for VfioError {
+    fn fault(&self) -> Fault {
+        match self {
+            VfioError::NoDevice(_)
+            | VfioError::NotBound { .. }
+            | VfioError::NoIommu(_)
+            | VfioError::NotViable { .. }
+            | VfioError::Busy(_)
+            | VfioError::Permission(_)
+            | VfioError::NoNode { .. }
+            | VfioError::UnsafeInterrupts
+            | VfioError::MemoryLock { .. }
+            | VfioError::OutOfReach { .. } => Fault::Input,
+            VfioError::NotAContainer
+            | VfioError::NotAGroup(_)
+            | VfioError::NotInGroup(_)
+            | VfioError::GroupInContainer(_) => Fault::Descriptor,
+            VfioError::Broken { .. }
+            | VfioError::Msix(_)
+            | VfioError::DmaBuf(_)
+            | VfioError::Library { .. }
+            | VfioError::Device { .. }
+            | VfioError::Host { .. } => Fault::Host,
+        }
+    }
+}
+
+/// A PCI function of the host that is the guest's.
+struct PassedThrough {
+    id: String,
+    device: Arc<HostDevice>,
+    /// The I/O address space that all such devices of the machine share.
+    iommu: Arc<Iommu>,
+    port: Option<u8>,
+}
+
+fn open(opening: &mut Opening) -> Result<Vec<Box<dyn Device>>, DeviceError> {
+    let configs = &opening.config.vfio;
+    if configs.is_empty() {
+        return Ok(Vec::new());
+    }
+    let (found, iommu) = find(configs, opening.present, opening.descriptors)
+        .map_err(|error| KIND.error(None, error))?;
+    let found: Vec<_> = configs.iter().zip(found).collect();
+    KIND.open_each(
+        found,
+        |(c, _)| c.id.as_deref(),
+        |(config, found)| Ok(found.open(config, iommu.clone())?),
+    )
+}
+
+/// Finds what `configs` name, and opens the I/O address space for them unless there is one.
+fn find(
+    configs: &[VfioConfig],
+    present: &Devices,
+    descriptors: &Descriptors,
+) -> Result<(Vec<Found>, Arc<Iommu>), PassthroughError> {
+    let mut found: Vec<Found> = Vec::new();
+    for config in configs {
+        let next = Found::new(config, descriptors)?;
+        let address = next.function.address;
+        if found.iter().any(|other| other.function.address == address) {
+            return Err(PassthroughError::Twice(address));
+        }
+        let mut passed = present.of::<PassedThrough>();
+        if passed.any(|passed| passed.device.address == address) {
             return Err(PassthroughError::Present(address));
         }
-        let with_iommufd = matches!(*present.iommu, Iommu::Iommufd(_));
-        if interface(std::slice::from_ref(config))?.is_some_and(|wish| wish != with_iommufd) {
+        found.push(next);
+    }
+    if let Some(iommu) = present.iommu() {
+        let with_iommufd = matches!(**iommu, Iommu::Iommufd(_));
+        if interface(configs)?.is_some_and(|wish| wish != with_iommufd) {
             return Err(PassthroughError::BothInterfaces);
         }
-        if config.iommu.is_some() {
+        if configs.iter().any(|config| config.iommu.is_some()) {
             return Err(PassthroughError::SecondIommu);
         }
-        present.devices.push(found.open(config, &present.iommu)?);
-        Ok(())
+        return Ok((found, iommu.clone()));
+    }
+    for found in &found {
+        found.function.check_usable()?;
+    }
+    let functions: Vec<_> = found.iter().map(|found| found.function.clone()).collect();
+    let node = iommu_node(configs, descriptors)?;
+    let iommu = Iommu::open(&functions, interface(configs)?, node)?;
+    Ok((found, iommu))
+}
+
+impl Entry for VfioConfig {
+    fn of_config(config: &mut VmConfig) -> &mut Vec<Self> {
+        &mut config.vfio
     }
 
-    /// The device of this name.
-    pub fn find(&self, id: &str) -> Option<&PassedThrough> {
-        self.devices.iter().find(|passed| passed.id == id)
+    fn of_request(request: &mut AddDevice) -> &mut Option<Self> {
+        &mut request.vfio
+    }
+
+    fn place(&mut self) -> Place<'_> {
+        Place {
+            id: &mut self.id,
+            port: &mut self.port,
+        }
+    }
+}
+
+impl Device for PassedThrough {
+    fn kind(&self) -> &'static Kind {
+        &KIND
+    }
+
+    fn id(&self) -> &str {
+        &self.id
+    }
+
+    fn port(&self) -> Option<u8> {
+        self.port
+    }
+
+    fn build(&self, life: &mut Life) -> Result<Function, Failure> {
+        let number = *life.next_function;
+        *life.next_function = number.wrapping_add(1);
+        let function = VfioFunction::new(self.device.clone(), number, life.context)?;
+        Ok(Function::PassedThrough(function))
+    }
+
+    fn shares_memory(&self) -> bool {
+        true
+    }
+
+    fn iommu(&self) -> Option<&Arc<Iommu>> {
+        Some(&self.iommu)
+    }
+
+    fn host_request(&self) -> Option<&EventFd> {
+        Some(self.device.request())
     }
 }
 
@@ -154,9 +238,7 @@ struct Found {
 
 impl Found {
     fn new(config: &VfioConfig, descriptors: &Descriptors) -> Result<Self, PassthroughError> {
-        let node = descriptors
-            .take_of(&config.device)
-            .map_err(PassthroughError::Descriptor)?;
+        let node = descriptors.take_of(&config.device).map_err(BadDescriptor)?;
         let (function, node) = match (&config.device, node) {
             (OrFd::Named(text), _) => {
                 let address: PciAddress = text.parse()?;
@@ -187,14 +269,15 @@ impl Found {
         Ok(Self { function, node })
     }
 
-    fn open(self, config: &VfioConfig, iommu: &Arc<Iommu>) -> Result<PassedThrough, VfioError> {
+    fn open(self, config: &VfioConfig, iommu: Arc<Iommu>) -> Result<PassedThrough, VfioError> {
         let id = config.id.clone().unwrap_or_default();
         let address = self.function.address;
         let device = HostDevice::open(&self.function, iommu.clone(), self.node)?;
         tracing::info!(%address, %id, iommu = iommu.name(), "passed through");
         Ok(PassedThrough {
-            device: Arc::new(device),
             id,
+            device: Arc::new(device),
+            iommu,
             port: config.port,
         })
     }
@@ -224,9 +307,7 @@ fn iommu_node(
 
 /// A node of VFIO's, opened by its path or before.
 fn open_node(node: &PathOrFd, descriptors: &Descriptors) -> Result<File, PassthroughError> {
-    let open = descriptors
-        .take_of(node)
-        .map_err(PassthroughError::Descriptor)?;
+    let open = descriptors.take_of(node).map_err(BadDescriptor)?;
     if let Some(open) = open {
         return Ok(open.into());
     }
@@ -235,7 +316,7 @@ fn open_node(node: &PathOrFd, descriptors: &Descriptors) -> Result<File, Passthr
     file.map_err(|source| PassthroughError::OpenNode { path, source })
 }
 
-/// Which interface the devices are to use, if somebody cares.
+/// Whether the devices are to use iommufd or VFIO's container, if the configuration says.
 fn interface(configs: &[VfioConfig]) -> Result<Option<bool>, PassthroughError> {
     let wants = |wish| configs.iter().any(|config| config.iommufd == wish);
     let is_node = |config: &VfioConfig| matches!(config.device, OrFd::Fd(_));
@@ -259,21 +340,25 @@ fn interface(configs: &[VfioConfig]) -> Result<Option<bool>, PassthroughError> {
 mod tests {
     use super::*;
 
-    fn open(specs: &[&str]) -> Result<Option<Passthrough>, PassthroughError> {
-        let configs: Vec<_> = specs.iter().map(|spec| spec.parse().unwrap()).collect();
-        Passthrough::open(&configs, &Descriptors::Inherited)
+    fn find_error(spec: &str) -> PassthroughError {
+        let configs = [spec.parse().unwrap()];
+        match find(&configs, &Devices::default(), &Descriptors::Inherited) {
+            Ok(_) => panic!("{spec} is there"),
+            Err(error) => error,
+        }
     }
 
     #[test]
     fn mistakes_are_named() {
-        assert!(open(&[]).unwrap().is_none());
-        let error = open(&["gpu"]).unwrap_err();
+        let error = find_error("gpu");
+        assert_eq!(error.fault(), Fault::Input);
         assert!(error.to_string().contains("fanlight vfio list"), "{error}");
         let file = tempfile::tempfile().unwrap();
         let spec = format!("fd:{}", std::os::fd::AsRawFd::as_raw_fd(&file));
-        let error = open(&[&spec]).unwrap_err();
+        let error = find_error(&spec);
+        assert_eq!(error.fault(), Fault::Descriptor);
         assert!(error.to_string().contains("/dev/vfio/devices"), "{error}");
-        let error = open(&["ffff:ff:1f.7"]).unwrap_err();
+        let error = find_error("ffff:ff:1f.7");
         assert!(error.to_string().contains("no such PCI device"), "{error}");
     }
 

@@ -1,0 +1,35 @@
+//! The entropy device. It needs nothing of the host but `getrandom`.
+
+use fanlight_devices::virtio::rng::Rng;
+
+use super::{CLASS_OTHER, Device, DeviceError, Failure, Kind, Life, Opening};
+use crate::vm::function::Function;
+
+/// The entropy device, one a machine.
+pub static KIND: Kind = Kind {
+    field: "rng",
+    title: "entropy device",
+    open,
+    hotplug: None,
+};
+
+struct Entropy;
+
+fn open(opening: &mut Opening) -> Result<Vec<Box<dyn Device>>, DeviceError> {
+    let wanted = opening.config.rng.enabled.then_some(&opening.config.rng);
+    KIND.open_each(wanted, |_| None, |_| Ok(Entropy))
+}
+
+impl Device for Entropy {
+    fn kind(&self) -> &'static Kind {
+        &KIND
+    }
+
+    fn id(&self) -> &str {
+        "rng"
+    }
+
+    fn build(&self, life: &mut Life) -> Result<Function, Failure> {
+        life.virtio(Box::<Rng>::default(), CLASS_OTHER)
+    }
+}
