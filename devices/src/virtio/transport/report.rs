@@ -1,6 +1,6 @@
 //! What a function is and does now, for people and programs outside of the machine.
 
-use super::VirtioPciFunction;
+use super::{function::VirtioPciFunction, layout::TRANSPORT_FEATURES};
 use crate::{pci::BarReport, virtio::queue::QueueCounters};
 
 /// A function.
@@ -25,7 +25,7 @@ impl VirtioPciFunction {
         FunctionReport {
             name: self.name,
             bars: state.bars.report(),
-            offered: state.device.features() | super::TRANSPORT_FEATURES,
+            offered: state.device.features() | TRANSPORT_FEATURES,
             taken: state.driver_features,
             active: state.active,
         }

@@ -1,7 +1,7 @@
 //! Memory that a device shares with its driver (Virtio 1.3, 2.10 and 4.1.4.7): a BAR of its own, and the
 //! capability that says where it lies.
 
-use super::CAP_ID_VENDOR;
+use super::layout::CAP_ID_VENDOR;
 use crate::pci::{BarContent, BarKind, Bars, Capability, ConfigSpace};
 
 /// Behind the BAR with the registers, which takes two.

@@ -1,12 +1,15 @@
 //! The transport against drivers that follow the rules, and ones that do not.
 
-use proptest::prelude::*;
+use std::sync::Arc;
 
-use super::*;
+use proptest::prelude::*;
+use virtio_queue::QueueT;
+
+use super::{layout::*, *};
 use crate::{
-    pci::{DevFn, PciBus},
+    pci::{DevFn, FunctionContext, PciBus, PciFunction},
     sync::Mutex,
-    virtio::test_util::environment,
+    virtio::{ActivateError, Activation, VirtioDevice, test_util::environment},
 };
 
 /// A device that remembers what it was activated with.
