@@ -1,21 +1,112 @@
-//! Long steps: a spinner with the time on a terminal, one line elsewhere.
+//! Long steps. A terminal shows a spinner with the time; elsewhere lines tell the beginning, the parts, the time that
+//! has gone and the end.
 
-use std::{io::IsTerminal, time::Duration};
+use std::{
+    io::IsTerminal,
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
-/// Runs `work` and shows that it is under way.
-pub fn step<T>(what: &str, work: impl FnOnce() -> T) -> T {
-    if !std::io::stderr().is_terminal() {
+/// How often a spinner turns and looks what to show.
+const TICK: Duration = Duration::from_millis(200);
+/// How often a line tells that a step is still under way.
+const LINE: Duration = Duration::from_secs(30);
+
+/// A step under way.
+#[derive(Debug)]
+pub struct Step {
+    what: String,
+    start: Instant,
+    /// On a terminal.
+    spinner: Option<ProgressBar>,
+}
+
+/// Runs `work` and shows that it is under way, and how long it took.
+pub fn step<T, E>(what: &str, work: impl FnOnce(&Step) -> Result<T, E>) -> Result<T, E> {
+    let spinner = std::io::stderr().is_terminal().then(|| {
+        let spinner = ProgressBar::new_spinner().with_message(what.to_owned());
+        if let Ok(style) = ProgressStyle::with_template("fanlight: {wide_msg} {spinner} {elapsed}")
+        {
+            spinner.set_style(style);
+        }
+        spinner.enable_steady_tick(TICK);
+        spinner
+    });
+    let step = Step {
+        what: what.to_owned(),
+        start: Instant::now(),
+        spinner,
+    };
+    if step.spinner.is_none() {
         eprintln!("fanlight: {what}");
-        return work();
     }
-    let bar = ProgressBar::new_spinner().with_message(what.to_owned());
-    if let Ok(style) = ProgressStyle::with_template("{spinner} {msg} ({elapsed})") {
-        bar.set_style(style);
+    let result = work(&step);
+    if let Some(spinner) = &step.spinner {
+        spinner.finish_and_clear();
     }
-    bar.enable_steady_tick(Duration::from_millis(200));
-    let result = work();
-    bar.finish();
+    let end = if result.is_ok() {
+        "done in"
+    } else {
+        "failed after"
+    };
+    eprintln!("fanlight: {what}: {end} {}", seconds(step.start.elapsed()));
     result
+}
+
+impl Step {
+    /// Tells which part of the step begins.
+    pub fn detail(&self, part: impl std::fmt::Display) {
+        match &self.spinner {
+            Some(spinner) => spinner.set_message(format!("{}: {part}", self.what)),
+            None => eprintln!("fanlight: {}: {part}", self.what),
+        }
+    }
+
+    /// Runs `work` and meanwhile shows what `state` says.
+    pub fn watch<T>(
+        &self,
+        state: impl Fn() -> String + Send + Sync,
+        work: impl FnOnce() -> T,
+    ) -> T {
+        let (ended, end) = mpsc::channel::<()>();
+        thread::scope(|scope| {
+            let every = if self.spinner.is_some() { TICK } else { LINE };
+            scope.spawn(move || {
+                while end.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
+                    match &self.spinner {
+                        Some(_) => self.detail(state()),
+                        None => {
+                            self.detail(format!("{} ({})", state(), seconds(self.start.elapsed())))
+                        }
+                    }
+                }
+            });
+            let result = work();
+            drop(ended);
+            result
+        })
+    }
+}
+
+fn seconds(time: Duration) -> String {
+    match time.as_secs() {
+        0..10 => format!("{:.1} s", time.as_secs_f64()),
+        secs @ 10..60 => format!("{secs} s"),
+        secs => format!("{} min {} s", secs / 60, secs % 60),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_are_short() {
+        for (millis, text) in [(340, "0.3 s"), (59_900, "59 s"), (167_000, "2 min 47 s")] {
+            assert_eq!(seconds(Duration::from_millis(millis)), text);
+        }
+    }
 }

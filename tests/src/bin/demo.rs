@@ -16,7 +16,6 @@ use fanlight_tests::{
         Archive, Busybox, Cache, Emulator, L1Kernel, Modules, NestedHost, Share, StockKernel,
         build_program, guest_archive,
     },
-    progress,
 };
 
 /// What the guest does. What it says is on its display too, below the kernel's messages.
@@ -79,9 +78,7 @@ fn main() -> ExitCode {
 }
 
 fn demo() -> Result<i32> {
-    let fanlight = progress::step("building fanlight", || {
-        build_program("fanlight", "fanlight")
-    })?;
+    let fanlight = build_program("fanlight", "fanlight")?;
     let cache = Cache::open()?;
     let busybox = Busybox::get(&cache)?;
     let kernel = StockKernel::get(&cache)?;

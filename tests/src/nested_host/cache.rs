@@ -7,7 +7,10 @@ use std::{
 
 use rustix::fs::{FlockOperation, flock};
 
-use crate::{Context, Result, progress};
+use crate::{
+    Context, Result,
+    progress::{self, Step},
+};
 
 /// A directory with one entry for each thing that was downloaded or built.
 #[derive(Clone, Debug)]
@@ -39,18 +42,24 @@ impl Cache {
         &self.root
     }
 
+    /// The entry `key`, if it is there.
+    pub fn find(&self, key: &str) -> Option<PathBuf> {
+        let path = self.root.join(key);
+        path.exists().then_some(path)
+    }
+
     /// The entry `key`; `make` fills a fresh directory if it is not there. An entry is whole or not
     /// there at all, and two processes do not make the same one twice.
     pub fn entry(
         &self,
         key: &str,
         what: &str,
-        make: impl FnOnce(&Path) -> Result<()>,
+        make: impl FnOnce(&Path, &Step) -> Result<()>,
     ) -> Result<PathBuf> {
-        let path = self.root.join(key);
-        if path.exists() {
+        if let Some(path) = self.find(key) {
             return Ok(path);
         }
+        let path = self.root.join(key);
         let lock_path = self.root.join(format!("{key}.lock"));
         let lock = File::create(&lock_path).context("cannot make a lock file")?;
         flock(&lock, FlockOperation::LockExclusive).context("cannot lock the cache")?;
@@ -62,7 +71,7 @@ impl Cache {
             fs::remove_dir_all(&partial).context("cannot clean the cache")?;
         }
         fs::create_dir_all(&partial).context("cannot make a cache entry")?;
-        progress::step(what, || make(&partial))?;
+        progress::step(what, |step| make(&partial, step))?;
         fs::rename(&partial, &path).context("cannot finish a cache entry")?;
         Ok(path)
     }
@@ -77,12 +86,12 @@ mod tests {
     fn an_entry_is_made_once_and_a_failed_one_is_not_there() {
         let dir = tempfile::tempdir().unwrap();
         let cache = Cache::at(dir.path());
-        let failed = cache.entry("a", "a", |_| Err(Failure("no".into())));
+        let failed = cache.entry("a", "a", |_, _| Err(Failure("no".into())));
         assert!(failed.is_err() && !dir.path().join("a").exists());
         for _ in 0..2 {
             let mut made = 0;
             let path = cache
-                .entry("a", "a", |at| {
+                .entry("a", "a", |at, _| {
                     made += 1;
                     fs::write(at.join("x"), "1").context("write")
                 })

@@ -21,7 +21,7 @@ impl Drivers {
     pub fn get(cache: &Cache, kernel: &StockKernel) -> Result<Self> {
         let modules = kernel.modules.clone();
         let what = "reading which devices Debian's modules drive";
-        let lists = cache.entry("stock-drivers-2", what, |at| {
+        let lists = cache.entry("stock-drivers-2", what, |at, _| {
             let all = Modules::find(&modules)?;
             let write = |name: &str, lines: Vec<String>| {
                 fs::write(at.join(name), lines.join("\n")).context("cannot write a list")

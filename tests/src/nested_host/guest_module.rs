@@ -1,16 +1,14 @@
-//! The guest's kernel module that exports dma-bufs as a GPU's driver does, built for the nested host's kernel.
+//! The kernel module for guests that exports dma-bufs as the driver of a GPU does, built for the L1 kernel.
 
 use std::{
     fs,
     hash::{DefaultHasher, Hash, Hasher},
-    path::{Path, PathBuf},
-    process::Command,
+    path::PathBuf,
 };
 
 use super::{
     Cache,
-    kernel::{CONFIG, configure},
-    packages::{kernel_source, run},
+    kernel_build::{BuildInputs, CHANGES, CONFIG, KernelTree},
 };
 use crate::{Context, Result};
 
@@ -29,52 +27,34 @@ const SOURCES: [(&str, &str); 3] = [
         include_str!("../../../resources/guest-module/fanlight_vram.c"),
     ),
 ];
-/// What building a module needs nothing of, which is most of the kernel.
-const LEFT_OUT: [&str; 4] = ["*.rst", "*.yaml", "*/drivers/*.[ch]", "*/sound/*.[ch]"];
+/// Besides what the kernel leaves out.
+const LEFT_OUT: [&str; 1] = ["*/drivers/*.[ch]"];
 
 /// The module from the cache, or built: less than a minute on two cores.
 pub fn guest_module(cache: &Cache) -> Result<PathBuf> {
     let mut hasher = DefaultHasher::new();
-    (SOURCES, CONFIG).hash(&mut hasher);
+    (SOURCES, CONFIG, CHANGES).hash(&mut hasher);
     let key = format!("guest-module-{:016x}", hasher.finish());
     let file = format!("{NAME}.ko");
-    let path = cache.root().join(&key).join(&file);
-    if path.exists() {
-        return Ok(path);
+    if let Some(dir) = cache.find(&key) {
+        return Ok(dir.join(file));
     }
-    let source = kernel_source(cache)?;
-    let dir = cache.entry(&key, "building the guest's kernel module", |at| {
-        build(&source, at, &file)
+    let inputs = BuildInputs::get(cache)?;
+    let dir = cache.entry(&key, "a kernel module for guests", |at, step| {
+        let tree = KernelTree::new(inputs, at, &LEFT_OUT, step)?;
+        let module = at.join("module");
+        fs::create_dir(&module).context("cannot make a directory")?;
+        for (name, text) in SOURCES {
+            fs::write(module.join(name), text).context("cannot write the source of the module")?;
+        }
+        step.detail("compiling");
+        tree.make(&["modules_prepare"], step)?;
+        // Without the list of the kernel's symbols names are looked up when the module is loaded.
+        let folder = format!("M={}", module.display());
+        tree.make(&["KBUILD_MODPOST_WARN=1", &folder, "modules"], step)?;
+        fs::copy(module.join(&file), at.join(&file)).context("cannot keep the module")?;
+        fs::remove_dir_all(&module).context("cannot remove the source of the module")?;
+        tree.remove()
     })?;
     Ok(dir.join(file))
-}
-
-fn build(source: &Path, at: &Path, file: &str) -> Result<()> {
-    let (tree, module) = (at.join("source"), at.join("module"));
-    for dir in [&tree, &module] {
-        fs::create_dir(dir).context("cannot make a directory")?;
-    }
-    let left_out = LEFT_OUT.map(|pattern| format!("--exclude={pattern}"));
-    run(Command::new("tar")
-        .args(left_out)
-        .args(["--strip-components=1", "-xf"])
-        .arg(source)
-        .arg("-C")
-        .arg(&tree))?;
-    for (name, text) in SOURCES {
-        fs::write(module.join(name), text).context("cannot write the module's source")?;
-    }
-    let make = configure(&tree, &at.join("config"))?;
-    make(&["modules_prepare"])?;
-    // Without the kernel's own list of symbols names are looked up when the module is loaded.
-    make(&[
-        "KBUILD_MODPOST_WARN=1",
-        &format!("M={}", module.display()),
-        "modules",
-    ])?;
-    fs::copy(module.join(file), at.join(file)).context("cannot keep the module")?;
-    for dir in [&tree, &module] {
-        fs::remove_dir_all(dir).context("cannot remove the kernel's source")?;
-    }
-    Ok(())
 }

@@ -8,7 +8,7 @@ use std::{
     process::Command,
 };
 
-use super::{Busybox, DebianPrograms, Modules, packages::run};
+use super::{Busybox, DebianPrograms, Modules, command::run};
 use crate::{Context, Result};
 
 /// The guest's first program. Its first line is what benchmarks wait for.

@@ -14,7 +14,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{Archive, Busybox, Emulator, Modules, StockKernel, packages::run};
+use super::{Archive, Busybox, Emulator, Modules, StockKernel};
 use crate::{Context, Failure, Result};
 
 /// What L1's last line starts with.
@@ -380,26 +380,4 @@ fn emulator_errors(errors: impl Read) -> String {
         .filter(|line| !line.contains("TCG doesn't support requested feature"))
         .collect::<Vec<_>>()
         .join(" / ")
-}
-
-/// Builds a program of this workspace in release mode and gives its path.
-pub fn build_program(package: &str, program: &str) -> Result<PathBuf> {
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
-    let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
-    let messages = run(Command::new(cargo)
-        .args([
-            "build",
-            "--release",
-            "--message-format=json-render-diagnostics",
-        ])
-        .args(["--package", package, "--bin", program, "--manifest-path"])
-        .arg(&manifest))?;
-    // Of cargo's messages only the one about the program has an executable.
-    messages
-        .lines()
-        .filter_map(|line| line.split_once("\"executable\":\""))
-        .filter_map(|(_, rest)| rest.split_once('"'))
-        .map(|(path, _)| PathBuf::from(path))
-        .find(|path| path.file_name().is_some_and(|name| name == program))
-        .ok_or_else(|| Failure(format!("cargo built no program {program}")))
 }

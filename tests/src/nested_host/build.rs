@@ -1,0 +1,42 @@
+//! Programs of this workspace for the nested host.
+
+use std::{
+    env,
+    io::IsTerminal,
+    path::{Path, PathBuf},
+    process::{Command, Stdio},
+};
+
+use super::command::run;
+use crate::{Context, Failure, Result, progress};
+
+/// Builds a program of this workspace in release mode and returns its path. Cargo shows its progress on a terminal.
+pub fn build_program(package: &str, program: &str) -> Result<PathBuf> {
+    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
+    let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+    let mut command = Command::new(cargo);
+    command
+        .args(["build", "--release"])
+        .arg("--message-format=json-render-diagnostics")
+        .args(["--package", package, "--bin", program, "--manifest-path"])
+        .arg(&manifest);
+    let what = format!("building {program} in release mode");
+    let messages = if std::io::stderr().is_terminal() {
+        eprintln!("fanlight: {what}");
+        let output = command
+            .stderr(Stdio::inherit())
+            .output()
+            .context("cannot run cargo")?;
+        String::from_utf8_lossy(&output.stdout).into_owned()
+    } else {
+        progress::step(&what, |_| run(&mut command))?
+    };
+    // Of the messages only the one about the program has an executable.
+    messages
+        .lines()
+        .filter_map(|line| line.split_once("\"executable\":\""))
+        .filter_map(|(_, rest)| rest.split_once('"'))
+        .map(|(path, _)| PathBuf::from(path))
+        .find(|path| path.file_name().is_some_and(|name| name == program))
+        .ok_or_else(|| Failure(format!("cargo built no program {program}")))
+}
