@@ -24,39 +24,50 @@ pub struct Step {
     spinner: Option<ProgressBar>,
 }
 
-/// Runs `work` and shows that it is under way, and how long it took.
+/// Runs `work`, and shows that it is under way and how long it took.
 pub fn step<T, E>(what: &str, work: impl FnOnce(&Step) -> Result<T, E>) -> Result<T, E> {
-    let spinner = std::io::stderr().is_terminal().then(|| {
-        let spinner = ProgressBar::new_spinner().with_message(what.to_owned());
-        if let Ok(style) = ProgressStyle::with_template("fanlight: {wide_msg} {spinner} {elapsed}")
-        {
-            spinner.set_style(style);
-        }
-        spinner.enable_steady_tick(TICK);
-        spinner
-    });
-    let step = Step {
-        what: what.to_owned(),
-        start: Instant::now(),
-        spinner,
-    };
-    if step.spinner.is_none() {
-        eprintln!("fanlight: {what}");
-    }
+    let step = Step::begin(what);
     let result = work(&step);
-    if let Some(spinner) = &step.spinner {
-        spinner.finish_and_clear();
-    }
     let end = if result.is_ok() {
         "done in"
     } else {
         "failed after"
     };
-    eprintln!("fanlight: {what}: {end} {}", seconds(step.start.elapsed()));
+    step.end(end);
     result
 }
 
 impl Step {
+    /// Shows that a step begins.
+    pub fn begin(what: &str) -> Self {
+        let spinner = std::io::stderr().is_terminal().then(|| {
+            let spinner = ProgressBar::new_spinner().with_message(what.to_owned());
+            let style = ProgressStyle::with_template("fanlight: {msg} {spinner} {elapsed}");
+            if let Ok(style) = style {
+                spinner.set_style(style);
+            }
+            spinner.enable_steady_tick(TICK);
+            spinner
+        });
+        if spinner.is_none() {
+            eprintln!("fanlight: {what}");
+        }
+        Self {
+            what: what.to_owned(),
+            start: Instant::now(),
+            spinner,
+        }
+    }
+
+    /// Shows that it has ended: `how`, and the time.
+    pub fn end(self, how: &str) {
+        if let Some(spinner) = &self.spinner {
+            spinner.finish_and_clear();
+        }
+        let time = seconds(self.start.elapsed());
+        eprintln!("fanlight: {}: {how} {time}", self.what);
+    }
+
     /// Tells which part of the step begins.
     pub fn detail(&self, part: impl std::fmt::Display) {
         match &self.spinner {

@@ -1,9 +1,9 @@
-//! `cargo demo`: boots a stock Debian kernel, shows its console and takes a picture of its display, on any
-//! machine. Where that has no KVM, this program runs itself again in the nested host.
+//! `cargo demo`: boots a stock Debian kernel, shows its console and takes a picture of its display, on any machine.
+//! On a machine without KVM this program runs itself again in the nested host.
 
 use std::{
     fs,
-    io::{BufRead, BufReader, Write},
+    io::{self, BufRead, BufReader, Write},
     path::{Path, PathBuf},
     process::{Command, ExitCode, Stdio},
 };
@@ -16,13 +16,14 @@ use fanlight_tests::{
         Archive, Busybox, Cache, Emulator, L1Kernel, Modules, NestedHost, Share, StockKernel,
         build_program, guest_archive,
     },
+    progress::Step,
 };
 
-/// What the guest does. What it says is on its display too, below the kernel's messages.
+/// The guest runs this script, and shows its text on the serial console and, below the kernel messages, on its display.
 const SCRIPT: &str = r#"
 say() { echo "$1"; echo "$1" > /dev/tty1; }
 say
-say "  This is $(uname -sr), a stock Debian kernel, in a virtual machine of Fanlight's."
+say "  This is $(uname -sr), a stock Debian kernel, in a Fanlight virtual machine."
 say "  It has $(nproc) processor and $(($(grep MemTotal /proc/meminfo | tr -dc 0-9) / 1024)) MiB of memory,"
 say "  and reached its init $(cut -d' ' -f1 /proc/uptime) seconds after its kernel's first instruction."
 say "  Its display is a $(cat /sys/class/graphics/fb0/name) of $(tr , x < /sys/class/graphics/fb0/virtual_size) pixels."
@@ -34,7 +35,7 @@ read -r line
 echo "  Now it powers itself off."
 echo
 "#;
-/// Never shown: the guest has drawn, and waits.
+/// The guest has drawn, and waits. This line is not shown.
 const MARK: &str = "fanlight-demo: drawn";
 const OPTIONS: &[&str] = &[
     "--cpus",
@@ -48,7 +49,7 @@ const OPTIONS: &[&str] = &[
 ];
 const PICTURE: &str = "display.png";
 
-/// Where everything is that the guest is made of.
+/// The files that the guest starts from.
 struct Parts<'a> {
     fanlight: &'a Path,
     kernel: &'a Path,
@@ -88,7 +89,7 @@ fn demo() -> Result<i32> {
     let modules = Modules::find(&kernel.modules)?;
     more.modules(&modules, &["virtio_pci", "virtio_gpu"])?;
     initrd.extend(more.finish());
-    let this = std::env::current_exe().context("cannot find this program")?;
+    let this = std::env::current_exe().context("cannot find the path of this program")?;
     let pictures = pictures(&this)?;
     let status = match kvm_host::kvm() {
         Kvm::Host => {
@@ -115,8 +116,8 @@ fn demo() -> Result<i32> {
                 readonly: false,
             };
             let programs = [&*this, &*fanlight];
-            let output = &mut std::io::stdout();
-            nested_host.run("exec /demo", &programs, &[share], output, |root| {
+            let mut output = Waiting(Some(Step::begin("starting the nested host")));
+            nested_host.run("exec /demo", &programs, &[share], &mut output, |root| {
                 root.host_file("demo", &this)?;
                 root.host_file("fanlight", &fanlight)?;
                 root.host_file("vmlinuz", &kernel.image)?;
@@ -127,9 +128,9 @@ fn demo() -> Result<i32> {
     };
     let picture = pictures.join(PICTURE);
     if status == 0 {
-        let size = fs::metadata(&picture).context("there is no picture of the guest's display")?;
+        let size = fs::metadata(&picture).context("there is no picture of the guest display")?;
         println!(
-            "fanlight: a picture of the guest's display, {} bytes: {}",
+            "fanlight: the picture of the guest display, {} bytes: {}",
             size.len(),
             picture.display()
         );
@@ -137,7 +138,23 @@ fn demo() -> Result<i32> {
     Ok(status)
 }
 
-/// A directory beside this program's, without a picture of an earlier run.
+/// Standard output, and until the first text comes a step that is under way.
+struct Waiting(Option<Step>);
+
+impl Write for Waiting {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        if let Some(step) = self.0.take() {
+            step.end("done in");
+        }
+        io::stdout().write(bytes)
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        io::stdout().flush()
+    }
+}
+
+/// The directory for the picture, in the target directory. Removes the picture of an earlier run.
 fn pictures(this: &Path) -> Result<PathBuf> {
     let target = this.ancestors().nth(2).unwrap_or(Path::new("."));
     let dir = target.join("demo");
@@ -150,7 +167,7 @@ fn pictures(this: &Path) -> Result<PathBuf> {
     }
 }
 
-/// Runs the guest, passes on what it says, and takes the picture when it has drawn. Its exit status.
+/// Runs the guest, passes its console on, and takes the picture when it has drawn. Returns its exit status.
 fn show(parts: &Parts) -> Result<i32> {
     let dir = tempfile::tempdir().context("cannot make a directory")?;
     let socket = dir.path().join("api");
@@ -180,12 +197,12 @@ fn show(parts: &Parts) -> Result<i32> {
     {
         if String::from_utf8_lossy(&line).contains(MARK) {
             taken = take_picture(&socket, &parts.pictures.join(PICTURE));
-            // Whatever became of the picture, the guest goes on.
+            // The guest goes on without a picture too.
             keyboard
                 .write_all(b"\n")
                 .context("cannot type on the guest's console")?;
         } else {
-            let mut output = std::io::stdout();
+            let mut output = io::stdout();
             let _ = output.write_all(&line).and_then(|()| output.flush());
         }
         line.clear();

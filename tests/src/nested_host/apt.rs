@@ -121,10 +121,16 @@ APT::Sandbox::User "root"; Acquire::Languages "none"; Acquire::Retries "3";
         let what = packages.join(", ");
         let files = self.fetch(&what, command().arg("--print-uris"))?;
         let (count, bytes) = total(&files);
-        let total = format!("{count} packages, {} MB", bytes.div_ceil(1_000_000));
-        self.step.detail(format!("downloading {total}"));
+        let (megabytes, s) = (bytes.div_ceil(1_000_000), if count == 1 { "" } else { "s" });
+        let what_comes = format!("downloading {count} package{s}");
+        self.step.detail(format!("{what_comes}, {megabytes} MB"));
         self.step.watch(
-            || format!("{} of {total}", size_below(&archives) / 1_000_000),
+            || {
+                format!(
+                    "{what_comes}, {} of {megabytes} MB",
+                    size_below(&archives) / 1_000_000
+                )
+            },
             || self.fetch(&what, &mut command()),
         )?;
         self.step.detail("unpacking");

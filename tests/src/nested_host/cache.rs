@@ -3,6 +3,7 @@
 use std::{
     fs::{self, File},
     path::{Path, PathBuf},
+    sync::Once,
 };
 
 use rustix::fs::{FlockOperation, flock};
@@ -11,6 +12,9 @@ use crate::{
     Context, Result,
     progress::{self, Step},
 };
+
+/// A process tells once where it puts things.
+static ANNOUNCED: Once = Once::new();
 
 /// A directory with one entry for each thing that was downloaded or built.
 #[derive(Clone, Debug)]
@@ -32,7 +36,7 @@ impl Cache {
         Ok(Self { root })
     }
 
-    /// A cache that somebody else filled.
+    /// The cache in the directory `root`, which is there.
     pub fn at(root: impl Into<PathBuf>) -> Self {
         Self { root: root.into() }
     }
@@ -48,8 +52,8 @@ impl Cache {
         path.exists().then_some(path)
     }
 
-    /// The entry `key`; `make` fills a fresh directory if it is not there. An entry is whole or not
-    /// there at all, and two processes do not make the same one twice.
+    /// The entry `key`; `make` fills a fresh directory if it is not there. `what` names it for a person. An entry is
+    /// whole or absent, and two processes do not make the same one twice.
     pub fn entry(
         &self,
         key: &str,
@@ -71,6 +75,12 @@ impl Cache {
             fs::remove_dir_all(&partial).context("cannot clean the cache")?;
         }
         fs::create_dir_all(&partial).context("cannot make a cache entry")?;
+        ANNOUNCED.call_once(|| {
+            let root = self.root.display();
+            eprintln!(
+                "fanlight: fetching and building what is missing in {root}; later runs use it"
+            );
+        });
         progress::step(what, |step| make(&partial, step))?;
         fs::rename(&partial, &path).context("cannot finish a cache entry")?;
         Ok(path)

@@ -1,5 +1,5 @@
-//! L1's processors, felt: the emulator now and then stops one of them for good while the others go on. A
-//! guest on it hangs, and that says nothing of the program under test.
+//! A watchdog for the processors of L1. The emulator now and then stops one of them for good while the others go on. A
+//! guest on it hangs, which says nothing about the program under test.
 
 use std::{
     fs, process, thread,
@@ -13,16 +13,16 @@ use std::sync::{
 
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-/// What is said when a processor stands still; the run is void.
+/// The watchdog prints this when a processor stands still: the run is void.
 pub const STANDSTILL: &str = "a processor of L1 stands still";
 /// A processor that runs takes a waiting thread within milliseconds.
 const PATIENCE: Duration = Duration::from_secs(20);
 const BEAT: Duration = Duration::from_millis(500);
-/// What the process ends with when its run is void.
+/// Exit status of a process whose run is void.
 const VOID: i32 = 3;
 
-/// Watches every processor from a thread on each, and ends the process when one stands still. The first one, on which no
-/// guest runs, has interrupts and threads of the kernel's.
+/// Watches every processor from a thread on each, and ends the process when one stands still. No guest runs on the
+/// first one, but interrupts and kernel threads do.
 pub fn watch() {
     let start = Instant::now();
     let Ok(processors) = fs::read_to_string("/proc/cpuinfo") else {

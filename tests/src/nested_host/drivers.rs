@@ -1,5 +1,5 @@
-//! Which of Debian's modules drive a PCI device, and where all of them are: what `depmod` would write into
-//! `modules.alias` and `modules.dep`. Reading either out of thousands of files is slow, in the nested host most of all.
+//! Lists of the Debian kernel modules and of the PCI devices that each drives, as `depmod` would write them into
+//! `modules.dep` and `modules.alias`. To read them out of thousands of files is slow, above all in the nested host.
 
 use std::{fs, path::PathBuf};
 
@@ -9,7 +9,7 @@ use crate::{Context, Result};
 const ALIASES: &str = "aliases";
 const FILES: &str = "files";
 
-/// The stock kernel's modules as two lists in files.
+/// The modules of the stock kernel as two lists in files.
 #[derive(Clone, Debug)]
 pub struct Drivers {
     lists: PathBuf,
@@ -20,7 +20,7 @@ impl Drivers {
     /// From the cache, or made.
     pub fn get(cache: &Cache, kernel: &StockKernel) -> Result<Self> {
         let modules = kernel.modules.clone();
-        let what = "reading which devices Debian's modules drive";
+        let what = "a list of the Debian kernel modules and their devices";
         let lists = cache.entry("stock-drivers-2", what, |at, _| {
             let all = Modules::find(&modules)?;
             let write = |name: &str, lines: Vec<String>| {

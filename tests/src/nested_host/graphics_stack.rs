@@ -13,8 +13,8 @@ use super::{
 };
 use crate::{Context, Result};
 
-/// What a host needs to draw for its guests, and a guest to have it drawn, without a GPU: virglrenderer with
-/// its server, and Mesa with its software rasterizers.
+/// Packages with which a host draws for its guests without a GPU, and guests use it: virglrenderer with its server, and
+/// Mesa with its software rasterizers.
 const RENDERER: &[&str] = &[
     "libvirglrenderer1",
     "virgl-server",
@@ -23,9 +23,9 @@ const RENDERER: &[&str] = &[
     "libegl-mesa0",
     "libgles2",
 ];
-/// Programs that say what they find of it, and one that makes a disk of it.
+/// Programs that report on it, and one that makes a disk of it.
 const PROGRAMS: &[&str] = &["vulkan-tools", "mesa-utils-bin", "e2fsprogs"];
-/// What QEMU needs besides for 3D.
+/// What QEMU needs for 3D besides.
 const EMULATOR_GL: &[&str] = &[
     "qemu-system-modules-opengl/trixie-backports",
     "libgbm1",
@@ -69,7 +69,7 @@ impl GraphicsStack {
         })
     }
 
-    /// The root of a host with virglrenderer 1.1, of the suite before, and the same image.
+    /// The root of a host with virglrenderer 1.1, from the suite before, and the same image.
     pub fn older(cache: &Cache) -> Result<Self> {
         let what = "virglrenderer 1.1";
         let root = cache.entry("graphics-older-1", what, |at, step| {
@@ -82,7 +82,7 @@ impl GraphicsStack {
         Ok(Self { root, image })
     }
 
-    /// A root with QEMU's 3D, of the emulator's own suites and so with their virglrenderer; there is no disk.
+    /// A root with QEMU and its 3D, from the same suites as the emulator and so with their virglrenderer. It has no disk.
     pub fn of_emulator(cache: &Cache) -> Result<Self> {
         let root = cache.entry("emulator-gl-1", "QEMU with 3D", |at, step| {
             let packages = [EMULATOR, EMULATOR_GL, RENDERER].concat();
@@ -93,14 +93,14 @@ impl GraphicsStack {
         Ok(Self { root, image })
     }
 
-    /// Shows these directories of the machine's to programs in the root, besides those that all need.
+    /// Mounts these directories of the machine in the root, besides those that every program needs.
     pub fn show(&self, dirs: impl IntoIterator<Item = PathBuf>) -> Result<()> {
         let system = ["/dev", "/proc", "/sys", "/tmp"].map(PathBuf::from);
         for dir in system.into_iter().chain(dirs) {
             let to = self.root.join(dir.strip_prefix("/").unwrap_or(&dir));
             fs::create_dir_all(&to).context("cannot make a directory")?;
             rustix::mount::mount_bind(&dir, &to)
-                .context(format!("cannot show {} to Fanlight", dir.display()))?;
+                .context(format!("cannot mount {} for Fanlight", dir.display()))?;
         }
         Ok(())
     }
@@ -112,7 +112,7 @@ impl GraphicsStack {
             .arg(&self.root)
             .arg(program)
             .env("LD_LIBRARY_PATH", "/usr/lib/x86_64-linux-gnu")
-            // Of all drivers the one that needs no hardware: looking for it takes time.
+            // The one driver that needs no hardware: a search takes time.
             .env("VK_DRIVER_FILES", "/usr/share/vulkan/icd.d/lvp_icd.json");
         command
     }

@@ -1,5 +1,5 @@
-//! Initial RAM disks: cpio archives (newc) of our programs, busybox and kernel modules. Archives can be
-//! written one behind the other; the kernel unpacks all.
+//! Initial RAM disks: cpio archives (newc) of programs, busybox and kernel modules. The kernel unpacks all archives that
+//! lie one behind the other.
 
 use std::{
     collections::BTreeSet,
@@ -11,12 +11,12 @@ use std::{
 use super::{Busybox, DebianPrograms, Modules, command::run};
 use crate::{Context, Result};
 
-/// The guest's first program. Its first line is what benchmarks wait for.
+/// The first program of the guest. Benchmarks wait for its first line.
 const GUEST_INIT: &str = include_str!("../../../resources/guest/init");
-/// L1's first program.
+/// The first program of L1.
 const L1_INIT: &str = include_str!("../../../resources/nested_host/init");
 
-/// What a guest needs to use every device of the machine.
+/// Modules that a guest needs to use every device of the machine.
 const GUEST_MODULES: &[&str] = &[
     "virtio_pci",
     "virtio_blk",
@@ -36,7 +36,7 @@ const GUEST_MODULES: &[&str] = &[
 pub struct Archive {
     bytes: Vec<u8>,
     entries: u32,
-    /// Libraries of Debian's that are there already.
+    /// Libraries of Debian programs that the archive has.
     placed: BTreeSet<String>,
 }
 
@@ -86,14 +86,14 @@ impl Archive {
         self.entry(path, PROGRAM, (0, 0), content);
     }
 
-    /// Adds a file of the host's.
+    /// Adds a file of the host.
     pub fn host_file(&mut self, path: &str, from: &Path) -> Result<()> {
         let content = fs::read(from).context(format!("cannot read {}", from.display()))?;
         self.file(path, &content);
         Ok(())
     }
 
-    /// Adds the libraries that a program of the host's needs, at their own places.
+    /// Adds the libraries that a program of the host needs, at their own paths.
     pub fn libraries_of(&mut self, program: &Path) -> Result<()> {
         for library in libraries(program)? {
             self.host_file(&library.to_string_lossy(), &library)?;
@@ -101,7 +101,7 @@ impl Archive {
         Ok(())
     }
 
-    /// Adds a program of Debian's as a command of its own name, with its own libraries apart from the host's.
+    /// Adds a Debian program as a command of its own name. Its libraries lie apart from those of the host.
     pub fn debian_program(&mut self, programs: &DebianPrograms, path: &str) -> Result<()> {
         const PLACE: &str = "debian";
         let (name, loader) = (path.rsplit('/').next().unwrap_or(path), programs.loader());
@@ -146,14 +146,14 @@ impl Archive {
         Ok(archive)
     }
 
-    /// L1's root, which runs `/job`.
+    /// The root of L1, which runs `/job`.
     pub fn l1(busybox: &Busybox) -> Result<Self> {
         Self::system(busybox, L1_INIT)
     }
 }
 
-/// A guest's root with every driver and, if one is given, the agent; `/test` is what it runs. Tests put
-/// that into an archive behind this one.
+/// The root of a guest with every driver and, if one is given, the agent. It runs `/test`, which tests add in an
+/// archive behind this one.
 pub fn guest_archive(
     busybox: &Busybox,
     modules: Option<&Modules>,
@@ -170,7 +170,7 @@ pub fn guest_archive(
     Ok(archive.finish())
 }
 
-/// The shared libraries and the loader of a program of the host's.
+/// The shared libraries and the loader of a program of the host.
 fn libraries(program: &Path) -> Result<Vec<PathBuf>> {
     let list = run(Command::new("ldd").arg(program))?;
     Ok(list

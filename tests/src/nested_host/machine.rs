@@ -17,9 +17,9 @@ use std::{
 use super::{Archive, Busybox, Emulator, Modules, StockKernel};
 use crate::{Context, Failure, Result};
 
-/// What L1's last line starts with.
+/// Start of the last line of L1.
 const STATUS: &str = "fanlight-nested-host: status ";
-/// Modules that make Debian's kernel a KVM host, and let it see directories of ours.
+/// Modules that make the Debian kernel a KVM host, and let it mount directories of this machine.
 const L1_MODULES: &[&str] = &[
     "kvm",
     "kvm_amd",
@@ -30,44 +30,46 @@ const L1_MODULES: &[&str] = &[
     "9pnet_virtio",
     "9p",
 ];
-/// L1's processors: two that run guests, and the first one, which must not.
+/// Number of processors of L1: two that run guests, and the first one, which must not.
 ///
-/// QEMU clears a bit of the *first* processor's state (`hflags2`) when any processor loads an x87 state
-/// (`cpu_clear_ignne`, from XRSTOR and the like, at nearly each change of threads), by reading, changing and writing back
-/// without a lock. What the first one changes meanwhile is undone: that it is in a guest's page tables, on which L1's
-/// next instruction is looked up in those, or the guest's in L1's; or that its interrupts are on. L1 ended without a
-/// word, guests restarted, or hung. Nothing of this matters to a processor that never enters a guest.
+/// When any processor loads an x87 state (XRSTOR and the like, at nearly each change of threads), QEMU clears a bit in
+/// the state of the *first* processor (`cpu_clear_ignne`, `hflags2`). It reads, changes and writes back without a lock,
+/// and so undoes what the first processor changes meanwhile: whether it uses the page tables of a guest, or whether its
+/// interrupts are on. L1 then looked up its next instruction in the page tables of the guest, or the reverse: it ended
+/// without a word, guests restarted, or hung. A processor that never enters a guest is not affected.
 const PROCESSORS: u32 = 3;
-/// Those that guests, and all else that L1 is there for, run on (`resources/nested_host/init`): a mask.
+/// Mask of the processors that guests and tests run on (`resources/nested_host/init`).
 const GUESTS_PROCESSORS: u32 = (1 << PROCESSORS) - 2;
-/// L1's clock ticks: the emulator now and then loses a one-shot timer while a nested guest runs, after
-/// which a tickless L1, or a guest in it, sleeps until something else happens. Its time stamp counters are all
-/// this machine's one: a busy machine must not have L1's watchdog doubt them, and KVM with it. Nor must KVM
-/// doubt what Linux first took for their rate: where that was 250 ppm from what a second look finds, and the
-/// processor cannot scale, `kvm_set_tsc_khz` fails half way and leaves guests a scale of zero, by which their
-/// clocks leap at each change. On a busy machine the emulated PIT may not tick ten times while L1 looks whether it
-/// does at all, which is a panic; `no_timer_check` believes it. A page of 1 GiB can only be had at the start.
+/// Command line of L1, made for the faults of the emulator and for busy machines:
+///
+/// - `nohz=off highres=off`: the emulator now and then loses a one-shot timer while a nested guest runs. Without a
+///   periodic tick L1, or a guest in it, then sleeps until something else happens.
+/// - `tsc=reliable`: all time stamp counters are the one of this machine. On a busy machine the clock watchdog of L1 would
+///   doubt them, and KVM with it.
+/// - `kvm.tsc_tolerance_ppm`: the rate that Linux measures first may be 250 ppm from the second measurement. The processor
+///   cannot scale, so `kvm_set_tsc_khz` would fail half way and leave guests a scale of zero: their clocks leap.
+/// - `no_timer_check`: on a busy machine the emulated PIT may not tick ten times while L1 checks it, which is a panic.
+/// - `hugepages`: a page of 1 GiB can only be had at the start.
 const L1_CMDLINE: &str = "console=ttyS0 panic=-1 loglevel=1 intel_iommu=on nohz=off highres=off no_timer_check \
      tsc=reliable default_hugepagesz=2M hugepagesz=1G hugepages=1 kvm.tsc_tolerance_ppm=20000";
-/// L1 gives a sign of life every ten seconds (`resources/nested_host/init`), which is [`ALIVE`]: one that is silent
-/// for so long hangs.
+/// L1 sends [`ALIVE`] every ten seconds (`resources/nested_host/init`). One that is silent for so long hangs.
 const SILENCE: Duration = Duration::from_secs(120);
 const ALIVE: u8 = 0;
 
 /// Which kernel L1 boots.
 #[derive(Debug)]
 pub enum L1Kernel {
-    /// The nested host's own, with everything built in.
+    /// The kernel that is built for it, with everything built in.
     Built(PathBuf),
-    /// Debian's, with what it needs as modules.
+    /// The Debian kernel, with what it needs as modules.
     Stock(StockKernel),
 }
 
-/// A device of L1's to be passed through to guests, beyond what every L1 has. Each is behind a root port of
-/// its own, and so in an IOMMU group of its own.
+/// A device of L1 to be passed through to guests, beyond what every L1 has. Each is behind a root port of its own, and
+/// so in an IOMMU group of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum L1Device {
-    /// Intel's 82576 (8086:10c9) with virtual functions (8086:10ca), on a network of QEMU's.
+    /// Intel's 82576 (8086:10c9) with virtual functions (8086:10ca), on a network of QEMU.
     Igb,
     /// A virtio network device (1af4:1041) with a virtual function of the same kind, on one network.
     VirtioNet,
@@ -82,7 +84,7 @@ pub enum L1Device {
 }
 
 impl L1Device {
-    /// QEMU's arguments for it as L1's device number `number`. Files go to `dir`.
+    /// The QEMU arguments for it as device number `number` of L1. Files go to `dir`.
     fn arguments(self, number: usize, dir: &Path) -> Result<Vec<String>> {
         let port = format!("pcie-root-port,id=rp{number},chassis={number},slot={number}");
         let on_port = |device: &str| format!("{device},bus=rp{number}");
@@ -94,7 +96,7 @@ impl L1Device {
                 add("-device", on_port(&format!("igb,netdev=net{number}")));
             }
             // QEMU wants the virtual function before the physical one that it names. Without `iommu_platform`
-            // a virtio device's DMA passes by the IOMMU, and lands in L1's memory instead of the guest's.
+            // DMA of a virtio device passes by the IOMMU, and lands in L1 memory instead of guest memory.
             L1Device::VirtioNet => {
                 for (end, device) in [
                     ("v", format!("sriov-pf=pf{number},addr=0.1")),
@@ -133,7 +135,7 @@ impl L1Device {
     }
 }
 
-/// A directory of the host's that L1 sees.
+/// A directory of this machine that L1 mounts.
 #[derive(Clone, Debug)]
 pub struct Share {
     /// `/share` or `/cache` in L1.
@@ -144,13 +146,13 @@ pub struct Share {
     pub readonly: bool,
 }
 
-/// A nested host that is ready to run jobs.
+/// The parts of a nested host, which runs jobs.
 #[derive(Debug)]
 pub struct NestedHost {
     emulator: Emulator,
     busybox: Busybox,
     kernel: L1Kernel,
-    /// L1's memory in MiB.
+    /// Memory of L1 in MiB.
     pub memory: u32,
 }
 
@@ -165,9 +167,9 @@ impl NestedHost {
         }
     }
 
-    /// Boots L1, runs the shell script `job` in it and gives its exit status. The job's output goes to
-    /// `output` as it comes. `fill` adds files to L1's root; `programs` are programs of the host's that the job runs,
-    /// whose libraries L1 gets.
+    /// Boots L1, runs the shell script `job` in it and returns its exit status. The output goes to `output` as it comes.
+    /// `fill` adds files to the root of L1. `programs` are programs of this machine that the job runs: L1 gets their
+    /// libraries.
     pub fn run(
         &self,
         job: &str,
@@ -204,7 +206,7 @@ impl NestedHost {
         };
         fill(&mut root)?;
         let initrd = dir.path().join("l1.cpio");
-        fs::write(&initrd, root.finish()).context("cannot write L1's root")?;
+        fs::write(&initrd, root.finish()).context("cannot write the root of L1")?;
         let mut command = self.command(image, &initrd, shares);
         for (number, device) in (1..).zip(devices) {
             command.args(device.arguments(number, dir.path())?);
@@ -263,10 +265,10 @@ impl NestedHost {
     }
 }
 
-/// A folder for sockets of the emulators' monitors, which tell where a machine hangs.
+/// A folder for monitor sockets of the emulators, which tell where a machine hangs.
 const MONITORS: &str = "FANLIGHT_NESTED_HOST_MONITORS";
 
-/// Where this emulator's monitor is.
+/// The monitor option of this emulator.
 fn monitor() -> String {
     static NUMBER: AtomicU32 = AtomicU32::new(0);
     let Some(folder) = std::env::var_os(MONITORS) else {
@@ -278,7 +280,7 @@ fn monitor() -> String {
     format!("unix:{},server=on,wait=off", path.display())
 }
 
-/// Passes L1's output on until it ends; the status that its last line tells.
+/// Passes the output of L1 on until it ends, and returns the status in its last line.
 fn watch(mut child: Child, to: &mut dyn Write) -> Result<i32> {
     let (Some(output), Some(errors)) = (child.stdout.take(), child.stderr.take()) else {
         return Err(Failure("QEMU has no output".into()));
@@ -323,7 +325,7 @@ fn watch(mut child: Child, to: &mut dyn Write) -> Result<i32> {
     }
 }
 
-/// L1's output without its signs of life, of which it takes note.
+/// The output of L1 without its signs of life, whose time it notes.
 struct Listening<R> {
     output: R,
     heard: Arc<Mutex<Instant>>,
@@ -349,7 +351,7 @@ impl<R: Read> Read for Listening<R> {
     }
 }
 
-/// Copies whole and partial lines as they come, but for the one with the status.
+/// Copies whole and partial lines as they come, except the one with the status.
 fn pass_on(output: impl Read, to: &mut dyn Write) -> Option<i32> {
     let mut reader = BufReader::new(output);
     let mut status = None;
@@ -372,7 +374,7 @@ fn pass_on(output: impl Read, to: &mut dyn Write) -> Option<i32> {
     status
 }
 
-/// QEMU's complaints, without those about processor features that it does not emulate.
+/// The errors of QEMU, without those about processor features that it does not emulate.
 fn emulator_errors(errors: impl Read) -> String {
     BufReader::new(errors)
         .lines()

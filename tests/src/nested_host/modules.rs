@@ -45,7 +45,7 @@ impl Modules {
             .collect()
     }
 
-    /// What [`Modules::list`] gave lines of, without a look at each directory.
+    /// The modules that [`Modules::list`] gave lines of. Reads no directory.
     pub(super) fn listed(root: &Path, list: &str) -> Self {
         let lines = list.lines().filter_map(|line| line.split_once(' '));
         let files = lines.map(|(name, path)| (name.to_owned(), root.join(path)));
@@ -54,8 +54,8 @@ impl Modules {
         }
     }
 
-    /// The PCI devices that each module drives, as its `alias=pci:` lines have them: pattern and module. Reads all
-    /// drivers there are, which takes some seconds.
+    /// The PCI devices that each module drives, from its `alias=pci:` lines: pattern and module. Reads all drivers,
+    /// which takes some seconds.
     pub(super) fn pci_aliases(&self) -> Result<Vec<(String, String)>> {
         let mut aliases = Vec::new();
         for (name, path) in &self.files {
@@ -67,8 +67,8 @@ impl Modules {
         Ok(aliases)
     }
 
-    /// The content of the named modules and of all that they need, each after what it needs. A module
-    /// that this kernel has built in is left out.
+    /// The content of the named modules and of all that they need, each after what it needs. Leaves out modules that
+    /// are built into this kernel.
     pub fn load_order(&self, names: &[&str]) -> Result<Vec<(String, Vec<u8>)>> {
         let mut order = Vec::new();
         for name in names {
@@ -118,7 +118,7 @@ fn read(path: &Path) -> Result<Vec<u8>> {
     Ok(content)
 }
 
-/// Those modules that the module's `.modinfo` says it needs.
+/// The modules that the `.modinfo` section of a module names as needed.
 fn dependencies(module: &[u8]) -> Vec<String> {
     let lists = info(module, "depends=");
     let names = lists.iter().flat_map(|list| list.split(','));
@@ -128,7 +128,7 @@ fn dependencies(module: &[u8]) -> Vec<String> {
         .collect()
 }
 
-/// The lines of the module's `.modinfo` that start with `prefix`, without it.
+/// The `.modinfo` lines of a module that start with `prefix`, without it.
 fn info(module: &[u8], prefix: &str) -> Vec<String> {
     let lines = module.split(|&byte| byte == 0);
     lines

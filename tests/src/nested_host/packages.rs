@@ -252,7 +252,7 @@ impl Emulator {
         &self.0.0
     }
 
-    /// The parts that run the emulator, copied: what is measured reads nothing over the share.
+    /// Copies the parts that run the emulator, so that a benchmark reads nothing over the share.
     pub fn copied_to(&self, to: &Path) -> Result<Self> {
         for part in [
             "usr/bin",
