@@ -76,7 +76,7 @@ pub enum LoadError {
         actual: u64,
     },
     /// A file does not fit into RAM.
-    #[error("{}: does not fit: needs {needed} MiB where the guest has {available} MiB; give more --memory", path.display())]
+    #[error("{}: does not fit: needs {needed} MiB where the guest has {available} MiB; give the guest more memory", path.display())]
     TooLarge {
         /// The kernel or the initial RAM disk.
         path: PathBuf,
@@ -86,7 +86,7 @@ pub enum LoadError {
         available: u64,
     },
     /// The command line is longer than the kernel takes.
-    #[error("the kernel command line has {len} bytes, this kernel takes {max}: shorten --cmdline")]
+    #[error("the kernel command line has {len} bytes, this kernel takes {max}: shorten it")]
     CmdlineTooLong {
         /// Its length.
         len: usize,
@@ -94,9 +94,7 @@ pub enum LoadError {
         max: usize,
     },
     /// A NUL or a character outside of ASCII.
-    #[error(
-        "the kernel command line has a character that is not printable ASCII: change --cmdline"
-    )]
+    #[error("the kernel command line has a character that is not printable ASCII")]
     CmdlineNotAscii,
     /// A file could not be read.
     #[error("{}: cannot read it", path.display())]

@@ -25,11 +25,11 @@ const TRANSPORT: u64 = 1 << 28 | 1 << 29 | 1 << 32;
 #[derive(Debug, Error)]
 pub enum VsockError {
     /// Not an id that a guest can have.
-    #[error("--vsock cid={0}: the id must be from {MIN_CID} to 4294967294")]
+    #[error("cid={0}: the id must be from {MIN_CID} to 4294967294")]
     Cid(u32),
     /// The host's device is missing or closed to us.
     #[error(
-        "--vsock: cannot open {}; load it with `modprobe vhost_vsock`, and see that you may write it",
+        "cannot open {}; load it with `modprobe vhost_vsock`, and see that you may write it",
         path.display()
     )]
     Open {
@@ -40,10 +40,10 @@ pub enum VsockError {
         source: io::Error,
     },
     /// Another guest has the id.
-    #[error("--vsock cid={0}: another guest has this id; give another")]
+    #[error("cid={0}: another guest has this id; give another")]
     CidInUse(u32),
     /// vhost refused something.
-    #[error("--vsock: the host's vhost-vsock cannot {action}")]
+    #[error("vhost-vsock of the host cannot {action}")]
     Host {
         /// What was tried.
         action: &'static str,

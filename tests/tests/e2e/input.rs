@@ -64,11 +64,11 @@ fn files_and_numbers(assets: &Assets) -> Result<()> {
     let big = write("big", &vec![0; 200 << 20])?;
     let long = "x".repeat(3000);
     let with = |more: &[&'static str]| [&["--kernel", kernel], more].concat();
-    refused(assets, &[], "no kernel: give one with --kernel")?;
+    refused(assets, &[], "--kernel: no kernel is named")?;
     refused(
         assets,
         &["--kernel", "/nowhere"],
-        "--kernel /nowhere: cannot open it",
+        "--kernel: /nowhere: cannot open it",
     )?;
     refused(assets, &["--kernel", &junk], "not a kernel")?;
     refused(assets, &["--kernel", &truncated], "truncated")?;
@@ -76,7 +76,7 @@ fn files_and_numbers(assets: &Assets) -> Result<()> {
     refused(
         assets,
         &with(&["--initrd", "/nowhere"]),
-        "--initrd /nowhere",
+        "--initrd: /nowhere",
     )?;
     let initrd = ["--kernel", kernel, "--memory", "128M", "--initrd", &big];
     refused(assets, &initrd, "does not fit")?;
@@ -124,7 +124,10 @@ fn disks(assets: &Assets) -> Result<()> {
         let arguments = ["--kernel", text(&assets.stock.image), "--disk", &disk];
         refused(assets, &arguments, expected)
     };
-    refuse("path=/nowhere".into(), "disk /nowhere: cannot open it")?;
+    refuse(
+        "path=/nowhere".into(),
+        "disk disk0: /nowhere: cannot open it",
+    )?;
     refuse(format!("path={}", qcow2.display()), "say format=qcow2")?;
     refuse(
         format!("path={},format=qcow2", raw.display()),

@@ -4,10 +4,13 @@ use std::{
     collections::BTreeMap,
     io,
     os::fd::{AsRawFd, BorrowedFd},
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, MutexGuard},
 };
 
-use fanlight_devices::hypervisor::{LevelIrq, MsiMessage, MsiVector};
+use fanlight_devices::{
+    hypervisor::{LevelIrq, MsiMessage, MsiVector},
+    sync::Mutex,
+};
 use kvm_bindings::{
     KVM_CAP_X2APIC_API, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC,
     KVM_X2APIC_API_DISABLE_BROADCAST_QUIRK, KVM_X2APIC_API_USE_32BIT_IDS, KvmIrqRouting,
@@ -28,7 +31,7 @@ const MSI_DELIVERY_NMI: u32 = 0b100 << 8;
 /// GSIs that KVM routes (`KVM_MAX_IRQ_ROUTES` on x86).
 const MAX_GSIS: u32 = 4096;
 
-/// Has the routes of messages carry destination ids above 255 (`Documentation/virt/kvm/api.rst`, 7.9).
+/// Makes message routes carry destination ids above 255 (`Documentation/virt/kvm/api.rst`, 7.9).
 pub fn enable_x2apic_ids(vm: &VmFd) -> Result<(), KvmError> {
     let mut cap = kvm_enable_cap {
         cap: KVM_CAP_X2APIC_API,
@@ -51,7 +54,7 @@ struct Routes {
     messages: BTreeMap<u32, MsiMessage>,
     /// GSIs above the pins that no vector owns.
     free: Vec<u32>,
-    /// The lowest GSI that was never handed out.
+    /// The lowest GSI that was never in use.
     next: u32,
 }
 
@@ -75,8 +78,8 @@ impl Interrupts {
         Ok(interrupts)
     }
 
-    /// Raises a non-maskable interrupt at the vCPU whose APIC id is `id`, by a message as a device would send it: the
-    /// id's low byte and the rest in the address, the delivery mode in the data (Intel SDM volume 3, section 11.11).
+    /// Raises a non-maskable interrupt at the vCPU whose APIC id is `id`, by a message like that of a device. The
+    /// address has the low byte and the high bytes of the id, the data the delivery mode (Intel SDM volume 3, 11.11).
     pub fn raise_nmi(&self, id: u32) -> Result<(), KvmError> {
         self.vm
             .signal_msi(kvm_msi {
@@ -90,10 +93,10 @@ impl Interrupts {
     }
 
     fn lock(&self) -> MutexGuard<'_, Routes> {
-        self.routes.lock().unwrap_or_else(PoisonError::into_inner)
+        self.routes.lock()
     }
 
-    /// Gives KVM the whole table: it takes no single entries.
+    /// Sets the whole routing table: KVM has no call for single entries.
     fn apply(&self, routes: &Routes) -> io::Result<()> {
         let pins = (0..IOAPIC_PINS).map(|pin| {
             let mut entry = kvm_irq_routing_entry {
@@ -134,7 +137,7 @@ impl Interrupts {
         Ok(event)
     }
 
-    /// Event descriptors on a pin of the IOAPIC that is raised until the guest is done with it.
+    /// Event descriptors on a pin of the IOAPIC that stays raised until the guest has handled the interrupt.
     pub fn level(&self, gsi: u32) -> io::Result<LevelIrq> {
         let irq = LevelIrq {
             trigger: EventFd::new(EFD_NONBLOCK)?,
@@ -185,12 +188,12 @@ pub struct Vector {
 
 impl MsiVector for Vector {
     fn unmask(&self, message: MsiMessage) -> io::Result<()> {
-        let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut attached = self.attached.lock();
         let mut routes = self.interrupts.lock();
         if routes.messages.get(&self.gsi) != Some(&message) {
             let old = routes.messages.insert(self.gsi, message);
             if let Err(error) = self.interrupts.apply(&routes) {
-                // The guest wrote a message that KVM does not take: keep what worked before.
+                // KVM refuses the message that the guest wrote: keep the one before.
                 match old {
                     Some(old) => routes.messages.insert(self.gsi, old),
                     None => routes.messages.remove(&self.gsi),
@@ -200,7 +203,7 @@ impl MsiVector for Vector {
         }
         drop(routes);
         if !*attached {
-            // KVM looks at the descriptor as it attaches: what is pending is delivered.
+            // KVM polls the descriptor as it attaches, so that a pending interrupt is delivered.
             self.interrupts
                 .vm
                 .register_irqfd(&self.event, self.gsi)
@@ -211,7 +214,7 @@ impl MsiVector for Vector {
     }
 
     fn mask(&self) -> io::Result<()> {
-        let mut attached = self.attached.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut attached = self.attached.lock();
         if *attached {
             self.interrupts
                 .vm

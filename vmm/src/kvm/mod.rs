@@ -1,5 +1,4 @@
-//! The virtual machine as KVM knows it: one module for every ioctl of Fanlight's on `/dev/kvm` and
-//! its descriptors, and the implementation of what devices ask of the hypervisor.
+//! The virtual machine in KVM: every ioctl on `/dev/kvm` and its descriptors, and the hypervisor that devices use.
 
 mod interrupts;
 mod slots;
@@ -10,13 +9,14 @@ use std::{
     io,
     os::fd::{BorrowedFd, FromRawFd, IntoRawFd, OwnedFd},
     path::Path,
-    sync::{Arc, Mutex},
+    sync::Arc,
 };
 
 use fanlight_arch::layout;
 use fanlight_devices::{
     hypervisor::{AddedDevice, Hypervisor, LevelIrq, MappedSlot, MsiVector},
     memory::SlotMapping,
+    sync::Mutex,
 };
 use kvm_bindings::{
     CpuId, KVM_API_VERSION, KVM_CAP_DISABLE_QUIRKS2, KVM_MAX_CPUID_ENTRIES, kvm_clock_data,
@@ -35,32 +35,32 @@ use vfio::VfioDevices;
 /// Why there is no virtual machine.
 #[derive(Debug, Error)]
 pub enum KvmError {
-    /// The device node is not there.
+    /// There is no device node.
     #[error(
         "no /dev/kvm: load the module kvm_intel or kvm_amd (virtualization must be enabled in the \
          firmware), or use a host that has it"
     )]
     Missing,
-    /// The device node may not be opened.
+    /// The process has no permission on the device node.
     #[error("no permission on /dev/kvm: join its group, `usermod -aG kvm $USER`, and log in again")]
     Permission,
-    /// A descriptor of something else.
-    #[error("the descriptor given for /dev/kvm is of something else")]
+    /// The descriptor is not of `/dev/kvm`.
+    #[error("the descriptor given for /dev/kvm is not of it")]
     NotKvm,
-    /// KVM answers, but not the interface that Linux has had since 2.6.22.
+    /// Not the version of the interface that Linux has had since 2.6.22.
     #[error(
         "/dev/kvm speaks version {0} of its interface, not {KVM_API_VERSION}: update the host's kernel"
     )]
     Version(i32),
-    /// Something that Fanlight is built on is missing.
+    /// A capability that Fanlight needs is missing.
     #[error("this host's KVM lacks {0}: update the host's kernel")]
     Capability(&'static str),
     /// More vCPUs than KVM runs.
-    #[error("{asked} vCPUs: this host's KVM runs 1 to {max}; give --cpus a number in that range")]
+    #[error("{asked} vCPUs: this host's KVM runs 1 to {max}")]
     Cpus {
         /// What was asked for.
         asked: u32,
-        /// What KVM can do.
+        /// What KVM runs at most.
         max: u32,
     },
     /// An ioctl failed.
@@ -85,7 +85,7 @@ fn ioctl(action: &'static str) -> impl FnOnce(kvm_ioctls::Error) -> KvmError {
     }
 }
 
-/// What Fanlight cannot do without.
+/// Capabilities that Fanlight needs, with their names for people.
 const REQUIRED: [(Cap, &str); 7] = [
     (Cap::Irqchip, "an in-kernel interrupt controller"),
     (Cap::Irqfd, "irqfd"),
@@ -103,7 +103,7 @@ pub struct KvmVm {
     vm: Arc<VmFd>,
     interrupts: Arc<Interrupts>,
     slots: Arc<Slots>,
-    /// Held while the ring of coalesced accesses is read; none where KVM does not coalesce ports.
+    /// Locked while the ring of coalesced accesses is read; none if KVM does not coalesce ports.
     coalesced: Option<Arc<Mutex<()>>>,
     vfio: VfioDevices,
 }
@@ -167,9 +167,9 @@ impl KvmVm {
         self.interrupts.raise_nmi(id)
     }
 
-    /// Has the guest's own memory types count on Intel hosts, where KVM otherwise makes all memory
-    /// write-back: a GPU's memory is to be write-combined (`KVM_X86_QUIRK_IGNORE_GUEST_PAT`). Does nothing
-    /// on hosts that have no such quirk.
+    /// Honours the guest's memory types on Intel hosts, where KVM otherwise makes all memory write-back
+    /// (`KVM_X86_QUIRK_IGNORE_GUEST_PAT`): the memory of a passed-through GPU must be write-combined. Does nothing on
+    /// hosts without the quirk.
     pub fn honour_guest_pat(&self) -> Result<(), KvmError> {
         let quirks = self.kvm.check_extension_raw(KVM_CAP_DISABLE_QUIRKS2.into());
         if quirks & KVM_X86_QUIRK_IGNORE_GUEST_PAT == 0 {
@@ -208,9 +208,8 @@ impl KvmVm {
             .map_err(ioctl("set the guest's clock"))
     }
 
-    /// Has KVM keep the guest's writes to the PCI address port to itself until the access to the data
-    /// port that follows: one exit an access instead of two (`KVM_CAP_COALESCED_PIO`). Does nothing
-    /// where the host cannot.
+    /// Coalesces the guest's writes to a port (`KVM_CAP_COALESCED_PIO`): they cause no exit before the next access to
+    /// another port. A PCI configuration access has one exit instead of two. Does nothing on hosts without it.
     pub fn coalesce_port(&self, port: u16, len: u32) -> Result<(), KvmError> {
         if self.coalesced.is_none() {
             return Ok(());
@@ -221,7 +220,7 @@ impl KvmVm {
     }
 }
 
-/// Clocks of a machine that stands still.
+/// The clocks of a paused machine.
 #[derive(Clone, Copy, Debug)]
 pub struct ClockState {
     /// The paravirtual clock.
@@ -231,7 +230,7 @@ pub struct ClockState {
 }
 
 impl ClockState {
-    /// Cycles of the host since.
+    /// Cycles of the host's time stamp counter since.
     pub fn cycles_since(&self) -> u64 {
         host_cycles().wrapping_sub(self.host_cycles)
     }
@@ -266,8 +265,8 @@ fn open(device: Option<OwnedFd>) -> Result<Kvm, KvmError> {
     }
 }
 
-/// Whether the host's processor runs guests itself. A paravirtual KVM creates machines without it, and
-/// then fails a stock kernel with an emulation error.
+/// Whether the host's processor has virtualization. A paravirtual KVM creates machines without it, and fails on a
+/// stock kernel with an emulation error.
 pub fn processor_virtualizes() -> bool {
     has_virtualization_flag(Path::new("/proc/cpuinfo"))
 }

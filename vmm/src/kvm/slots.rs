@@ -1,17 +1,14 @@
-//! Memory slots: which host mapping the guest sees where.
+//! KVM memory slots: which host mapping lies at which guest-physical address.
 
-use std::{
-    io,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{io, sync::Arc};
 
-use fanlight_devices::{hypervisor::MappedSlot, memory::SlotMapping};
+use fanlight_devices::{hypervisor::MappedSlot, memory::SlotMapping, sync::Mutex};
 use kvm_bindings::{KVM_MEM_READONLY, kvm_userspace_memory_region};
 use kvm_ioctls::VmFd;
 
 use super::io_error;
 
-/// Hands out slot numbers and installs slots.
+/// Allocates slot numbers and installs slots.
 #[derive(Debug)]
 pub struct Slots {
     vm: Arc<VmFd>,
@@ -32,7 +29,7 @@ impl Slots {
 
     /// Shows `mapping` to the guest until the result is dropped.
     pub fn map(this: &Arc<Self>, mapping: SlotMapping) -> io::Result<MappedSlot> {
-        let mut used = this.used.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut used = this.used.lock();
         let slot = match used.iter().position(|used| !used) {
             Some(slot) => slot,
             None if used.len() < this.max => {
@@ -51,7 +48,7 @@ impl Slots {
         drop(used);
         let slots = this.clone();
         Ok(MappedSlot::new(move || {
-            let mut used = slots.used.lock().unwrap_or_else(PoisonError::into_inner);
+            let mut used = slots.used.lock();
             match slots.set(slot, None) {
                 Ok(()) => used[slot] = false,
                 Err(error) => tracing::error!(%error, slot, "cannot remove a memory slot"),

@@ -1,16 +1,16 @@
-//! One vCPU: its registers, and what becomes of its exits.
+//! One vCPU: its registers, and how its exits are handled.
 
 use std::{
     cell::Cell,
     io,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicU64, Ordering},
     },
 };
 
 use fanlight_arch::regs::InitialState;
-use fanlight_devices::memory::AddressSpace;
+use fanlight_devices::{memory::AddressSpace, sync::Mutex};
 use kvm_bindings::{
     CpuId, KVM_EXIT_IO_OUT, KVM_INTERNAL_ERROR_EMULATION, KVM_SYSTEM_EVENT_RESET,
     KVM_SYSTEM_EVENT_SHUTDOWN, KVM_VCPU_TSC_CTRL, KVM_VCPU_TSC_OFFSET, Msrs, kvm_device_attr,
@@ -61,21 +61,21 @@ pub enum VcpuError {
         }
     )]
     Emulation {
-        /// Where in the guest.
+        /// The instruction's address in the guest.
         rip: u64,
     },
-    /// The processor refused the vCPU's state.
+    /// The processor refused to enter the guest with the vCPU's state.
     #[error("the processor refused to enter the guest (hardware reason {0:#x})")]
     Entry(u64),
-    /// KVM gave up for a reason of its own.
+    /// KVM failed internally.
     #[error("KVM gave up on the guest (internal error {suberror}; data {data:x?})")]
     Internal {
         /// `KVM_INTERNAL_ERROR_*`.
         suberror: u32,
-        /// What KVM says of it (`Documentation/virt/kvm/api.rst`, KVM_EXIT_INTERNAL_ERROR).
+        /// KVM's data about it (`Documentation/virt/kvm/api.rst`, KVM_EXIT_INTERNAL_ERROR).
         data: Vec<u64>,
     },
-    /// An exit that no machine of ours causes.
+    /// An exit that this machine's configuration cannot cause.
     #[error("KVM reported an exit that this machine does not cause: {0}")]
     Unexpected(String),
     /// The ioctl failed.
@@ -88,7 +88,7 @@ pub enum VcpuError {
 pub enum Exit {
     /// A device access was answered, or nothing happened: run again.
     Handled,
-    /// Somebody wants the thread's attention.
+    /// Another thread interrupted the run.
     Interrupted,
     /// The guest restarted its processor (a triple fault, for example).
     Reset,
@@ -107,7 +107,7 @@ pub struct ExitCounts {
     pub mmio_read: AtomicU64,
     /// Writes to device memory.
     pub mmio_write: AtomicU64,
-    /// Somebody wanted the thread.
+    /// Interrupted runs.
     pub interrupted: AtomicU64,
     /// Everything else.
     pub other: AtomicU64,
@@ -134,7 +134,7 @@ impl ExitCounts {
 #[derive(Debug)]
 pub struct KvmVcpu {
     fd: VcpuFd,
-    /// Serialises the reading of the machine's one ring of coalesced accesses, if it has one.
+    /// Serialises readers of the ring of coalesced accesses, if the machine has one.
     coalesced: Option<Arc<Mutex<()>>>,
 }
 
@@ -143,12 +143,12 @@ thread_local! {
     static IMMEDIATE_EXIT: Cell<*mut u8> = const { Cell::new(std::ptr::null_mut()) };
 }
 
-/// The signal that gets a vCPU thread out of KVM_RUN.
+/// The signal that interrupts KVM_RUN on a vCPU thread.
 pub fn kick_signal() -> i32 {
     SIGRTMIN()
 }
 
-/// Has kicks interrupt threads of this process, which they would end otherwise. Before the first kick.
+/// Installs the handler of the kick signal, which would end the process otherwise. Call it before the first kick.
 pub fn catch_kicks() -> io::Result<()> {
     register_signal_handler(kick_signal(), on_kick)
         .map_err(|error| io::Error::from_raw_os_error(error.errno()))
@@ -174,8 +174,7 @@ impl KvmVcpu {
         Ok(Self { fd, coalesced })
     }
 
-    /// Sets CPUID and, for the vCPU that starts, registers. The others wait for the guest's start-up
-    /// interrupts.
+    /// Sets CPUID, and registers for the vCPU that starts. The others wait for start-up interrupts of the guest.
     pub fn set_up(&self, cpuid: &CpuId, start: Option<&InitialState>) -> Result<(), KvmError> {
         self.fd.set_cpuid2(cpuid).map_err(ioctl("set CPUID"))?;
         let Some(start) = start else { return Ok(()) };
@@ -198,12 +197,12 @@ impl KvmVcpu {
             .map_err(ioctl("set registers"))
     }
 
-    /// Makes this thread the vCPU's: kicks leave their mark from now on.
+    /// Binds the vCPU to this thread: a kick sets `immediate_exit` from now on.
     pub fn bind(&mut self) {
         IMMEDIATE_EXIT.set(&raw mut self.fd.get_kvm_run().immediate_exit);
     }
 
-    /// Runs the guest until it needs somebody, and answers its device accesses.
+    /// Runs the guest until an exit, and answers device accesses.
     pub fn run(
         &mut self,
         ports: &AddressSpace,
@@ -281,7 +280,7 @@ impl KvmVcpu {
         exit.unwrap_or_else(|| Err(self.internal_error()))
     }
 
-    /// What the guest's time stamp counter is ahead of the host's, in cycles.
+    /// Offset of the guest's time stamp counter from that of the host, in cycles.
     pub fn tsc_offset(&self) -> io::Result<u64> {
         let offset = AtomicU64::new(0);
         // SAFETY: the ioctl writes the u64 that the attribute points to.
@@ -289,21 +288,21 @@ impl KvmVcpu {
         Ok(offset.into_inner())
     }
 
-    /// Sets what the guest's time stamp counter is ahead of the host's, and tells the guest that it was
-    /// stopped, so that its watchdogs take no notice.
+    /// Sets the offset of the guest's time stamp counter from that of the host. Tells the guest that it was stopped, so
+    /// that its watchdogs do not fire.
     pub fn resume_clock(&self, offset: u64) -> io::Result<()> {
         let offset = AtomicU64::new(offset);
         // SAFETY: the ioctl reads the u64 that the attribute points to.
         check(unsafe { ioctl_with_ref(&self.fd, KVM_SET_DEVICE_ATTR(), &tsc_offset(&offset)) })?;
-        // A guest without a paravirtual clock has nothing to be told.
+        // Fails for a guest without a paravirtual clock, which need not know.
         let _ = self.fd.kvmclock_ctrl();
         Ok(())
     }
 
-    /// Hands devices the writes that KVM kept to itself, in their order.
+    /// Performs the writes that KVM coalesced, in their order.
     fn replay_coalesced(&mut self, ports: &AddressSpace) {
         let Some(ring) = &self.coalesced else { return };
-        let _ring = ring.lock().unwrap_or_else(PoisonError::into_inner);
+        let _ring = ring.lock();
         while let Ok(Some(write)) = self.fd.coalesced_mmio_read() {
             if let Some(data) = write.data.get(..write.len as usize) {
                 ports.write(write.phys_addr, data);

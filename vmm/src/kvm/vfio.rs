@@ -3,10 +3,10 @@
 use std::{
     io,
     os::fd::{AsRawFd, BorrowedFd, OwnedFd},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
 };
 
-use fanlight_devices::hypervisor::AddedDevice;
+use fanlight_devices::{hypervisor::AddedDevice, sync::Mutex};
 use kvm_bindings::{
     KVM_DEV_VFIO_FILE, KVM_DEV_VFIO_FILE_ADD, KVM_DEV_VFIO_FILE_DEL, kvm_create_device,
     kvm_device_attr, kvm_device_type_KVM_DEV_TYPE_VFIO,
@@ -15,7 +15,7 @@ use kvm_ioctls::{DeviceFd, VmFd};
 
 use super::io_error;
 
-/// The list, which the machine has from its first device on.
+/// The list. The machine's first passed-through device creates it.
 #[derive(Debug)]
 pub struct VfioDevices {
     vm: Arc<VmFd>,
@@ -33,7 +33,7 @@ impl VfioDevices {
 
     /// Adds a device by its descriptor.
     pub fn add(&self, device: BorrowedFd<'_>) -> io::Result<AddedDevice> {
-        let mut list = self.list.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut list = self.list.lock();
         let list = match &*list {
             Some(list) => list.clone(),
             None => {
@@ -45,7 +45,7 @@ impl VfioDevices {
                 list.insert(Arc::new(new)).clone()
             }
         };
-        // The number must stay this file's until it is removed.
+        // KVM finds the file by its number again when it is removed.
         let device = device.try_clone_to_owned()?;
         set(&list, KVM_DEV_VFIO_FILE_ADD, &device)?;
         Ok(AddedDevice::new(move || {
@@ -61,7 +61,7 @@ fn set(list: &DeviceFd, verb: u32, device: &OwnedFd) -> io::Result<()> {
     let attribute = kvm_device_attr {
         group: KVM_DEV_VFIO_FILE,
         attr: verb.into(),
-        // The kernel reads one descriptor's number there.
+        // The kernel reads a descriptor number there.
         addr: std::ptr::from_ref(&number).expose_provenance() as u64,
         flags: 0,
     };

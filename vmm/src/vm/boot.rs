@@ -1,4 +1,4 @@
-//! What the guest finds as it starts: the addresses of its PCI devices, its tables, its kernel, and its vCPUs.
+//! What the guest needs to start: addresses of PCI devices, firmware tables, the kernel, and vCPUs.
 
 use std::{
     fs::File,
@@ -38,7 +38,7 @@ pub fn prepare(
     let cpuid = kvm.supported_cpuid()?;
     let mut address_bits = physical_address_bits(&cpuid);
     if let Some(iommu) = resources.hotplug.devices.iommu() {
-        // Devices reach each other's BARs where the guest sees them.
+        // Peer-to-peer DMA uses the guest's BAR addresses, so that the IOMMU must be able to map them.
         address_bits = address_bits.min(iommu.address_bits()?);
     }
     let mmio64 = layout::pci_mmio64(resources.ram.size(), address_bits);
@@ -61,7 +61,7 @@ pub fn prepare(
     create_vcpus(kvm, config.cpus, &cpuid, &state)
 }
 
-/// Both ways to PCI configuration space: ECAM, and the ports of configuration mechanism 1.
+/// Maps both interfaces of PCI configuration space: ECAM, and the ports of configuration mechanism 1.
 fn show_config_space(bus: &Arc<PciBus>, context: &FunctionContext) -> Result<(), MachineError> {
     context.memory.insert_io(
         layout::ECAM.start,
@@ -76,7 +76,7 @@ fn show_config_space(bus: &Arc<PciBus>, context: &FunctionContext) -> Result<(),
     Ok(())
 }
 
-/// Loads the kernel; the first vCPU's state.
+/// Loads the kernel. Returns the initial state of the first vCPU.
 fn load_kernel(resources: &Resources, rsdp: u64) -> Result<InitialState, MachineError> {
     let (config, mem) = (resources.config(), resources.ram.memory());
     let read_again = MachineError::host("read the kernel again");
@@ -94,7 +94,7 @@ fn load_kernel(resources: &Resources, rsdp: u64) -> Result<InitialState, Machine
     Ok(InitialState::prepare(mem, entry)?)
 }
 
-/// The same file, at its start.
+/// A duplicate of the file, rewound.
 fn from_start((path, file): &(PathBuf, File)) -> io::Result<(PathBuf, File)> {
     let mut file = file.try_clone()?;
     file.rewind()?;

@@ -1,10 +1,10 @@
-//! How a machine's life can end, and the process's exit status for each way.
+//! How a machine can end, and the exit status of the process for each way.
 
 use std::process::ExitCode;
 
 use fanlight_api::types::VmEnding;
 
-/// How the machine ended. The numbers are part of the command line's interface.
+/// How the machine ended. The numbers are exit statuses of the command line, and stay as they are.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u8)]
 pub enum Ending {
@@ -12,18 +12,18 @@ pub enum Ending {
     PowerOff = 0,
     /// Fanlight could not go on.
     Failed = 1,
-    /// What the user asked for makes no machine; nothing was started.
+    /// The configuration makes no machine on this host; nothing was started.
     BadInput = 2,
-    /// The guest asked for a reset, and `--on-reset exit` was given.
+    /// The guest asked for a reset, and the configuration has `on_reset: exit`.
     Reset = 32,
     /// The guest's kernel panicked.
     Panicked = 33,
-    /// The user ended the machine without the guest's consent.
+    /// The machine was stopped from outside, without a shutdown of the guest.
     Stopped = 34,
 }
 
 impl Ending {
-    /// The same for the API.
+    /// The same in the API.
     pub fn for_api(self) -> VmEnding {
         match self {
             Ending::PowerOff => VmEnding::PowerOff,

@@ -1,7 +1,7 @@
 //! Who is at fault when something fails: decides the exit status and the API's kind of error.
 //!
-//! Every implementation of [`Classify`] matches all variants, so that a new variant does not compile before somebody
-//! has sorted it. Errors of one kind of device are sorted in that kind's file; those that several share, here.
+//! Every implementation of [`Classify`] matches all variants: a new variant does not compile until it is sorted.
+//! Errors of one kind of device are sorted in the file of that kind, all others here.
 
 use fanlight_api::ApiError;
 use fanlight_arch::{acpi::AcpiError, boot::LoadError, cpuid::CpuidError};
@@ -17,9 +17,9 @@ use crate::kvm::{KvmError, VcpuError, processor_virtualizes};
 /// Who is at fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
-    /// Who configured the machine: this host cannot give what was asked for. Nothing was started (exit status 2).
+    /// The configuration: this host cannot provide it. Nothing was started (exit status 2).
     Input,
-    /// The same, and it is a descriptor that was handed over (exit status 2).
+    /// A descriptor in the configuration (exit status 2).
     Descriptor,
     /// The host, or a bug in Fanlight (exit status 1).
     Host,
@@ -28,7 +28,7 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// Whether what was asked for cannot be had on this host.
+    /// Whether this host cannot provide the configuration.
     pub fn is_bad_input(self) -> bool {
         match self {
             Fault::Input | Fault::Descriptor => true,
@@ -43,7 +43,7 @@ pub trait Classify: std::error::Error {
     fn fault(&self) -> Fault;
 }
 
-/// A descriptor that was named and is not there, or is named twice.
+/// A descriptor that is missing or named twice.
 #[derive(Debug, Error)]
 #[error(transparent)]
 pub struct BadDescriptor(pub ApiError);

@@ -34,7 +34,7 @@ pub struct Report {
 }
 
 impl Function {
-    /// The same for a PCI bus.
+    /// The function as a PCI bus has it.
     pub fn pci(&self) -> Arc<dyn PciFunction> {
         match self {
             Function::Virtio(function) => function.clone(),
@@ -42,7 +42,7 @@ impl Function {
         }
     }
 
-    /// Has `failed` called when the device needs a reset by its driver. A passed-through device tells its driver itself.
+    /// Calls `failed` when the device needs a reset by its driver. Passed-through devices never do.
     pub fn on_error(&self, failed: impl Fn() + Send + Sync + 'static) {
         if let Function::Virtio(function) = self {
             function.device_status().set_on_error(Box::new(failed));
@@ -94,7 +94,7 @@ impl Function {
         }
     }
 
-    /// How often the device was broken, and what passed its queues. Fanlight sees nothing of a passed-through device.
+    /// Errors, and traffic of each queue. A passed-through device has no counters.
     pub fn stats(&self) -> (u64, Vec<types::QueueStats>) {
         let Function::Virtio(function) = self else {
             return (0, Vec::new());

@@ -11,7 +11,7 @@ type Resize = Box<dyn Fn(u16, u16)>;
 pub struct GuestConsole {
     /// Gives bytes to the guest; returns how many found room.
     pub give: Give,
-    /// Tells the guest the terminal's size in columns and rows. A serial port has no way to.
+    /// Tells the guest the terminal's size in columns and rows. Does nothing for a serial port.
     pub resize: Resize,
     /// Signalled when the guest has made room for input.
     pub room: EventFd,

@@ -1,4 +1,4 @@
-//! Devices that come and go while the machine runs, with the configuration that follows them.
+//! Adds and removes devices while the machine runs, and keeps the configuration up to date.
 
 use fanlight_api::{
     VmConfig,
@@ -59,7 +59,7 @@ fn kinds_for_people() -> String {
     format!("{} or {last}", kinds.join(", "))
 }
 
-/// A device to add, in a configuration of its own.
+/// A device to add, as a configuration that has nothing else.
 struct Addition {
     kind: &'static Kind,
     hotplug: &'static Hotplug,
@@ -88,7 +88,7 @@ impl Addition {
         found.ok_or(AddFailure::NotOneDevice)
     }
 
-    /// Gives the device a name and a free port; those that it asks for, if it does.
+    /// Assigns a name and a free port, unless the request names them.
     fn place(&mut self, topology: &PciTopology) -> Result<Added, AddError> {
         let field = self.kind.field;
         let at = |name: &str| {
@@ -120,7 +120,7 @@ impl Addition {
 }
 
 impl HotplugState {
-    /// Adds the device of a request to a machine that runs or stands still.
+    /// Adds the device of a request to a machine that runs or is paused.
     pub fn add(
         &mut self,
         request: AddDevice,
@@ -166,7 +166,7 @@ impl HotplugState {
         machine.plug(device)
     }
 
-    /// Closes what a device that the machine has no longer uses of the host, and forgets the device.
+    /// Closes the host side of a device that the machine no longer has, and removes it from the configuration.
     pub fn remove(&mut self, id: &str, machine: &mut Machine) {
         self.close(id, machine);
         for (_, hotplug) in hotplug_kinds() {

@@ -1,7 +1,6 @@
-//! Puts a machine together: KVM, RAM, buses and devices out of what [`Resources`] holds, with a kernel
-//! loaded and vCPUs ready.
+//! Builds a machine from [`Resources`]: KVM, RAM, buses, devices, a loaded kernel and vCPUs.
 //!
-//! A reset drops the machine and builds another: nothing of the old guest can be left over.
+//! A reset drops the machine and builds another, so that no state of the old guest survives.
 
 use std::{io, sync::Arc};
 
@@ -31,20 +30,20 @@ use crate::{
     },
 };
 
-/// What the machine calls when the guest or a vCPU wants something.
+/// What the machine calls on events of the guest and of vCPUs.
 #[derive(Clone)]
 pub struct Callbacks {
     /// The guest asked for something.
     pub requests: RequestSink,
     /// A vCPU cannot go on.
     pub failures: VcpuFailureSink,
-    /// The guest has given up the device of a slot that was asked for.
+    /// The guest has released the device of a slot.
     pub ejected: EjectSink,
     /// The device of this name needs a reset by its driver.
     pub device_failed: FailureSink,
 }
 
-/// A machine, running or about to.
+/// A machine that runs or is about to.
 ///
 /// Fields drop in order: vCPUs stop before devices go, devices before memory.
 pub struct Machine {
@@ -62,7 +61,7 @@ pub struct Machine {
     _ram_slots: Vec<MappedSlot>,
 }
 
-/// What passed-through devices reach.
+/// What passed-through devices reach by DMA.
 #[derive(Default)]
 struct Dma {
     /// Guest RAM, while there are such devices.
@@ -116,7 +115,7 @@ impl Machine {
         Ok(machine)
     }
 
-    /// Adds the devices of the configuration, and the ports for those that are to come.
+    /// Adds the devices of the configuration, and empty ports for hot-plug.
     fn add_devices(&mut self, resources: &Resources) -> Result<(), MachineError> {
         let devices = &resources.hotplug.devices;
         if devices.need_switch() {
@@ -150,8 +149,8 @@ impl Machine {
         })
     }
 
-    /// Puts a device into the slot that it names, while the guest runs. The first passed-through one brings guest RAM
-    /// into the reach of such devices.
+    /// Plugs a device into the slot that it names, while the guest runs. The first passed-through device has guest RAM
+    /// mapped for DMA.
     pub fn plug(&mut self, device: &dyn Device) -> Result<(), MachineError> {
         if let (Some(iommu), true) = (device.iommu(), self.dma.ram.is_empty()) {
             self.begin_dma(iommu)?;
@@ -160,7 +159,7 @@ impl Machine {
         Ok(self.topology.plug(new)?)
     }
 
-    /// Maps guest RAM for passed-through devices. Small pages that the guest has so far are moved into huge ones before.
+    /// Maps guest RAM for DMA of passed-through devices. Before that, RAM is populated in huge pages.
     fn begin_dma(&mut self, iommu: &Arc<Iommu>) -> Result<(), MachineError> {
         self.kvm.honour_guest_pat()?;
         populate_all(&self.context.mem);
@@ -169,7 +168,7 @@ impl Machine {
         Ok(())
     }
 
-    /// Unmaps everything for passed-through devices, before the last one is closed: the address space goes with it.
+    /// Unmaps all memory for DMA. Call it before the last passed-through device is closed, which closes the IOAS.
     pub fn end_dma(&mut self) {
         self.dma.blobs.detach();
         self.dma.ram.clear();
@@ -181,13 +180,13 @@ impl Machine {
         self.processors.start()
     }
 
-    /// Presses the power button: a guest that listens shuts down.
+    /// Presses the power button. A guest that handles it shuts down.
     pub fn press_power_button(&self) -> io::Result<()> {
         self.platform.press_power_button()
     }
 }
 
-/// Puts guest RAM into the address map and into KVM's memory slots.
+/// Puts guest RAM into the address map and into KVM memory slots.
 fn show_ram(
     ram: &GuestRam,
     kvm: &KvmVm,

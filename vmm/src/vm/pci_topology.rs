@@ -1,4 +1,4 @@
-//! A machine's PCI devices: where they are, and how they come and go while it runs.
+//! The PCI topology of a machine: root bus, switch, ports and slots, and the devices in them.
 
 use std::{collections::BTreeMap, io, sync::Arc};
 
@@ -18,10 +18,10 @@ use crate::vm::{
     function::Function,
 };
 
-/// Where what is put into a slot is on the bus behind it.
+/// Address of a plugged device on the bus behind its port.
 const PLUGGED: DevFn = DevFn::new(0, 0);
 
-/// A device that is to be part of a machine.
+/// A device to add to a machine.
 pub struct NewDevice {
     /// Its name.
     pub id: String,
@@ -33,7 +33,7 @@ pub struct NewDevice {
     pub in_switch: bool,
 }
 
-/// A device that is part of the machine.
+/// A device in the machine.
 struct Entry {
     id: String,
     function: Function,
@@ -53,7 +53,7 @@ impl NewDevice {
     }
 }
 
-/// Why a device cannot come or go.
+/// Why a device cannot be added or removed.
 #[derive(Debug, Error)]
 pub enum TopologyError {
     /// No device of that name.
@@ -116,24 +116,24 @@ fn free_ports(free: &[u8]) -> String {
     }
 }
 
-/// A switch: GPUs share memory with what is behind the same one, whatever the processor is (Linux
+/// A PCIe switch. Devices behind the same one can do peer-to-peer DMA on every processor (Linux
 /// `drivers/pci/p2pdma.c`).
 struct Switch {
-    /// Where the root port in front of it is.
+    /// Address of the root port above it.
     place: DevFn,
-    /// The bus within.
+    /// Its upstream port.
     upstream: Arc<Port>,
 }
 
-/// Where a device is.
+/// The location of a device.
 struct Place {
-    /// On its own bus.
+    /// Its address on its bus.
     own: DevFn,
-    /// The port that it is behind, and where that is.
+    /// The port that it is behind, with the address of the port.
     behind: Option<(DevFn, Arc<Port>)>,
 }
 
-/// Told the name of a device that needs a reset by its driver.
+/// Takes the name of a device that needs a reset by its driver.
 pub type FailureSink = Arc<dyn Fn(&str) + Send + Sync>;
 
 /// The PCI devices of one machine.
@@ -151,7 +151,7 @@ pub struct PciTopology {
 }
 
 impl PciTopology {
-    /// A root bus with the host bridge. `ejected` and `failed` are told what happens to devices.
+    /// A root bus with the host bridge. `ejected` takes slots that the guest released, `failed` devices that need a reset.
     pub fn new(
         hypervisor: Arc<dyn Hypervisor>,
         ejected: EjectSink,
@@ -189,7 +189,7 @@ impl PciTopology {
         Ok(())
     }
 
-    /// Puts a device into a free slot while the guest runs: the one that it names, or the first.
+    /// Plugs a device into a free slot while the guest runs: the slot that it names, or the first.
     pub fn plug(&mut self, mut new: NewDevice) -> Result<(), TopologyError> {
         if self.has(&new.id) {
             return Err(TopologyError::Exists(new.id));
@@ -215,7 +215,7 @@ impl PciTopology {
         let Some(pin) = function.interrupt_pin() else {
             return;
         };
-        // A bridge passes a pin on rotated by the device's number behind it.
+        // A bridge rotates the pin by the device number behind it (PCI-to-PCI Bridge Architecture 1.2, 9.1).
         let (mut device, mut pin) = (place.own.device(), pin);
         let port = place.behind.as_ref().map(|(place, _)| *place);
         let switch = self.switch.as_ref().map(|switch| switch.place);
@@ -262,7 +262,7 @@ impl PciTopology {
         })
     }
 
-    /// A place behind a port that has a number.
+    /// The location behind a numbered port.
     fn behind(&self, number: u8, own: DevFn) -> Place {
         let place = self.port_places.get(&number);
         let port = self.ports.get(&number);
@@ -272,8 +272,8 @@ impl PciTopology {
         }
     }
 
-    /// Makes a switch: ports are its ports from now on. It has no access control services, so that what is behind it
-    /// reaches each other without the root complex.
+    /// Adds a switch, which has all ports from now on. It has no Access Control Services: peer-to-peer DMA behind it
+    /// does not pass the root complex.
     pub fn make_switch(&mut self) -> Result<(), TopologyError> {
         let root = self.make_port(PortKind::Root, 0)?;
         let upstream = self.make_port(PortKind::Upstream, 0)?;
@@ -294,7 +294,7 @@ impl PciTopology {
         )))
     }
 
-    /// Adds ports with nothing behind them, of the lowest numbers that are free.
+    /// Adds empty ports of the lowest free numbers.
     pub fn add_empty_ports(&mut self, count: u8) -> Result<(), TopologyError> {
         let free: Vec<u8> = (1..=u8::MAX)
             .filter(|number| !self.ports.contains_key(number))
@@ -306,7 +306,7 @@ impl PciTopology {
         Ok(())
     }
 
-    /// The port of this number, which is made when it is first named.
+    /// The port of this number. It is created when it is first named.
     fn port(&mut self, number: u8) -> Result<Arc<Port>, TopologyError> {
         if let Some(port) = self.ports.get(&number) {
             return Ok(port.clone());
@@ -325,13 +325,13 @@ impl PciTopology {
         Ok(port)
     }
 
-    /// Ports with nothing behind them.
+    /// Numbers of empty ports.
     pub fn free_ports(&self) -> Vec<u8> {
         let free = self.ports.iter().filter(|(_, port)| port.is_empty());
         free.map(|(&number, _)| number).collect()
     }
 
-    /// The port for a device that is to come: the one that is asked for, or the first that is free.
+    /// The port for a new device: the one that is asked for, or the first free one.
     pub fn choose_port(&self, asked: Option<u8>) -> Result<u8, TopologyError> {
         let free = self.free_ports();
         match asked {
@@ -364,7 +364,7 @@ impl PciTopology {
         }
     }
 
-    /// Asks the guest to give a device up.
+    /// Asks the guest to release a device.
     pub fn request_unplug(&self, id: &str) -> Result<(), TopologyError> {
         let entry = self.entry(id)?;
         let number = entry
@@ -378,14 +378,14 @@ impl PciTopology {
         Ok(port.ok_or(SlotError::Empty(number))?.request_unplug()?)
     }
 
-    /// Forgets the device of a slot that the guest has given up; its name.
+    /// Removes the device of a slot that the guest released, and returns its name.
     pub fn ejected(&mut self, slot: u8) -> Option<String> {
         let at = self.entries.iter().position(|e| e.port == Some(slot))?;
         let still_there = self.ports.get(&slot).is_some_and(|port| !port.is_empty());
         (!still_there).then(|| self.entries.remove(at).id)
     }
 
-    /// Devices that the guest was asked to give up, and has not.
+    /// Devices that the guest was asked to release and still has.
     pub fn removing(&self) -> Vec<String> {
         let asked = |entry: &&Entry| self.is_removing(entry);
         let entries = self.entries.iter().filter(asked);
@@ -427,7 +427,7 @@ impl PciTopology {
         }
     }
 
-    /// What all devices have done, for the API.
+    /// Counters of all devices, for the API.
     pub fn stats(&self) -> Vec<types::DeviceStats> {
         let stats = |entry: &Entry| {
             let (errors, queues) = entry.function.stats();

@@ -15,13 +15,13 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::vm::{error::MachineError, guest_console::GuestConsole};
 
-/// Legacy devices that the host acts on.
+/// The devices that the host acts on.
 pub struct Platform {
     power: Arc<PowerDevice>,
 }
 
 impl Platform {
-    /// Puts the devices at their ports. The serial port writes to `output`; its input comes back as a console.
+    /// Maps the devices at their ports. The serial port writes to `output`; the console returned is for its input.
     pub fn new(
         hypervisor: &dyn Hypervisor,
         ports: &AddressSpace,
@@ -60,7 +60,7 @@ impl Platform {
         Ok((Self { power }, console))
     }
 
-    /// Presses the power button: a guest that listens shuts down.
+    /// Presses the power button. A guest that handles it shuts down.
     pub fn press_power_button(&self) -> io::Result<()> {
         self.power.press_power_button()
     }

@@ -1,4 +1,4 @@
-//! What a machine uses of the host: opened once, before anything starts, and kept over resets.
+//! Host resources of a machine: opened once, before anything starts, and kept over resets.
 
 use std::{
     fs::{File, OpenOptions},
@@ -23,10 +23,10 @@ use crate::{
     },
 };
 
-/// What is wrong with a configuration, or cannot be opened.
+/// Why the resources of a configuration cannot be opened.
 #[derive(Debug, Error)]
 pub enum OpenError {
-    /// There is nothing to boot.
+    /// No kernel is named.
     #[error("no kernel is named: a machine needs a bzImage or an ELF vmlinux")]
     NoKernel,
     /// A file cannot be opened.
@@ -40,12 +40,12 @@ pub enum OpenError {
         #[source]
         source: io::Error,
     },
-    /// Not a file.
+    /// Not a regular file.
     #[error("{}: not a regular file", path.display())]
     NotAFile {
         /// The field that names it.
         field: &'static str,
-        /// What is there.
+        /// Its path.
         path: PathBuf,
     },
     /// A descriptor.
@@ -65,7 +65,7 @@ pub enum OpenError {
     /// A device.
     #[error(transparent)]
     Device(#[from] DeviceError),
-    /// What waits for the host's requests.
+    /// The descriptor that waits for requests of the host.
     #[error("cannot wait for the host's requests")]
     Requests(#[source] io::Error),
     /// The serial port's backend.
@@ -119,13 +119,13 @@ pub struct Resources {
     kvm: Option<OwnedFd>,
 }
 
-/// What changes as devices come and go. It is kept over resets.
+/// What changes as devices are added and removed. It is kept over resets.
 pub struct HotplugState {
-    /// What the machine is made of now.
+    /// The configuration of the machine as it is now.
     pub config: VmConfig,
     /// The host side of its devices.
     pub devices: Devices,
-    /// Tells when the host wants a passed-through device back.
+    /// Readable when the host wants a passed-through device back.
     pub requests: HostRequests,
 }
 
@@ -146,8 +146,8 @@ pub struct Consoles {
 }
 
 impl Resources {
-    /// Opens everything that `config` names; descriptors that it names come from `descriptors`. The
-    /// terminal comes last: no message is lost to its raw mode.
+    /// Opens everything that `config` names; descriptors come from `descriptors`. The terminal comes last, so that
+    /// messages before it are printed in cooked mode.
     pub fn open(mut config: VmConfig, descriptors: &Descriptors) -> Result<Self, OpenError> {
         let boot = BootFiles::open(&config, descriptors)?;
         let kvm = open_kvm(&config, descriptors)?;
@@ -179,7 +179,7 @@ impl Resources {
         })
     }
 
-    /// What the machine is made of now.
+    /// The configuration of the machine as it is now.
     pub fn config(&self) -> &VmConfig {
         &self.hotplug.config
     }

@@ -1,9 +1,9 @@
-//! The threads that run vCPUs, and how they stop and go on.
+//! The threads that run vCPUs: start, pause, resume, stop.
 
 use std::{
     io,
     sync::{
-        Arc, Condvar, Mutex, MutexGuard, PoisonError,
+        Arc, MutexGuard,
         atomic::{AtomicBool, Ordering},
     },
     thread::JoinHandle,
@@ -12,6 +12,7 @@ use std::{
 use fanlight_devices::{
     legacy::{GuestRequest, RequestSink},
     memory::AddressSpace,
+    sync::{Condvar, Mutex},
 };
 use vmm_sys_util::signal::Killable;
 
@@ -29,33 +30,33 @@ pub struct Shared {
     pub failures: VcpuFailureSink,
 }
 
-/// Told why a vCPU cannot go on.
+/// Takes the reason why a vCPU cannot go on.
 pub type VcpuFailureSink = Arc<dyn Fn(VcpuError) + Send + Sync>;
 
-/// What all threads are to do.
+/// An order to all threads.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 enum Order {
     /// Run the guest.
     Run,
-    /// Stand still.
+    /// Pause.
     Pause,
-    /// Still stand still, and take so many cycles of the host out of the guest's time.
+    /// Stay paused, and move the guest's time stamp counter back by so many cycles.
     SkipCycles(u64),
     /// End.
     Stop,
 }
 
-/// Where threads stop and wait.
+/// Where threads wait while they do not run.
 struct Gate {
     state: Mutex<GateState>,
     changed: Condvar,
-    /// The order is not to run: looked at after each exit.
+    /// Whether the order is not to run. Read before each run.
     attention: AtomicBool,
 }
 
 struct GateState {
     order: Order,
-    /// Number of the order.
+    /// Sequence number of the order.
     number: u64,
     /// Threads that have followed it.
     followed: usize,
@@ -65,19 +66,17 @@ struct GateState {
 
 impl Gate {
     fn lock(&self) -> MutexGuard<'_, GateState> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+        self.state.lock()
     }
 
     fn wait<'a>(&self, state: MutexGuard<'a, GateState>) -> MutexGuard<'a, GateState> {
-        self.changed
-            .wait(state)
-            .unwrap_or_else(PoisonError::into_inner)
+        self.changed.wait(state)
     }
 
-    /// On a vCPU's thread: follows orders until it is to run (true) or to end (false).
+    /// On a vCPU thread: follows orders until one is to run (true) or to stop (false).
     fn pass(&self, vcpu: &KvmVcpu) -> bool {
         let mut seen = None;
-        // Read when it stops: a host whose own counter is unstable changes it while nobody runs.
+        // Read as the vCPU stops: KVM changes it during the pause on a host with an unstable time stamp counter.
         let mut offset = None;
         let mut state = self.lock();
         loop {
@@ -95,7 +94,7 @@ impl Gate {
                     _ => vcpu.tsc_offset().map(|read| offset = Some(read)),
                 };
                 if let Err(error) = result {
-                    tracing::warn!(%error, "the guest will see that time has passed");
+                    tracing::warn!(%error, "the guest will see the time of the pause");
                 }
                 state.followed += 1;
                 self.changed.notify_all();
@@ -115,19 +114,19 @@ impl Drop for Alive<'_> {
     }
 }
 
-/// vCPUs that run, or stand still. Dropping stops and joins them.
+/// vCPUs that run or are paused. Dropping stops and joins their threads.
 pub struct VcpuThreads {
     gate: Arc<Gate>,
     threads: Vec<JoinHandle<()>>,
 }
 
 impl VcpuThreads {
-    /// Starts a thread for each vCPU, which counts its exits to user space.
+    /// Starts a thread for each vCPU. The thread counts the exits to user space.
     pub fn start(
         vcpus: impl ExactSizeIterator<Item = (KvmVcpu, Arc<ExitCounts>)>,
         shared: &Arc<Shared>,
     ) -> io::Result<Self> {
-        // A machine that is stopped at once kicks threads that have not begun.
+        // A machine that stops at once kicks threads that have not bound their vCPU.
         catch_kicks()?;
         let mut running = Self {
             gate: Arc::new(Gate {
@@ -162,22 +161,22 @@ impl VcpuThreads {
         Ok(running)
     }
 
-    /// Stops all vCPUs; when it returns none runs.
+    /// Pauses all vCPUs; none runs when it returns.
     pub fn pause(&self) {
         self.order(Order::Pause);
     }
 
-    /// Takes cycles of the host out of the guest's time. Only while vCPUs stand still.
+    /// Moves the guest's time stamp counters back by so many cycles. Only while the vCPUs are paused.
     pub fn skip_cycles(&self, cycles: u64) {
         self.order(Order::SkipCycles(cycles));
     }
 
-    /// Lets all vCPUs go on.
+    /// Resumes all vCPUs.
     pub fn resume(&self) {
         self.order(Order::Run);
     }
 
-    /// Gives an order. One to stand still has been followed by all when this returns.
+    /// Gives an order. All threads have followed one to pause when this returns.
     fn order(&self, order: Order) {
         let mut state = self.gate.lock();
         state.order = order;
@@ -192,7 +191,7 @@ impl VcpuThreads {
             return;
         }
         for thread in &self.threads {
-            // One signal is enough: it leaves a mark that the next KVM_RUN sees.
+            // One signal is enough: it sets `immediate_exit` for the next KVM_RUN.
             if let Err(error) = thread.kill(kick_signal()) {
                 tracing::debug!(?error, "a vCPU thread has ended already");
             }

@@ -46,7 +46,7 @@ pub enum DiskFormat {
 #[derive(Debug, Error)]
 pub enum DiskError {
     /// The file cannot be opened.
-    #[error("disk {}: cannot open it{}", path.display(), if *writable { " for writing; for a disk that is only read say readonly=on" } else { "" })]
+    #[error("{}: cannot open it{}", path.display(), if *writable { " for writing; for a disk that is only read say readonly=on" } else { "" })]
     Open {
         /// The image.
         path: PathBuf,
@@ -57,16 +57,16 @@ pub enum DiskError {
         source: io::Error,
     },
     /// Another process has it.
-    #[error("disk {}: in use by another process; stop that first, or give each its own image", .0.display())]
+    #[error("{}: in use by another process; stop that first, or give each its own image", .0.display())]
     InUse(PathBuf),
     /// The file looks like another format than the default.
-    #[error("disk {}: this is a qcow2 image: say format=qcow2, or format=raw to give the guest the file's own bytes", .0.display())]
+    #[error("{}: this is a qcow2 image: say format=qcow2, or format=raw to give the guest the file's own bytes", .0.display())]
     Ambiguous(PathBuf),
     /// The file is not of the format that was named.
-    #[error("disk {}: not a qcow2 image; say format=raw", .0.display())]
+    #[error("{}: not a qcow2 image; say format=raw", .0.display())]
     NotQcow2(PathBuf),
     /// The image needs something that is not supported, or is damaged.
-    #[error("disk {}: cannot use this qcow2 image; `qemu-img check` says if it is damaged, and images with backing or data files must be converted first", path.display())]
+    #[error("{}: cannot use this qcow2 image; `qemu-img check` says if it is damaged, and images with backing or data files must be converted first", path.display())]
     Format {
         /// The image.
         path: PathBuf,
@@ -75,7 +75,7 @@ pub enum DiskError {
         source: io::Error,
     },
     /// No whole sectors.
-    #[error("disk {}: its size, {size} bytes, is not a multiple of {SECTOR_SIZE}, or zero", path.display())]
+    #[error("{}: its size, {size} bytes, is not a multiple of {SECTOR_SIZE}, or zero", path.display())]
     Size {
         /// The image.
         path: PathBuf,
@@ -343,10 +343,6 @@ mod tests {
             ));
         }
         let error = DiskImage::open(Path::new("/nowhere"), false, None).unwrap_err();
-        assert!(
-            error
-                .to_string()
-                .starts_with("disk /nowhere: cannot open it")
-        );
+        assert!(error.to_string().starts_with("/nowhere: cannot open it"));
     }
 }

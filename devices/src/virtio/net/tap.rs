@@ -27,10 +27,10 @@ ioctl_iow_nr!(TUNSETVNETHDRSZ, b'T' as u32, 216, libc::c_int);
 #[derive(Debug, Error)]
 pub enum TapError {
     /// Not a name for an interface.
-    #[error("--net tap={0}: an interface's name has 1 to 15 bytes, without slashes or white space")]
+    #[error("tap={0}: an interface's name has 1 to 15 bytes, without slashes or white space")]
     Name(String),
     /// The host has no tun driver.
-    #[error("--net tap={name}: cannot open /dev/net/tun; load it with `modprobe tun`")]
+    #[error("tap={name}: cannot open /dev/net/tun; load it with `modprobe tun`")]
     NoTun {
         /// The interface.
         name: String,
@@ -40,23 +40,23 @@ pub enum TapError {
     },
     /// It is not ours to use, or not there and not ours to make.
     #[error(
-        "--net tap={0}: no permission on it, or it does not exist; make it with \
+        "tap={0}: no permission on it, or it does not exist; make it with \
          `ip tuntap add dev {0} mode tap user $USER vnet_hdr` as root"
     )]
     Permission(String),
     /// Somebody has it open.
-    #[error("--net tap={0}: in use by another process; give each guest an interface of its own")]
+    #[error("tap={0}: in use by another process; give each guest an interface of its own")]
     Busy(String),
     /// An interface of another kind.
-    #[error("--net tap={0}: that interface is not a tap; give the name of one")]
+    #[error("tap={0}: that interface is not a tap; give the name of one")]
     NotATap(String),
     /// A descriptor that is not an interface, or not set up as one that a guest can use.
     #[error(
-        "--net tap={0}: not a tap with IFF_NO_PI and IFF_VNET_HDR; open /dev/net/tun and attach it so"
+        "tap={0}: not a tap with IFF_NO_PI and IFF_VNET_HDR; open /dev/net/tun and attach it so"
     )]
     NotATapDescriptor(String),
     /// The kernel refused something else.
-    #[error("--net tap={name}: cannot {action}")]
+    #[error("tap={name}: cannot {action}")]
     Host {
         /// The interface.
         name: String,

@@ -17,7 +17,7 @@ use crate::{
     },
 };
 
-/// The virtio console, one a machine.
+/// The virtio console; at most one.
 pub static KIND: Kind = Kind {
     field: "console",
     title: "virtio console",
@@ -32,7 +32,7 @@ struct VirtioConsole {
 /// Why there is no virtio console.
 #[derive(Debug, Error)]
 enum OpenError {
-    /// Both consoles want the terminal.
+    /// Both consoles use the terminal.
     #[error(
         "the serial port uses stdio already: give one of them another backend, such as null for the serial port"
     )]
@@ -60,7 +60,7 @@ impl Classify for ConsoleError {
     }
 }
 
-/// The host cannot make what a console needs.
+/// The host has no descriptor left.
 #[derive(Debug, Error)]
 #[error("cannot make an event descriptor")]
 struct EventError(#[from] io::Error);

@@ -147,7 +147,7 @@ impl Device for Disk {
     }
 }
 
-/// Why a disk keeps its size.
+/// Why a disk cannot be resized.
 #[derive(Debug, Error)]
 pub enum ResizeError {
     /// No disk of that name.
@@ -182,7 +182,7 @@ impl Classify for ResizeError {
     }
 }
 
-/// Makes the disk `id` larger; its size after that, in bytes. The guest has yet to be told.
+/// Grows the disk `id` and returns its new size in bytes. The caller tells the guest.
 pub fn resize(devices: &Devices, id: &str, size: u64) -> Result<u64, ResizeError> {
     let disk = devices.of::<Disk>().find(|disk| disk.id == id);
     let disk = disk.ok_or_else(|| ResizeError::NotFound {

@@ -1,4 +1,4 @@
-//! Kinds whose devices come and go while the machine runs: where the configuration and `device.add` have them.
+//! Where the configuration and `device.add` have the devices that can be added and removed.
 
 use fanlight_api::{VmConfig, types::AddDevice};
 

@@ -25,7 +25,7 @@ impl Classify for DeviceError {
     }
 }
 
-/// An error of a kind's own, before the device's name is put to it.
+/// An error of one kind of device, without the name of the device.
 #[derive(Debug)]
 pub struct Failure {
     fault: Fault,
@@ -55,7 +55,7 @@ impl Kind {
     }
 }
 
-/// Puts the device's name to an error.
+/// Adds the name of the device to an error.
 pub fn of_device(device: &dyn Device) -> impl Fn(Failure) -> DeviceError {
     let (kind, id) = (device.kind(), device.id().to_owned());
     move |failure| kind.error(Some(&id), failure)

@@ -1,4 +1,4 @@
-//! GPUs: what each shows, and what draws in 3D for it. Both are kept over resets.
+//! GPUs: the display and the 3D renderer of each. Both are kept over resets.
 
 use std::{io, ops::RangeInclusive, sync::Arc};
 
@@ -40,7 +40,7 @@ pub static KIND: Kind = Kind {
     hotplug: None,
 };
 
-/// The renderer says that it cannot work here, or ends before it can.
+/// A renderer that fails by itself does not work on this host.
 impl Classify for RendererError {
     fn fault(&self) -> Fault {
         match self {
@@ -50,14 +50,14 @@ impl Classify for RendererError {
     }
 }
 
-/// The size is a power of two by now: what fails is the host, or a bug.
+/// The size was checked before: only the host or a bug can cause it.
 impl Classify for ArenaError {
     fn fault(&self) -> Fault {
         Fault::Host
     }
 }
 
-/// GPUs of a machine.
+/// At most so many GPUs a machine.
 const MAX_GPUS: usize = 8;
 
 /// Why a GPU cannot be opened or built.
@@ -84,7 +84,7 @@ pub enum GpuError {
     /// Not a name that an EDID can hold.
     #[error("edid-name={0}: 1 to {NAME_MAX} printable ASCII characters")]
     BadName(String),
-    /// No size of a window into the renderer's memory.
+    /// Not a size for the window into the renderer's memory.
     #[error("hostmem={0}: a power of two from 1M to 64G")]
     HostMemory(ByteSize),
     /// There is no renderer.
@@ -122,11 +122,11 @@ pub struct Gpu {
     id: String,
     port: Option<u8>,
     display: DisplayHandle,
-    /// What draws in 3D, if anything does.
+    /// The 3D renderer, if there is one.
     renderer: Option<RendererSetup>,
 }
 
-/// What draws in 3D for a GPU.
+/// The 3D renderer of a GPU.
 struct RendererSetup {
     starter: Arc<Starter>,
     capsets: Vec<CapsetInfo>,
@@ -226,7 +226,7 @@ impl Gpu {
         })
     }
 
-    /// What the guest shows, over all lives of the machine.
+    /// The display handle, the same over all resets.
     pub fn display(&self) -> &DisplayHandle {
         &self.display
     }

@@ -1,5 +1,5 @@
-//! When the host wants a passed-through device back: one descriptor to wait on for all devices. The kernel asks
-//! every ten seconds until it has it (Linux `drivers/vfio/vfio_main.c`, `vfio_unregister_group_dev`).
+//! Requests of the host for passed-through devices, on one descriptor for all. The kernel repeats a request every ten
+//! seconds until the device is closed (Linux `drivers/vfio/vfio_main.c`, `vfio_unregister_group_dev`).
 
 use std::{
     io,

@@ -26,7 +26,7 @@ pub static KIND: Kind = Kind {
 
 struct InputDevice(InputHandle);
 
-/// The host cannot make what the input devices need.
+/// The host has no descriptor left.
 #[derive(Debug, Error)]
 #[error("cannot make an event descriptor")]
 struct InputError(#[from] io::Error);

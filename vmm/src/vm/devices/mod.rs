@@ -1,8 +1,8 @@
 //! The kinds of devices that a machine can have, one file each, behind one trait.
 //!
-//! A kind's file owns its way from the configuration to what is open of the host (kept over resets), to the virtio
-//! device or passed-through function of each life of the machine. To add a kind: its file, its line in [`KINDS`], its
-//! type in the API's configuration, and its tests.
+//! The file of a kind owns the way from its configuration to open host resources (kept over resets), and to the
+//! function that a machine has between two resets. A new kind needs its file, its line in [`KINDS`], its type in the
+//! configuration of the API, and tests.
 
 mod console;
 pub mod disk;
@@ -37,7 +37,7 @@ use crate::{
     vm::{function::Function, guest_console::GuestConsole},
 };
 
-/// All kinds, in the order in which a machine's buses have them.
+/// All kinds, in bus order.
 pub static KINDS: [&Kind; 8] = [
     &vfio::KIND,
     &disk::KIND,
@@ -49,7 +49,7 @@ pub static KINDS: [&Kind; 8] = [
     &console::KIND,
 ];
 
-/// The kinds whose devices come and go while the machine runs.
+/// The kinds whose devices can be added and removed while the machine runs.
 pub fn hotplug_kinds() -> impl Iterator<Item = (&'static Kind, &'static Hotplug)> {
     KINDS
         .into_iter()
@@ -62,22 +62,21 @@ const CLASS_OTHER: u32 = 0xff_0000;
 
 /// A kind of device.
 pub struct Kind {
-    /// Its field in the configuration, which is its option of the command line and its field in `device.add`. Names of
-    /// its devices begin with it.
+    /// Its field in the configuration and in `device.add`, and its command-line option. Device names begin with it.
     pub field: &'static str,
     /// What people call it.
     pub title: &'static str,
-    /// Opens what the configuration has of it.
+    /// Opens its devices in the configuration.
     pub open: fn(&mut Opening) -> Result<Vec<Box<dyn Device>>, DeviceError>,
-    /// What `device.add` and removal need; none if its devices are there from the start to the end.
+    /// What `device.add` and removal need; none if its devices can be neither added nor removed.
     pub hotplug: Option<Hotplug>,
 }
 
-/// What devices are opened of.
+/// What devices are opened from.
 pub struct Opening<'a> {
-    /// The configuration, or what is to be added to it.
+    /// The configuration, or the part that is to be added to it.
     pub config: &'a VmConfig,
-    /// Where the descriptors are that it names.
+    /// The descriptors that it names.
     pub descriptors: &'a Descriptors,
     /// Guest RAM.
     pub ram: &'a GuestRam,
@@ -87,7 +86,7 @@ pub struct Opening<'a> {
     pub console: Option<HostConsole>,
 }
 
-/// What a device is built of in one life of the machine.
+/// What a device is built from. A life of the machine is the time between two resets.
 pub struct Life<'a> {
     /// Number of vCPUs.
     pub cpus: u32,
@@ -97,7 +96,7 @@ pub struct Life<'a> {
     pub shared_blobs: &'a Arc<SharedBlobDmaMap>,
     /// Takes the guest's side of consoles.
     pub consoles: &'a mut Vec<GuestConsole>,
-    /// The number of the next passed-through function; none is given twice.
+    /// The number of the next passed-through function. Each number is used once.
     pub next_function: &'a mut u32,
 }
 
@@ -128,7 +127,7 @@ impl Life<'_> {
     }
 }
 
-/// The host side of one device: opened once, kept over resets. Dropping it closes what it has of the host.
+/// The host side of one device: opened once, kept over resets. Dropping it closes its host resources.
 pub trait Device: Any {
     /// Its kind.
     fn kind(&self) -> &'static Kind;
@@ -144,12 +143,12 @@ pub trait Device: Any {
     /// Builds its function for one life of the machine.
     fn build(&self, life: &mut Life) -> Result<Function, Failure>;
 
-    /// Whether it and passed-through devices reach each other's memory. Such devices sit in one switch.
+    /// Whether it does peer-to-peer DMA. Such devices are put into one switch.
     fn shares_memory(&self) -> bool {
         false
     }
 
-    /// What bounds the DMA of a passed-through device. Guest RAM is mapped there while there is one.
+    /// The IOMMU context of a passed-through device. Guest RAM is mapped there.
     fn iommu(&self) -> Option<&Arc<Iommu>> {
         None
     }
@@ -160,7 +159,7 @@ pub trait Device: Any {
     }
 }
 
-/// The devices of a machine, in the order in which its buses have them.
+/// The devices of a machine, in bus order.
 #[derive(Default)]
 pub struct Devices(Vec<Box<dyn Device>>);
 
@@ -201,18 +200,18 @@ impl Devices {
         self.0.push(device);
     }
 
-    /// Takes the device of this name out.
+    /// Removes and returns the device of this name.
     pub fn take(&mut self, id: &str) -> Option<Box<dyn Device>> {
         let at = self.0.iter().position(|device| device.id() == id)?;
         Some(self.0.remove(at))
     }
 
-    /// What bounds the DMA of passed-through devices, if there are any.
+    /// The IOMMU context of the passed-through devices, if there are any.
     pub fn iommu(&self) -> Option<&Arc<Iommu>> {
         self.iter().find_map(|device| device.iommu())
     }
 
-    /// Whether passed-through devices share memory with others, so that all of them belong into one switch.
+    /// Whether passed-through and other devices do peer-to-peer DMA with each other, which needs a switch.
     pub fn need_switch(&self) -> bool {
         let shares = |device: &dyn Device| device.shares_memory() && device.iommu().is_none();
         self.iommu().is_some() && self.iter().any(shares)

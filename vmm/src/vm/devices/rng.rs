@@ -1,11 +1,11 @@
-//! The entropy device. It needs nothing of the host but `getrandom`.
+//! The entropy device. It opens nothing of the host: the bytes come from `getrandom`.
 
 use fanlight_devices::virtio::rng::Rng;
 
 use super::{CLASS_OTHER, Device, DeviceError, Failure, Kind, Life, Opening};
 use crate::vm::function::Function;
 
-/// The entropy device, one a machine.
+/// The entropy device; at most one.
 pub static KIND: Kind = Kind {
     field: "rng",
     title: "entropy device",

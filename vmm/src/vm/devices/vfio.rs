@@ -1,4 +1,4 @@
-//! Passed-through devices: PCI functions of the host, with what bounds their DMA. They are kept over resets.
+//! Passed-through devices: PCI functions of the host, and the IOMMU context for their DMA. Both are kept over resets.
 
 use std::{fs::File, io, path::PathBuf, sync::Arc};
 
@@ -35,7 +35,7 @@ enum PassthroughError {
     /// One device twice.
     #[error("{0}: given twice")]
     Twice(PciAddress),
-    /// There already.
+    /// The machine has the device already.
     #[error("{0}: the machine has it already")]
     Present(PciAddress),
     /// Both interfaces at once.
@@ -44,10 +44,10 @@ enum PassthroughError {
          that its devices can reach each other"
     )]
     BothInterfaces,
-    /// A descriptor goes with iommufd only.
+    /// An open device node can be used with iommufd only.
     #[error(
-        "iommufd=off or a group for a device whose open node is given: those are iommufd's; name its address \
-         instead"
+        "iommufd=off or a group for a device whose open node is given: such nodes are for iommufd; name the \
+         device's address instead"
     )]
     NodeInContainer,
     /// A descriptor of something else.
@@ -56,10 +56,10 @@ enum PassthroughError {
     /// A descriptor is missing.
     #[error(transparent)]
     Descriptor(#[from] BadDescriptor),
-    /// Two of them.
+    /// A second IOMMU node.
     #[error("iommu: a machine has one for all its devices, and it is there already: leave it away")]
     SecondIommu,
-    /// iommufd's node, the container's, or a group's.
+    /// The node of iommufd, of the container or of a group.
     #[error("{}: cannot open it", path.display())]
     OpenNode {
         /// The node.
@@ -117,11 +117,11 @@ impl Classify for VfioError {
     }
 }
 
-/// A PCI function of the host that is the guest's.
+/// A PCI function of the host in the guest.
 struct PassedThrough {
     id: String,
     device: Arc<HostDevice>,
-    /// The I/O address space that all such devices of the machine share.
+    /// Shared by all passed-through devices of the machine.
     iommu: Arc<Iommu>,
     port: Option<u8>,
 }
@@ -229,10 +229,10 @@ impl Device for PassedThrough {
     }
 }
 
-/// What a configuration names.
+/// The function that a configuration names.
 struct Found {
     function: HostFunction,
-    /// Its node in `/dev/vfio/devices` or its group's, if that came open.
+    /// Its node in `/dev/vfio/devices` or the node of its group, if the configuration has an open one.
     node: Option<File>,
 }
 
@@ -283,16 +283,16 @@ impl Found {
     }
 }
 
-/// Closes the descriptor that the process was started with, of which there is another now: the host gets a device or
-/// a group back when the last one goes.
+/// Closes a descriptor that the process was started with, after it was duplicated: the host gets a device or a group
+/// back when the last descriptor is closed.
 fn close_inherited(number: u32) {
     if let Ok(number) = i32::try_from(number) {
-        // SAFETY: a node that was open when the process started, so it is nobody's in here.
+        // SAFETY: a node that was open when the process started, so no value in this process owns it.
         unsafe { rustix::io::close(number) };
     }
 }
 
-/// iommufd's node or the container's, where one of the devices says which. All have one.
+/// The node of iommufd or of the container, if one of the devices names it. All devices share it.
 fn iommu_node(
     configs: &[VfioConfig],
     descriptors: &Descriptors,
@@ -305,7 +305,7 @@ fn iommu_node(
     node.map(|node| open_node(node, descriptors)).transpose()
 }
 
-/// A node of VFIO's, opened by its path or before.
+/// A VFIO node: the open one, or the one at the path.
 fn open_node(node: &PathOrFd, descriptors: &Descriptors) -> Result<File, PassthroughError> {
     let open = descriptors.take_of(node).map_err(BadDescriptor)?;
     if let Some(open) = open {

@@ -12,7 +12,7 @@ use crate::vm::{
     function::Function,
 };
 
-/// The socket device, one a machine.
+/// The socket device; at most one.
 pub static KIND: Kind = Kind {
     field: "vsock",
     title: "socket device",
