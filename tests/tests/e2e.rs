@@ -1,7 +1,8 @@
 //! End-to-end tests: stock guests on a real KVM, which is this host's, or the nested host's.
 //!
-//! In the nested host each test has an L1 of its own, which runs this very program again; so a test is plain code
-//! that starts `fanlight` and looks at what guest and host see, and none can disturb another.
+//! A test is plain code that starts `fanlight` and looks at what guest and host see. It runs in a process of its own:
+//! this program runs itself again, on this machine or in a nested host (L1). [`TestCase`] says what a test needs; those
+//! that need nothing share an L1, one after the other (`host_side::l1_pool`).
 
 mod e2e {
     pub mod api;
@@ -28,30 +29,42 @@ mod e2e {
 use std::{
     fs,
     path::{Path, PathBuf},
-    process::ExitCode,
-    sync::Arc,
+    process::{Command, ExitCode},
+    sync::{Arc, Mutex, PoisonError, RwLock},
+    time::{Duration, Instant},
 };
 
 use e2e::vfio::hardware::{self, VARIABLE};
 use fanlight_tests::{
-    Context, Failure, HANG, Result,
+    Context, Failure, Result,
     host_side::{
         guest::Assets,
         kvm_host::{self, Kvm},
+        l1_pool::{L1Pool, Setup},
+        test_case::TestCase,
+        test_process, test_server,
     },
     nested_host::{
-        ApiClients, Busybox, Cache, DebianPrograms, Drivers, Emulator, GraphicsStack, L1Device,
-        L1Kernel, Modules, NestedHost, Share, StockKernel, build_program, built_kernel,
-        cpu_watchdog, guest_archive, guest_module,
+        ApiClients, Busybox, Cache, DebianPrograms, Drivers, Emulator, GraphicsStack, L1Kernel,
+        Modules, NestedHost, Share, StockKernel, build_program, built_kernel, cpu_watchdog,
+        guest_archive, guest_module,
     },
 };
 use libtest_mimic::{Arguments, Trial};
 
-/// A test: what it needs is in the assets.
-type Test = fn(&Assets) -> Result<()>;
-
-fn tests() -> Vec<(&'static str, Test)> {
+/// All tests. Those that have their host for themselves come first: they take longest, and the end of a run then has
+/// short ones for both threads.
+fn tests() -> Vec<TestCase> {
     let groups = [
+        e2e::vfio::TESTS,
+        hardware::TESTS,
+        e2e::dmabuf::TESTS,
+        e2e::vram::TESTS,
+        e2e::drm::TESTS,
+        e2e::gpu::TESTS,
+        e2e::render::TESTS,
+        e2e::view::TESTS,
+        e2e::window::TESTS,
         e2e::api::life::TESTS,
         e2e::api::hotplug::TESTS,
         e2e::api::clients::TESTS,
@@ -61,107 +74,45 @@ fn tests() -> Vec<(&'static str, Test)> {
         e2e::boot::TESTS,
         e2e::console::TESTS,
         e2e::disk::TESTS,
-        e2e::gpu::TESTS,
-        e2e::drm::TESTS,
-        e2e::dmabuf::TESTS,
         e2e::input::TESTS,
         e2e::life::TESTS,
         e2e::network::TESTS,
-        e2e::render::TESTS,
         e2e::topology::TESTS,
-        e2e::view::TESTS,
-        e2e::window::TESTS,
-        e2e::vfio::TESTS,
-        hardware::TESTS,
-        e2e::vram::TESTS,
     ];
-    groups.concat()
+    let mut tests = groups.concat();
+    tests.sort_by_key(TestCase::shares_host);
+    tests
 }
 
-/// What a test's L1 has to pass through.
-fn l1_devices(name: &str) -> Vec<L1Device> {
-    [
-        e2e::vfio::l1_devices(name),
-        hardware::l1_devices(name),
-        e2e::dmabuf::l1_devices(name),
-        e2e::vram::l1_devices(name),
-    ]
-    .concat()
+fn find(name: &str) -> Result<TestCase> {
+    let test = tests().into_iter().find(|test| test.name == name);
+    test.ok_or_else(|| Failure(format!("there is no test {name:?}")))
 }
 
-/// On this machine's own KVM: tests of the nested host's devices are left out, and a device of this machine's is tried if
-/// one is named.
-fn trials_here(assets: Assets) -> Vec<Trial> {
-    let has_device = std::env::var_os(VARIABLE).is_some();
-    if !has_device {
-        eprintln!(
-            "fanlight: tests that pass devices through are left out: {}=force has them run in the nested host, \
-             {VARIABLE}=ADDRESS tries a device of this machine's",
-            kvm_host::NESTED_HOST
-        );
-    }
-    let is_left_out = move |name: &str| {
-        let tries_it = has_device && !hardware::l1_devices(name).is_empty();
-        !tries_it && !l1_devices(name).is_empty()
-    };
-    tests()
-        .into_iter()
-        .map(|(name, test)| {
-            let assets = assets.clone();
-            Trial::test(name, move || {
-                test(&assets).map_err(|error| error.to_string().into())
-            })
-            .with_ignored_flag(is_left_out(name))
-        })
-        .collect()
-}
-
-fn trials(run: impl Fn(&'static str, Test) -> Result<()> + Clone + Send + 'static) -> Vec<Trial> {
-    tests()
-        .into_iter()
-        .map(|(name, test)| {
-            let run = run.clone();
-            Trial::test(name, move || {
-                run(name, test).map_err(|error| error.to_string().into())
-            })
-        })
-        .collect()
-}
+/// Has this program run one test; the name and [`Parts`] follow.
+const RUN_ONE: &str = "--run-one";
+/// Has this program run tests in L1; [`Parts`] follow.
+const SERVE: &str = "--serve";
 
 fn main() -> ExitCode {
-    if std::env::var_os(kvm_host::IN_NESTED_HOST).is_some() {
-        return in_nested_host();
-    }
-    let mut arguments = Arguments::from_args();
-    if arguments.list {
-        let trials = trials(|_, _| Err(Failure("only listed".into())));
-        return libtest_mimic::run(&arguments, trials).exit_code();
-    }
-    // An emulated host keeps a processor and a half of this machine's busy.
-    arguments.test_threads.get_or_insert(2);
-    match run(&arguments) {
-        Ok(code) => code,
-        Err(error) => {
-            eprintln!("fanlight: the end-to-end tests cannot run: {error}");
-            ExitCode::FAILURE
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    match &*arguments {
+        [verb, name, parts @ ..] if verb == RUN_ONE => exit_code(run_one(name, parts)),
+        [verb, parts @ ..] if verb == SERVE => {
+            cpu_watchdog::watch();
+            test_server::serve(|name| command(name, Parts::of(parts)?))
         }
+        _ => match run(Arguments::from_args()) {
+            Ok(code) => code,
+            Err(error) => {
+                eprintln!("fanlight: the end-to-end tests cannot run: {error}");
+                ExitCode::FAILURE
+            }
+        },
     }
 }
 
-/// Runs the one test that is named.
-fn in_nested_host() -> ExitCode {
-    let name = std::env::args().nth(1).unwrap_or_default();
-    cpu_watchdog::watch();
-    let result = assets(
-        &Cache::at("/cache"),
-        Path::new("/share/fanlight"),
-        Path::new("/share/guest.cpio"),
-    )
-    .and_then(|assets| {
-        let test = tests().into_iter().find(|(other, _)| *other == name);
-        let (_, test) = test.ok_or_else(|| Failure(format!("there is no test {name:?}")))?;
-        test(&assets)
-    });
+fn exit_code(result: Result<()>) -> ExitCode {
     match result {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -171,36 +122,210 @@ fn in_nested_host() -> ExitCode {
     }
 }
 
-fn run(arguments: &Arguments) -> Result<ExitCode> {
+/// Where the program that runs a test finds what tests are made of.
+#[derive(Clone)]
+struct Parts {
+    cache: PathBuf,
+    fanlight: PathBuf,
+    guest_archive: PathBuf,
+}
+
+impl Parts {
+    fn of(arguments: &[String]) -> Result<Self> {
+        let [cache, fanlight, guest_archive] = arguments else {
+            return Err(Failure(format!("not the parts of tests: {arguments:?}")));
+        };
+        Ok(Self {
+            cache: cache.into(),
+            fanlight: fanlight.into(),
+            guest_archive: guest_archive.into(),
+        })
+    }
+
+    fn in_order(&self) -> [&Path; 3] {
+        [&self.cache, &self.fanlight, &self.guest_archive]
+    }
+}
+
+/// The command that runs a test.
+fn command(name: &str, parts: Parts) -> Result<Command> {
+    let this = std::env::current_exe().context("cannot find this program")?;
+    let mut command = Command::new(this);
+    command.arg(RUN_ONE).arg(name).args(parts.in_order());
+    Ok(command)
+}
+
+/// Runs the test, which must leave nothing behind.
+fn run_one(name: &str, parts: &[String]) -> Result<()> {
+    let test = find(name)?;
+    let parts = Parts::of(parts)?;
+    // Devices have interfaces in the network of the host.
+    let own_network = test.devices.is_empty();
+    test_process::confine(own_network)?;
+    let result = assets(&parts)
+        .and_then(|assets| (test.run)(&assets))
+        .and_then(|()| test_process::nothing_is_left(own_network));
+    test_process::end_descendants();
+    result
+}
+
+/// Tests with the time that each took.
+#[derive(Default)]
+struct Times(Mutex<Vec<(Duration, &'static str)>>);
+
+impl Times {
+    /// Runs a test and says how long it took.
+    fn measure(&self, name: &'static str, run: impl FnOnce() -> Result<()>) -> Result<()> {
+        let start = Instant::now();
+        let result = run();
+        let took = start.elapsed();
+        eprintln!("fanlight: {name}: {:.1} s", took.as_secs_f64());
+        let mut times = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        times.push((took, name));
+        result
+    }
+
+    /// The tests that took longest.
+    fn longest(&self) -> String {
+        const SHOWN: usize = 5;
+        let mut times = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        times.sort_unstable();
+        let longest = times.iter().rev().take(SHOWN);
+        let longest = longest.map(|(took, name)| format!("{name} {:.0} s", took.as_secs_f64()));
+        longest.collect::<Vec<_>>().join(", ")
+    }
+}
+
+/// A trial for each test. `left_out` says which ones are ignored.
+fn trials(
+    times: &Arc<Times>,
+    left_out: impl Fn(&TestCase) -> bool,
+    run: impl Fn(&TestCase) -> Result<()> + Clone + Send + 'static,
+) -> Vec<Trial> {
+    tests()
+        .into_iter()
+        .map(|test| {
+            let (run, times) = (run.clone(), times.clone());
+            let is_left_out = left_out(&test);
+            Trial::test(test.name, move || {
+                let result = times.measure(test.name, || run(&test));
+                result.map_err(|error| error.to_string().into())
+            })
+            .with_ignored_flag(is_left_out)
+        })
+        .collect()
+}
+
+fn run(mut arguments: Arguments) -> Result<ExitCode> {
+    let times = Arc::new(Times::default());
+    if arguments.list {
+        let trials = trials(&times, |_| false, |_| Err(Failure("only listed".into())));
+        return Ok(libtest_mimic::run(&arguments, trials).exit_code());
+    }
+    // An emulated host keeps a processor and a half of this machine's busy.
+    arguments.test_threads.get_or_insert(2);
+    let dir = tempfile::tempdir().context("cannot make a directory")?;
     let cache = Cache::open()?;
-    let fanlight = build_program("fanlight", "fanlight")?;
+    let parts = Parts {
+        fanlight: build_program("fanlight", "fanlight")?,
+        guest_archive: dir.path().join("guest.cpio"),
+        cache: cache.root().into(),
+    };
     let agent = build_program("fanlight-tests", "guest-agent")?;
     let modules = Modules::find(&StockKernel::get(&cache)?.modules)?;
     let archive = guest_archive(&Busybox::get(&cache)?, Some(&modules), Some(&agent))?;
-    let dir = tempfile::tempdir().context("cannot make a directory")?;
-    let guest_cpio = dir.path().join("guest.cpio");
-    fs::write(&guest_cpio, archive).context("cannot write the guest's root")?;
-    let trials = match kvm_host::kvm() {
-        Kvm::Host => {
-            // Taps and addresses of the tests are nobody else's.
-            // SAFETY: a network namespace changes nothing that the program's memory depends on.
-            unsafe { rustix::thread::unshare_unsafe(rustix::thread::UnshareFlags::NEWNET) }
-                .context("cannot make a network namespace for the tests; run them as root")?;
-            trials_here(assets(&cache, &fanlight, &guest_cpio)?)
-        }
+    fs::write(&parts.guest_archive, archive).context("cannot write the guest's root")?;
+    // All that is downloaded or built is there before the first test.
+    assets(&parts)?;
+    let start = Instant::now();
+    let (conclusion, hosts) = match kvm_host::kvm() {
+        Kvm::Host => (here(&arguments, &times, &parts), String::new()),
         Kvm::NestedHost(reason) if std::env::var_os(VARIABLE).is_some() => {
             return Err(Failure(format!(
-                "{VARIABLE} names a device of this machine's, which only guests of its own can have, and tests run \
-                 in the nested host: {reason}"
+                "{VARIABLE} names a device of this machine, which only guests of this machine can have, and tests \
+                 run in the nested host: {reason}"
             )));
         }
         Kvm::NestedHost(reason) => {
             eprintln!("fanlight: tests run in the nested host: {reason}");
-            let nested_hosts = Arc::new(NestedHosts::new(&cache, &fanlight, dir.path())?);
-            trials(move |name, _| nested_hosts.run(name))
+            let pool = Arc::new(L1Pool::new(setup(&cache, &parts, dir.path())?));
+            let trials = trials(&times, |_| false, {
+                let pool = pool.clone();
+                move |test| pool.run(test)
+            });
+            let conclusion = libtest_mimic::run(&arguments, trials);
+            let (started, repeated) = pool.counts();
+            let hosts = format!("{started} nested hosts started, {repeated} runs repeated; ");
+            (conclusion, hosts)
         }
     };
-    Ok(libtest_mimic::run(arguments, trials).exit_code())
+    eprintln!(
+        "fanlight: {:.0} s; {hosts}longest: {}",
+        start.elapsed().as_secs_f64(),
+        times.longest()
+    );
+    Ok(conclusion.exit_code())
+}
+
+/// Runs the tests on this machine's own KVM. Those that pass the nested host's devices through are left out; a device
+/// of this machine is tried if one is named.
+fn here(arguments: &Arguments, times: &Arc<Times>, parts: &Parts) -> libtest_mimic::Conclusion {
+    let has_device = std::env::var_os(VARIABLE).is_some();
+    if !has_device {
+        eprintln!(
+            "fanlight: tests that pass devices through are left out: {}=force runs them in the nested host, \
+             {VARIABLE}=ADDRESS tries a device of this machine",
+            kvm_host::NESTED_HOST
+        );
+    }
+    let runs =
+        move |test: &TestCase| test.devices.is_empty() || (has_device && test.takes_named_device);
+    let parts = parts.clone();
+    let host = Arc::new(RwLock::new(()));
+    let trials = trials(
+        times,
+        |test| !runs(test),
+        move |test| {
+            let (_shared, _alone);
+            if test.alone {
+                _alone = host.write().unwrap_or_else(PoisonError::into_inner);
+            } else {
+                _shared = host.read().unwrap_or_else(PoisonError::into_inner);
+            }
+            let mut output = Vec::new();
+            let status = test_process::run(command(test.name, parts.clone())?, &mut output);
+            match status {
+                Ok(0) => Ok(()),
+                Ok(_) => Err(Failure(String::from_utf8_lossy(&output).into_owned())),
+                Err(error) => Err(Failure::new(error, String::from_utf8_lossy(&output))),
+            }
+        },
+    );
+    libtest_mimic::run(arguments, trials)
+}
+
+/// What each L1 is started with. `share` is a folder that L1 sees, with the guest's root.
+fn setup(cache: &Cache, parts: &Parts, share: &Path) -> Result<Setup> {
+    let this = std::env::current_exe().context("cannot find this program")?;
+    for (from, to) in [(&this, "e2e"), (&parts.fanlight, "fanlight")] {
+        fs::copy(from, share.join(to)).context("cannot share a program")?;
+    }
+    let shared = |tag, path: &Path| Share {
+        tag,
+        path: path.into(),
+        readonly: true,
+    };
+    Ok(Setup {
+        nested_host: NestedHost::new(
+            Emulator::get(cache)?,
+            Busybox::get(cache)?,
+            L1Kernel::Built(built_kernel(cache)?.bzimage),
+        ),
+        job: format!("exec /share/e2e {SERVE} /cache /share/fanlight /share/guest.cpio"),
+        shares: vec![shared("share", share), shared("cache", cache.root())],
+        programs: vec![this, parts.fanlight.clone()],
+        logs: env!("CARGO_TARGET_TMPDIR").into(),
+    })
 }
 
 /// The compositors that viewers are tried in.
@@ -214,10 +339,11 @@ fn graphics_tools(cache: &Cache) -> Result<DebianPrograms> {
     DebianPrograms::get(cache, "graphics-tools-1", &packages)
 }
 
-fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets> {
+fn assets(parts: &Parts) -> Result<Assets> {
+    let cache = &Cache::at(&parts.cache);
     let stock = StockKernel::get(cache)?;
     Ok(Assets {
-        fanlight: fanlight.into(),
+        fanlight: parts.fanlight.clone(),
         drivers: Drivers::get(cache, &stock)?,
         stock,
         built_kernel: built_kernel(cache)?,
@@ -228,100 +354,6 @@ fn assets(cache: &Cache, fanlight: &Path, guest_archive: &Path) -> Result<Assets
         graphics_tools: graphics_tools(cache)?,
         graphics: GraphicsStack::get(cache)?,
         older_graphics: GraphicsStack::older(cache)?,
-        guest_archive: guest_archive.into(),
+        guest_archive: parts.guest_archive.clone(),
     })
-}
-
-/// How often a test is tried whose L1 failed: the emulator crashes now and then under nested guests, and
-/// that says nothing of the test. A test that fails by itself is never tried again.
-const TRIES: usize = 4;
-/// What voids a run: a processor of L1 stood still; or a guest was silent for minutes, as it is when the
-/// emulator lost its timer, or a socket of the test's was (`EAGAIN`), behind which a guest is. A guest that
-/// hangs each time hangs.
-const EMULATOR_FAULTS: [&str; 3] = [
-    cpu_watchdog::STANDSTILL,
-    HANG,
-    "Resource temporarily unavailable (os error 11)",
-];
-
-/// Keeps what was said in a run that was void, for who wants to know why; where.
-fn keep(name: &str, tries: usize, output: &str) -> Result<String> {
-    let name = name.replace("::", "-");
-    let path = format!("{}/{name}-{tries}.log", env!("CARGO_TARGET_TMPDIR"));
-    fs::write(&path, output).context(format!("cannot write {path}"))?;
-    Ok(path)
-}
-
-/// What the nested hosts of all tests have in common.
-struct NestedHosts {
-    nested_host: NestedHost,
-    this: PathBuf,
-    fanlight: PathBuf,
-    shares: [Share; 2],
-}
-
-impl NestedHosts {
-    fn new(cache: &Cache, fanlight: &Path, share: &Path) -> Result<Self> {
-        let this = std::env::current_exe().context("cannot find this program")?;
-        let kernel = built_kernel(cache)?;
-        guest_module(cache)?;
-        Drivers::get(cache, &StockKernel::get(cache)?)?;
-        ApiClients::get(cache)?;
-        compositors(cache)?;
-        graphics_tools(cache)?;
-        GraphicsStack::older(cache)?;
-        for (from, to) in [(&*this, "e2e"), (fanlight, "fanlight")] {
-            fs::copy(from, share.join(to)).context("cannot share a program")?;
-        }
-        let shared = |tag, path: &Path| Share {
-            tag,
-            path: path.into(),
-            readonly: true,
-        };
-        Ok(Self {
-            nested_host: NestedHost::new(
-                Emulator::get(cache)?,
-                Busybox::get(cache)?,
-                L1Kernel::Built(kernel.bzimage),
-            ),
-            this,
-            fanlight: fanlight.into(),
-            shares: [shared("share", share), shared("cache", cache.root())],
-        })
-    }
-
-    fn run(&self, name: &str) -> Result<()> {
-        let programs = [&*self.this, &*self.fanlight];
-        let devices = l1_devices(name);
-        let mut tries = 0;
-        loop {
-            let mut output = Vec::new();
-            let job = format!("exec /share/e2e {name}");
-            let result = self.nested_host.run_with(
-                &devices,
-                &job,
-                &programs,
-                &self.shares,
-                &mut output,
-                |_| Ok(()),
-            );
-            let output = String::from_utf8_lossy(&output);
-            tries += 1;
-            match result {
-                Ok(0) => return Ok(()),
-                Ok(_) => match EMULATOR_FAULTS.iter().find(|fault| output.contains(*fault)) {
-                    Some(fault) if tries < TRIES => {
-                        let log = keep(name, tries, &output)?;
-                        eprintln!("fanlight: {name}: {fault}; tried again ({log})");
-                    }
-                    _ => return Err(Failure(output.into_owned())),
-                },
-                Err(error) if tries == TRIES => return Err(Failure::new(error, output)),
-                Err(error) => {
-                    let log = keep(name, tries, &output)?;
-                    eprintln!("fanlight: {name}: {error}; tried again ({log})");
-                }
-            }
-        }
-    }
 }

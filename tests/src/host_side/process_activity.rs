@@ -9,8 +9,8 @@ pub fn of(pid: u32) -> String {
     threads + &exits(pid)
 }
 
-/// The process and all that descend from it.
-fn family(pid: u32) -> Vec<u32> {
+/// The process, and after it all that descend from it.
+pub fn family(pid: u32) -> Vec<u32> {
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let parents: Vec<(u32, u32)> = processes
         .filter_map(|process| {

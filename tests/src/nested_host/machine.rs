@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{self, BufRead, BufReader, Read, Write},
-    os::unix::process::CommandExt,
+    os::{fd::OwnedFd, unix::process::CommandExt},
     path::{Path, PathBuf},
     process::{Child, Command, Stdio},
     sync::{
@@ -13,6 +13,9 @@ use std::{
     thread,
     time::{Duration, Instant},
 };
+
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use tempfile::TempDir;
 
 use super::{Archive, Busybox, Emulator, Modules, StockKernel};
 use crate::{Context, Failure, Result};
@@ -191,6 +194,20 @@ impl NestedHost {
         output: &mut dyn Write,
         fill: impl FnOnce(&mut Archive) -> Result<()>,
     ) -> Result<i32> {
+        self.start(devices, job, programs, shares, Stdio::null(), fill)?
+            .wait(output)
+    }
+
+    /// Boots L1 and runs the shell script `job` in it, which reads `input`.
+    pub fn start(
+        &self,
+        devices: &[L1Device],
+        job: &str,
+        programs: &[&Path],
+        shares: &[Share],
+        input: Stdio,
+        fill: impl FnOnce(&mut Archive) -> Result<()>,
+    ) -> Result<Running> {
         let dir = tempfile::tempdir().context("cannot make a directory")?;
         let mut root = Archive::l1(&self.busybox)?;
         root.file("job", format!("#!/bin/sh\n{job}\n").as_bytes());
@@ -211,8 +228,8 @@ impl NestedHost {
         for (number, device) in (1..).zip(devices) {
             command.args(device.arguments(number, dir.path())?);
         }
-        let child = command.spawn().context("cannot start QEMU")?;
-        watch(child, output)
+        let child = command.stdin(input).spawn().context("cannot start QEMU")?;
+        Ok(Running { child, _dir: dir })
     }
 
     fn command(&self, image: &Path, initrd: &Path, shares: &[Share]) -> Command {
@@ -249,10 +266,7 @@ impl NestedHost {
                 if share.readonly { ",readonly=on" } else { "" }
             ));
         }
-        command
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            .stderr(Stdio::piped());
+        command.stdout(Stdio::piped()).stderr(Stdio::piped());
         // SAFETY: prctl is async-signal-safe, as what runs between fork and exec must be.
         unsafe {
             command.pre_exec(|| {
@@ -262,6 +276,26 @@ impl NestedHost {
             });
         }
         command
+    }
+}
+
+/// L1 while it runs. The emulator ends with the thread that started it.
+#[derive(Debug)]
+pub struct Running {
+    child: Child,
+    _dir: TempDir,
+}
+
+impl Running {
+    /// A handle by which any thread can kill the emulator.
+    pub fn handle(&self) -> Result<OwnedFd> {
+        pidfd_open(Pid::from_child(&self.child), PidfdFlags::empty())
+            .context("cannot have a handle of QEMU")
+    }
+
+    /// Passes L1's output on until it ends; the exit status of its job.
+    pub fn wait(self, output: &mut dyn Write) -> Result<i32> {
+        watch(self.child, output)
     }
 }
 

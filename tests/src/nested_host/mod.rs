@@ -23,6 +23,6 @@ pub use graphics_stack::GraphicsStack;
 pub use guest_module::guest_module;
 pub use initramfs::{Archive, guest_archive};
 pub use kernel::{BuiltKernel, built_kernel};
-pub use machine::{L1Device, L1Kernel, NestedHost, Share};
+pub use machine::{L1Device, L1Kernel, NestedHost, Running, Share};
 pub use modules::Modules;
 pub use packages::{ApiClients, Busybox, DebianPrograms, Emulator, StockKernel};

@@ -7,26 +7,25 @@ use fanlight_tests::{
     host_side::{
         guest::{Assets, GuestKernel},
         kvm_host::IN_NESTED_HOST,
+        test_case::TestCase,
     },
     value,
 };
 
-use crate::Test;
-
-pub const TESTS: &[(&str, Test)] = &[
-    ("boot::one_cpu", |assets| cpus(assets, 1)),
-    ("boot::two_cpus", |assets| cpus(assets, 2)),
-    ("boot::eight_cpus", |assets| cpus(assets, 8)),
-    ("boot::memory_128m", |assets| memory(assets, "128M", 128)),
-    ("boot::memory_512m", |assets| memory(assets, "512M", 512)),
-    ("boot::memory_6g_around_the_hole", |assets| {
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("boot::one_cpu", |assets| cpus(assets, 1)),
+    TestCase::new("boot::two_cpus", |assets| cpus(assets, 2)),
+    TestCase::new("boot::eight_cpus", |assets| cpus(assets, 8)),
+    TestCase::new("boot::memory_128m", |assets| memory(assets, "128M", 128)),
+    TestCase::new("boot::memory_512m", |assets| memory(assets, "512M", 512)),
+    TestCase::new("boot::memory_6g_around_the_hole", |assets| {
         memory(assets, "6G", 6144)
     }),
-    ("boot::huge_pages", huge_pages),
-    ("boot::vmlinux_by_pvh", vmlinux_by_pvh),
-    ("boot::a_kernel_that_unpacks_itself", unpacks_itself),
-    ("boot::kernel_addresses_are_random", addresses_are_random),
-    ("boot::acpi_and_clock", acpi_and_clock),
+    TestCase::new("boot::huge_pages", huge_pages).alone(),
+    TestCase::new("boot::vmlinux_by_pvh", vmlinux_by_pvh),
+    TestCase::new("boot::a_kernel_that_unpacks_itself", unpacks_itself),
+    TestCase::new("boot::kernel_addresses_are_random", addresses_are_random),
+    TestCase::new("boot::acpi_and_clock", acpi_and_clock),
 ];
 
 fn cpus(assets: &Assets, count: u32) -> Result<()> {

@@ -9,7 +9,10 @@ use std::{
     time::{Duration, Instant},
 };
 
-use fanlight_tests::{Context, HANG, Result, ensure, host_side::guest::Assets};
+use fanlight_tests::{
+    Context, HANG, Result, ensure,
+    host_side::{guest::Assets, test_case::TestCase},
+};
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
     process::{Pid, Signal, kill_process},
@@ -17,22 +20,20 @@ use rustix::{
     termios::{LocalModes, Termios, Winsize, tcgetattr, tcsetwinsize},
 };
 
-use crate::Test;
-
-pub const TESTS: &[(&str, Test)] = &[
-    ("console::serial_input_is_echoed", serial_echo),
-    ("console::virtio_console_both_ways", virtio_console),
-    ("console::a_socket_and_a_file", socket_and_file),
-    ("console::much_input_arrives_whole", much_input),
-    (
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("console::serial_input_is_echoed", serial_echo),
+    TestCase::new("console::virtio_console_both_ways", virtio_console),
+    TestCase::new("console::a_socket_and_a_file", socket_and_file),
+    TestCase::new("console::much_input_arrives_whole", much_input),
+    TestCase::new(
         "console::the_terminals_size_becomes_the_guests",
         follows_size,
     ),
-    (
+    TestCase::new(
         "console::ctrl_a_x_leaves_a_terminal_as_it_was",
         leaves_terminal,
     ),
-    (
+    TestCase::new(
         "console::a_killed_process_leaves_a_terminal_as_it_was",
         killed,
     ),

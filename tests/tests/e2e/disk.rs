@@ -4,38 +4,39 @@ use std::os::unix::fs::MetadataExt;
 
 use fanlight_tests::{
     Context, Result, ensure,
-    host_side::guest::{Assets, make_image, qemu_img},
+    host_side::{
+        guest::{Assets, make_image, qemu_img},
+        test_case::TestCase,
+    },
     value,
 };
 use rustix::process::Signal;
 
-use crate::Test;
-
-pub const TESTS: &[(&str, Test)] = &[
-    ("disk::raw_survives_sigkill", |assets| {
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("disk::raw_survives_sigkill", |assets| {
         survives(assets, "raw")
     }),
-    ("disk::qcow2_survives_sigkill", |assets| {
+    TestCase::new("disk::qcow2_survives_sigkill", |assets| {
         survives(assets, "qcow2")
     }),
-    ("disk::qcow2_discards", |assets| {
+    TestCase::new("disk::qcow2_discards", |assets| {
         discards(assets, "qcow2").map(drop)
     }),
-    ("disk::raw_discards", |assets| {
+    TestCase::new("disk::raw_discards", |assets| {
         let kept = discards(assets, "raw")?;
         ensure(
             kept <= 12 << 20,
             format!("{kept} bytes of the host's disk are still taken"),
         )
     }),
-    ("disk::raw_writes_zeroes", |assets| {
+    TestCase::new("disk::raw_writes_zeroes", |assets| {
         write_zeroes(assets, "raw")
     }),
-    ("disk::qcow2_writes_zeroes", |assets| {
+    TestCase::new("disk::qcow2_writes_zeroes", |assets| {
         write_zeroes(assets, "qcow2")
     }),
-    ("disk::read_only_and_serial", read_only),
-    ("disk::queues_and_a_file_system", file_system),
+    TestCase::new("disk::read_only_and_serial", read_only),
+    TestCase::new("disk::queues_and_a_file_system", file_system),
 ];
 
 /// Writes 24 MiB of its own random bytes at 8 MiB and says their sum.

@@ -11,26 +11,15 @@ use fanlight_tests::{
     Context, Failure, Result,
     common::{edu, pci::Function},
     ensure,
-    host_side::{dma_reader::DmaReader, guest::Assets},
-    nested_host::L1Device,
+    host_side::{dma_reader::DmaReader, guest::Assets, test_case::TestCase},
 };
 
-use super::vfio::hardware::faults::Faults;
-use crate::Test;
+use super::vfio::{PEERS, hardware::faults::Faults};
 
-pub const TESTS: &[(&str, Test)] = &[
-    ("dmabuf::another_device_reads_it", another_device_reads),
-    ("dmabuf::what_cannot_be_is_refused_by_name", refused),
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("dmabuf::another_device_reads_it", another_device_reads).devices(PEERS),
+    TestCase::new("dmabuf::what_cannot_be_is_refused_by_name", refused).devices(PEERS),
 ];
-
-/// What a test's L1 has to pass through.
-pub fn l1_devices(name: &str) -> &'static [L1Device] {
-    if name.starts_with("dmabuf::") {
-        &[L1Device::Edu, L1Device::Ivshmem(64)]
-    } else {
-        &[]
-    }
-}
 
 const PAGE: u64 = 4096;
 /// The memory of ivshmem.

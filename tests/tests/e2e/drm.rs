@@ -14,17 +14,16 @@ use fanlight_tests::{
     host_side::{
         display::{Colour, Picture, Screen},
         guest::{Assets, Guest, GuestBuilder},
+        test_case::TestCase,
     },
 };
 
-use crate::Test;
-
-pub const TESTS: &[(&str, Test)] = &[
-    ("drm::patterns_and_cursors_on_two_outputs", patterns),
-    ("drm::flips_outlive_everything", flips),
-    ("drm::every_format_and_other_pages", formats),
-    ("drm::frames_without_dma_bufs", copies),
-    ("drm::intel_gpu_tools", intel_gpu_tools),
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("drm::patterns_and_cursors_on_two_outputs", patterns),
+    TestCase::new("drm::flips_outlive_everything", flips),
+    TestCase::new("drm::every_format_and_other_pages", formats),
+    TestCase::new("drm::frames_without_dma_bufs", copies).alone(),
+    TestCase::new("drm::intel_gpu_tools", intel_gpu_tools),
 ];
 
 /// Runs the lines that are typed, of which the terminal shows an echo: marks in them are broken by quotes.

@@ -12,19 +12,18 @@ use fanlight_tests::{
     host_side::{
         display::Screen,
         guest::{Assets, Guest, GuestBuilder},
+        test_case::TestCase,
     },
     value,
 };
 
-use crate::Test;
-
-pub const TESTS: &[(&str, Test)] = &[
-    ("gpu::outputs_as_the_guest_sees_them", outputs),
-    ("gpu::the_console_pixel_by_pixel", console),
-    ("gpu::an_exported_frame_is_shared", shared),
-    ("gpu::outputs_come_and_go_and_grow", hotplug),
-    ("gpu::drivers_unbind_and_bind", rebind),
-    ("gpu::keys_pointer_and_touch", input),
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("gpu::outputs_as_the_guest_sees_them", outputs),
+    TestCase::new("gpu::the_console_pixel_by_pixel", console),
+    TestCase::new("gpu::an_exported_frame_is_shared", shared),
+    TestCase::new("gpu::outputs_come_and_go_and_grow", hotplug),
+    TestCase::new("gpu::drivers_unbind_and_bind", rebind),
+    TestCase::new("gpu::keys_pointer_and_touch", input),
 ];
 
 const MODULES: &[&str] = &["virtio_gpu", "virtio_input"];

@@ -9,15 +9,16 @@ use std::{
 
 use fanlight_tests::{
     Context, Result, ensure,
-    host_side::guest::{Assets, make_image},
+    host_side::{
+        guest::{Assets, make_image},
+        test_case::TestCase,
+    },
 };
 
-use crate::Test;
-
-pub const TESTS: &[(&str, Test)] = &[
-    ("input::files_and_numbers", files_and_numbers),
-    ("input::disks", disks),
-    ("input::kvm", kvm),
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("input::files_and_numbers", files_and_numbers),
+    TestCase::new("input::disks", disks),
+    TestCase::new("input::kvm", kvm),
 ];
 
 /// Runs `fanlight run` with `arguments`, which must be refused in one line that contains `expected`.

@@ -7,23 +7,23 @@ use fanlight_tests::{
     host_side::{
         display::Screen,
         guest::{Assets, PRESSED, make_image, nested_host_clock},
+        test_case::TestCase,
     },
     value,
 };
 use rustix::process::Signal;
 
 use super::drm::{FLIP, MODETEST, flipping};
-use crate::Test;
 
-pub const TESTS: &[(&str, Test)] = &[
-    ("life::power_off_is_status_0", power_off),
-    ("life::a_reset_restarts_in_place", reset_in_place),
-    ("life::a_reset_can_end", reset_exits),
-    ("life::a_triple_fault_is_a_reset", triple_fault),
-    ("life::a_panic_has_its_status", panic),
-    ("life::sigterm_presses_the_power_button", sigterm),
-    ("life::a_second_sigterm_stops", second_sigterm),
-    ("life::kexec_takes_the_devices_over", kexec),
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("life::power_off_is_status_0", power_off),
+    TestCase::new("life::a_reset_restarts_in_place", reset_in_place),
+    TestCase::new("life::a_reset_can_end", reset_exits),
+    TestCase::new("life::a_triple_fault_is_a_reset", triple_fault),
+    TestCase::new("life::a_panic_has_its_status", panic),
+    TestCase::new("life::sigterm_presses_the_power_button", sigterm),
+    TestCase::new("life::a_second_sigterm_stops", second_sigterm),
+    TestCase::new("life::kexec_takes_the_devices_over", kexec),
 ];
 
 fn power_off(assets: &Assets) -> Result<()> {

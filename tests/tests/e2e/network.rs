@@ -6,19 +6,17 @@ use fanlight_tests::{
     Context, Result,
     common::echo::{self, Address},
     ensure,
-    host_side::guest::Assets,
+    host_side::{guest::Assets, test_case::TestCase},
 };
 
-use crate::Test;
-
-pub const TESTS: &[(&str, Test)] = &[
-    ("network::tcp_through_vhost", |assets| {
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("network::tcp_through_vhost", |assets| {
         tcp(assets, "tapv", 71, "on")
     }),
-    ("network::tcp_through_our_threads", |assets| {
+    TestCase::new("network::tcp_through_our_threads", |assets| {
         tcp(assets, "tapu", 72, "off")
     }),
-    ("network::vsock_both_ways", vsock),
+    TestCase::new("network::vsock_both_ways", vsock),
 ];
 
 const BYTES: u64 = 8 << 20;

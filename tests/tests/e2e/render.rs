@@ -22,19 +22,19 @@ use fanlight_tests::{
     host_side::{
         display::Screen,
         guest::{Assets, Guest, GuestBuilder},
+        test_case::TestCase,
     },
 };
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 
 use super::{compositor::read_png, view::one};
-use crate::Test;
 
-pub const TESTS: &[(&str, Test)] = &[
-    ("render::stock_mesa_draws_and_computes", mesa),
-    ("render::many_blobs_at_once", blobs),
-    ("render::a_slot_for_each_blob", slots),
-    ("render::an_older_virglrenderer", older),
-    ("render::the_machine_survives_its_renderer", killed),
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("render::stock_mesa_draws_and_computes", mesa),
+    TestCase::new("render::many_blobs_at_once", blobs),
+    TestCase::new("render::a_slot_for_each_blob", slots),
+    TestCase::new("render::an_older_virglrenderer", older),
+    TestCase::new("render::the_machine_survives_its_renderer", killed),
 ];
 
 /// A guest that does not draw for so long hangs. Not a measure of speed.

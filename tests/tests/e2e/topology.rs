@@ -2,16 +2,17 @@
 
 use fanlight_tests::{
     Result, ensure,
-    host_side::guest::{Assets, make_image},
+    host_side::{
+        guest::{Assets, make_image},
+        test_case::TestCase,
+    },
     value,
 };
 
-use crate::Test;
-
-pub const TESTS: &[(&str, Test)] = &[
-    ("topology::drivers_unbind_and_bind", rebind),
-    ("topology::a_disk_behind_a_root_port", behind_port),
-    ("topology::a_bar_that_moves", moved_bar),
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("topology::drivers_unbind_and_bind", rebind),
+    TestCase::new("topology::a_disk_behind_a_root_port", behind_port),
+    TestCase::new("topology::a_bar_that_moves", moved_bar),
 ];
 
 /// Every virtio device loses its driver and gets it back, twice; then all of them work.

@@ -28,60 +28,57 @@ use fanlight_tests::{
         pci::Function,
     },
     ensure,
-    host_side::guest::{Assets, Guest, GuestBuilder},
+    host_side::{
+        guest::{Assets, Guest, GuestBuilder},
+        test_case::TestCase,
+    },
     nested_host::L1Device,
     value,
 };
 
-use crate::Test;
+/// A device with a DMA engine, and one with memory for it.
+pub const PEERS: &[L1Device] = &[L1Device::Edu, L1Device::Ivshmem(64)];
 
-pub const TESTS: &[(&str, Test)] = &[
-    ("vfio::igb_through_iommufd", |assets| igb_data(assets, "on")),
-    ("vfio::igb_through_a_container", |assets| {
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("vfio::igb_through_iommufd", |assets| igb_data(assets, "on"))
+        .devices(&[L1Device::Igb]),
+    TestCase::new("vfio::igb_through_a_container", |assets| {
         igb_data(assets, "off")
-    }),
-    ("vfio::igb_over_driver_and_guest_resets", igb_resets),
-    ("vfio::a_virtio_function", virtio_data),
-    ("vfio::a_disk_by_msi", |assets| disk(assets, "", "PCI-MSI")),
-    ("vfio::a_disk_by_intx", |assets| {
+    })
+    .devices(&[L1Device::Igb, L1Device::Edu]),
+    TestCase::new("vfio::igb_over_driver_and_guest_resets", igb_resets).devices(&[L1Device::Igb]),
+    TestCase::new("vfio::a_virtio_function", virtio_data).devices(&[L1Device::VirtioNet]),
+    TestCase::new("vfio::a_disk_by_msi", |assets| disk(assets, "", "PCI-MSI"))
+        .devices(&[L1Device::Ahci]),
+    TestCase::new("vfio::a_disk_by_intx", |assets| {
         disk(assets, "pci=nomsi", "IO-APIC")
-    }),
-    ("vfio::peers_through_iommufd", |assets| peers(assets, "on")),
-    ("vfio::peers_through_a_container", |assets| {
+    })
+    .devices(&[L1Device::Ahci]),
+    TestCase::new("vfio::peers_through_iommufd", |assets| peers(assets, "on")).devices(PEERS),
+    TestCase::new("vfio::peers_through_a_container", |assets| {
         peers(assets, "off")
-    }),
-    ("vfio::devices_come_and_go", come_and_go),
-    (
+    })
+    .devices(PEERS),
+    TestCase::new("vfio::devices_come_and_go", come_and_go)
+        .devices(&[L1Device::Igb, L1Device::Edu]),
+    TestCase::new(
         "vfio::three_devices_and_16_gib",
         many::three_devices_and_16_gib,
-    ),
-    (
+    )
+    .devices(&[
+        L1Device::Edu,
+        L1Device::Ivshmem(16 << 10),
+        L1Device::BochsDisplay,
+    ]),
+    TestCase::new(
         "vfio::fifty_starts_leave_nothing",
         leaks::fifty_starts_leave_nothing,
-    ),
-    ("vfio::mistakes_are_named", mistakes),
-    ("vfio::the_doctor_and_the_list", doctor::doctor_and_list),
+    )
+    .devices(PEERS),
+    TestCase::new("vfio::mistakes_are_named", mistakes).devices(&[L1Device::Igb]),
+    TestCase::new("vfio::the_doctor_and_the_list", doctor::doctor_and_list)
+        .devices(&[L1Device::Igb]),
 ];
-
-/// What a test's L1 has to pass through.
-pub fn l1_devices(name: &str) -> &'static [L1Device] {
-    match name {
-        _ if name.starts_with("vfio::a_disk") => &[L1Device::Ahci],
-        "vfio::a_virtio_function" => &[L1Device::VirtioNet],
-        _ if name.starts_with("vfio::peers") => &[L1Device::Edu, L1Device::Ivshmem(64)],
-        "vfio::devices_come_and_go" | "vfio::igb_through_a_container" => {
-            &[L1Device::Igb, L1Device::Edu]
-        }
-        "vfio::fifty_starts_leave_nothing" => &[L1Device::Edu, L1Device::Ivshmem(64)],
-        "vfio::three_devices_and_16_gib" => &[
-            L1Device::Edu,
-            L1Device::Ivshmem(16 << 10),
-            L1Device::BochsDisplay,
-        ],
-        _ if name.starts_with("vfio::") => &[L1Device::Igb],
-        _ => &[],
-    }
-}
 
 const IGB: &str = "8086:10c9";
 const VIRTIO_NET: &str = "1af4:1041";

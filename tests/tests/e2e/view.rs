@@ -17,7 +17,10 @@ use fanlight_api::{
 };
 use fanlight_tests::{
     Context, Failure, Result, ensure,
-    host_side::guest::{Assets, Guest, GuestBuilder},
+    host_side::{
+        guest::{Assets, Guest, GuestBuilder},
+        test_case::TestCase,
+    },
     value,
 };
 use rustix::{
@@ -26,11 +29,10 @@ use rustix::{
 };
 
 use super::compositor::take_picture;
-use crate::Test;
 
-pub const TESTS: &[(&str, Test)] = &[
-    ("view::a_screenshot_and_a_shared_frame", screenshot),
-    ("view::a_stream_of_changes_and_keys", stream),
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("view::a_screenshot_and_a_shared_frame", screenshot),
+    TestCase::new("view::a_stream_of_changes_and_keys", stream),
 ];
 
 const MODULES: &[&str] = &["virtio_gpu", "virtio_input"];

@@ -27,32 +27,25 @@ use fanlight_tests::{
     host_side::{
         dma_reader::{DmaReader, PAGE},
         guest::{Assets, Guest, GuestBuilder, GuestKernel},
+        test_case::TestCase,
     },
     nested_host::L1Device,
 };
 
 use super::{
     compositor::{Compositor, take_picture},
-    vfio::whole_function,
+    vfio::{PEERS, whole_function},
     view::{PATIENCE, one, wait_for},
 };
-use crate::Test;
 
-pub const TESTS: &[(&str, Test)] = &[
-    ("vram::a_bar_is_shown_and_read", shown),
-    ("vram::buffers_scatter_move_and_are_refused", buffers),
+/// The same, and a display whose memory is shown.
+const PEERS_AND_DISPLAY: &[L1Device] =
+    &[L1Device::Edu, L1Device::Ivshmem(64), L1Device::BochsDisplay];
+
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("vram::a_bar_is_shown_and_read", shown).devices(PEERS),
+    TestCase::new("vram::buffers_scatter_move_and_are_refused", buffers).devices(PEERS_AND_DISPLAY),
 ];
-
-/// What a test's L1 has to pass through.
-pub fn l1_devices(name: &str) -> &'static [L1Device] {
-    match name {
-        "vram::buffers_scatter_move_and_are_refused" => {
-            &[L1Device::Edu, L1Device::Ivshmem(64), L1Device::BochsDisplay]
-        }
-        _ if name.starts_with("vram::") => &[L1Device::Edu, L1Device::Ivshmem(64)],
-        _ => &[],
-    }
-}
 
 /// Vendor and device id of bochs-display, whose BAR 0 is memory.
 const BOCHS_IDS: &str = "1234:1111";

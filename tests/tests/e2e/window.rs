@@ -26,6 +26,7 @@ use fanlight_tests::{
     host_side::{
         drawing_guest::DrawingGuest,
         guest::{Assets, Guest},
+        test_case::TestCase,
         watcher::Watcher,
     },
 };
@@ -38,15 +39,14 @@ use super::{
     view::{HEIGHT, PATIENCE, WIDTH, drawing, one},
     virtual_input::VirtualInput,
 };
-use crate::Test;
 
-pub const TESTS: &[(&str, Test)] = &[
-    ("view::a_window_in_weston", weston),
-    (
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("view::a_window_in_weston", weston),
+    TestCase::new(
         "view::frames_without_a_copy_and_viewers_that_misbehave",
         painted,
     ),
-    ("view::keys_wheel_grab_and_fingers", input),
+    TestCase::new("view::keys_wheel_grab_and_fingers", input),
 ];
 
 /// Frames that the guest draws while a viewer misbehaves.

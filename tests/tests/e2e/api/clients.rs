@@ -3,19 +3,21 @@
 use std::{fs, io::Write, os::unix::net::UnixStream, process::Command, thread};
 
 use fanlight_api::client::Client;
-use fanlight_tests::{Context, Failure, Result, ensure, host_side::guest::Assets};
+use fanlight_tests::{
+    Context, Failure, Result, ensure,
+    host_side::{guest::Assets, test_case::TestCase},
+};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 
 use super::{Served, serve, start};
-use crate::Test;
 
-pub const TESTS: &[(&str, Test)] = &[
-    ("api::sixty_four_clients", many_clients),
-    ("api::the_documented_session_with_socat", |assets| {
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("api::sixty_four_clients", many_clients),
+    TestCase::new("api::the_documented_session_with_socat", |assets| {
         session(assets, "sh", "sh")
     }),
-    ("api::the_documented_session_with_python", |assets| {
+    TestCase::new("api::the_documented_session_with_python", |assets| {
         session(assets, "python", "python3")
     }),
 ];

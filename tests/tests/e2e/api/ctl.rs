@@ -2,15 +2,18 @@
 
 use std::{fs, process::Command};
 
-use fanlight_tests::{Context, Result, ensure, host_side::guest::Assets};
+use fanlight_tests::{
+    Context, Result, ensure,
+    host_side::{guest::Assets, test_case::TestCase},
+};
 use serde_json::{Value, json};
 
 use super::{Served, machine, serve, start};
-use crate::{Test, e2e::console::OnTerminal};
+use crate::e2e::console::OnTerminal;
 
-pub const TESTS: &[(&str, Test)] = &[
-    ("api::ctl_prints_results_and_errors", ctl),
-    ("api::ctl_attaches_a_terminal", attach),
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("api::ctl_prints_results_and_errors", ctl),
+    TestCase::new("api::ctl_attaches_a_terminal", attach),
 ];
 
 fn ctl(assets: &Assets) -> Result<()> {

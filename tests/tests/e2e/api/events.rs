@@ -9,14 +9,15 @@ use std::{
 use fanlight_api::types::EventName;
 use fanlight_tests::{
     Context, Result, ensure,
-    host_side::guest::{Assets, Guest},
+    host_side::{
+        guest::{Assets, Guest},
+        test_case::TestCase,
+    },
 };
 use serde_json::{Value, json};
 
 use super::{Api, start};
-use crate::Test;
-
-pub const TESTS: &[(&str, Test)] = &[("api::what_goes_wrong_is_told", goes_wrong)];
+pub const TESTS: &[TestCase] = &[TestCase::new("api::what_goes_wrong_is_told", goes_wrong)];
 
 /// The entropy device.
 const RNG: &str = "1af4:1044";

@@ -12,14 +12,15 @@ use fanlight_tests::{
     Context, Failure, Result,
     common::echo::{self, Address},
     ensure,
-    host_side::guest::Assets,
+    host_side::{guest::Assets, test_case::TestCase},
 };
 use serde_json::{Value, json};
 
 use super::{Console, Served, machine, serve};
-use crate::Test;
-
-pub const TESTS: &[(&str, Test)] = &[("api::a_launcher_hands_over_descriptors", descriptors)];
+pub const TESTS: &[TestCase] = &[TestCase::new(
+    "api::a_launcher_hands_over_descriptors",
+    descriptors,
+)];
 
 /// A user without any rights, who runs Fanlight on what root opened.
 const NOBODY: u32 = 65534;

@@ -7,18 +7,21 @@ use fanlight_tests::{
     Context, Result,
     common::echo::{self, Address},
     ensure,
-    host_side::guest::{Assets, Guest, make_image},
+    host_side::{
+        guest::{Assets, Guest, make_image},
+        test_case::TestCase,
+    },
 };
 use serde_json::json;
 
 use super::{Api, start};
-use crate::{Test, e2e::network::ip};
+use crate::e2e::network::ip;
 
-pub const TESTS: &[(&str, Test)] = &[
-    ("api::a_disk_comes_and_goes", hotplug_disk),
-    ("api::a_disk_added_stays_over_a_reset", hotplug_reset),
-    ("api::an_interface_comes_and_goes", hotplug_net),
-    ("api::a_disk_grows", resize),
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("api::a_disk_comes_and_goes", hotplug_disk),
+    TestCase::new("api::a_disk_added_stays_over_a_reset", hotplug_reset),
+    TestCase::new("api::an_interface_comes_and_goes", hotplug_net),
+    TestCase::new("api::a_disk_grows", resize),
 ];
 
 /// Says what happens to the disk vda, and does what it is told.

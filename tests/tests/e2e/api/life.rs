@@ -8,21 +8,22 @@ use std::{
 use fanlight_api::types::EventName;
 use fanlight_tests::{
     Context, Failure, Result, ensure,
-    host_side::guest::{Assets, PRESSED},
+    host_side::{
+        guest::{Assets, PRESSED},
+        test_case::TestCase,
+    },
     value,
 };
 use rustix::process::Signal;
 use serde_json::json;
 
 use super::{Api, Console, Served, machine, serve, start};
-use crate::Test;
-
-pub const TESTS: &[(&str, Test)] = &[
-    ("api::a_whole_life", whole_life),
-    ("api::a_paused_clock_stands_still", |assets| {
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("api::a_whole_life", whole_life),
+    TestCase::new("api::a_paused_clock_stands_still", |assets| {
         pause(assets, "")
     }),
-    ("api::a_paused_time_stamp_counter_stands_still", |assets| {
+    TestCase::new("api::a_paused_time_stamp_counter_stands_still", |assets| {
         pause(assets, "clocksource=tsc tsc=reliable")
     }),
 ];

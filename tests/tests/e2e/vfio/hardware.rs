@@ -13,35 +13,32 @@ use std::{
 };
 
 use fanlight_tests::{
-    Context, Failure, Result, common::pci::Function, ensure, host_side::guest::Assets,
+    Context, Failure, Result,
+    common::pci::Function,
+    ensure,
+    host_side::{guest::Assets, test_case::TestCase},
     nested_host::L1Device,
 };
 
 use faults::Faults;
 
 use super::{AHCI, IGB, host_function, interface_up, virtual_function, whole_function};
-use crate::Test;
 
 /// Names the device, which is bound to vfio-pci.
 pub const VARIABLE: &str = "FANLIGHT_TEST_VFIO";
 
-pub const TESTS: &[(&str, Test)] = &[
-    ("hardware::a_device_through_iommufd", |assets| {
+pub const TESTS: &[TestCase] = &[
+    TestCase::new("hardware::a_device_through_iommufd", |assets| {
         devices(assets, true)
-    }),
-    ("hardware::a_device_through_a_container", |assets| {
+    })
+    .devices(&[L1Device::Igb, L1Device::BochsDisplay])
+    .or_named_device(),
+    TestCase::new("hardware::a_device_through_a_container", |assets| {
         devices(assets, false)
-    }),
+    })
+    .devices(&[L1Device::Ahci])
+    .or_named_device(),
 ];
-
-/// What a test's L1 has to pass through.
-pub fn l1_devices(name: &str) -> &'static [L1Device] {
-    match name {
-        "hardware::a_device_through_iommufd" => &[L1Device::Igb, L1Device::BochsDisplay],
-        "hardware::a_device_through_a_container" => &[L1Device::Ahci],
-        _ => &[],
-    }
-}
 
 /// What Fanlight says where the host cannot map a BAR for other devices.
 const OUT_OF_REACH: &str = "other devices cannot reach this BAR";

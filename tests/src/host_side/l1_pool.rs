@@ -1,0 +1,237 @@
+//! Nested hosts that tests run in. Tests that leave their host as it was share an L1, one after the other.
+//!
+//! An L1 in which a test failed takes no other test, so no failure can cause another one. Neither does one that has
+//! run its share, which bounds what adds up in an emulator.
+
+use std::{
+    fs,
+    io::{self, PipeWriter, Write},
+    os::fd::OwnedFd,
+    path::PathBuf,
+    process::Stdio,
+    sync::{
+        Arc, Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicUsize, Ordering},
+        mpsc::{Receiver, Sender, channel},
+    },
+    thread::{self, JoinHandle},
+};
+
+use rustix::process::{Signal, pidfd_send_signal};
+
+use super::{
+    test_case::TestCase,
+    test_server::{READY, STATUS},
+};
+use crate::{
+    Context, Failure, HANG, Result,
+    nested_host::{L1Device, NestedHost, Share, cpu_watchdog},
+};
+
+/// Tests of an L1. A start takes about as long as a short test.
+const TESTS_PER_L1: usize = 10;
+/// Runs of a test whose L1 failed: the emulator crashes now and then under nested guests, which says nothing about
+/// the test. A test that fails by itself is not run again.
+const TRIES: usize = 4;
+/// Faults of the emulator, as the output of a failed test shows them: a processor of L1 stood still; a guest was silent
+/// for minutes, as it is when the emulator lost its timer; or a socket behind which a guest is timed out (`EAGAIN`).
+/// A guest that hangs in each run hangs.
+const EMULATOR_FAULTS: [&str; 3] = [
+    cpu_watchdog::STANDSTILL,
+    HANG,
+    "Resource temporarily unavailable (os error 11)",
+];
+
+/// What each L1 is started with.
+pub struct Setup {
+    /// Makes L1.
+    pub nested_host: NestedHost,
+    /// The program that serves tests in L1, as L1 sees it, with its arguments.
+    pub job: String,
+    /// Programs of this machine whose libraries L1 needs.
+    pub programs: Vec<PathBuf>,
+    /// Folders that L1 sees.
+    pub shares: Vec<Share>,
+    /// Where the output of a run is kept that an emulator's fault made void.
+    pub logs: PathBuf,
+}
+
+/// Nested hosts for tests.
+pub struct L1Pool {
+    setup: Arc<Setup>,
+    idle: Mutex<Vec<L1>>,
+    started: AtomicUsize,
+    repeated: AtomicUsize,
+}
+
+/// A nested host that waits for the name of a test.
+struct L1 {
+    input: PipeWriter,
+    output: Receiver<Vec<u8>>,
+    emulator: OwnedFd,
+    /// Gives how L1 ended.
+    thread: Option<JoinHandle<Result<i32>>>,
+    tests: usize,
+}
+
+impl L1Pool {
+    /// No L1 yet.
+    pub fn new(setup: Setup) -> Self {
+        Self {
+            setup: Arc::new(setup),
+            idle: Mutex::default(),
+            started: AtomicUsize::new(0),
+            repeated: AtomicUsize::new(0),
+        }
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<L1>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// How many nested hosts were started, and how many runs were repeated after a fault of the emulator.
+    pub fn counts(&self) -> (usize, usize) {
+        let count = |counter: &AtomicUsize| counter.load(Ordering::Relaxed);
+        (count(&self.started), count(&self.repeated))
+    }
+
+    /// Runs a test, again if the emulator failed.
+    pub fn run(&self, case: &TestCase) -> Result<()> {
+        for run in 1.. {
+            let mut output = String::new();
+            let fault = match self.run_once(case, &mut output) {
+                Ok(0) => return Ok(()),
+                Ok(_) => {
+                    let fault = EMULATOR_FAULTS
+                        .iter()
+                        .find(|fault| output.contains(**fault));
+                    match fault {
+                        Some(fault) if run < TRIES => (*fault).to_owned(),
+                        _ => return Err(Failure(output)),
+                    }
+                }
+                Err(error) if run == TRIES => return Err(Failure::new(error, output)),
+                Err(error) => error.to_string(),
+            };
+            self.repeated.fetch_add(1, Ordering::Relaxed);
+            let name = case.name.replace("::", "-");
+            let log = self.setup.logs.join(format!("{name}-{run}.log"));
+            fs::write(&log, output).context(format!("cannot write {}", log.display()))?;
+            let log = log.display();
+            eprintln!("fanlight: {}: {fault}; it runs again ({log})", case.name);
+        }
+        Ok(())
+    }
+
+    /// Runs a test in an L1; its exit status. An error says that L1 failed.
+    fn run_once(&self, case: &TestCase, output: &mut String) -> Result<i32> {
+        let shared = case.shares_host().then(|| self.idle().pop()).flatten();
+        let mut l1 = match shared {
+            Some(l1) => l1,
+            None => {
+                self.started.fetch_add(1, Ordering::Relaxed);
+                L1::start(&self.setup, case.devices, output)?
+            }
+        };
+        let status = l1.run(case.name, output)?;
+        if status == 0 && case.shares_host() && l1.tests < TESTS_PER_L1 {
+            self.idle().push(l1);
+        }
+        Ok(status)
+    }
+}
+
+/// Sends L1's output to another thread.
+struct Output(Sender<Vec<u8>>);
+
+impl Write for Output {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        // Nobody listens any more when L1 is about to be killed.
+        let _ = self.0.send(bytes.to_vec());
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+impl L1 {
+    /// Starts one, and waits until it takes tests.
+    fn start(setup: &Arc<Setup>, devices: &'static [L1Device], said: &mut String) -> Result<Self> {
+        let (reader, input) = io::pipe().context("cannot make a pipe")?;
+        let (sender, output) = channel();
+        let (handles, handle) = channel();
+        // The emulator ends with the thread that started it, so that thread waits for it too.
+        let thread = thread::spawn({
+            let setup = setup.clone();
+            move || {
+                let programs: Vec<_> = setup.programs.iter().map(PathBuf::as_path).collect();
+                let running = setup.nested_host.start(
+                    devices,
+                    &setup.job,
+                    &programs,
+                    &setup.shares,
+                    Stdio::from(reader),
+                    |_| Ok(()),
+                )?;
+                let _ = handles.send(running.handle()?);
+                running.wait(&mut Output(sender))
+            }
+        });
+        let Ok(emulator) = handle.recv() else {
+            let error = thread
+                .join()
+                .map_err(|_| Failure("a thread panicked".into()))?;
+            return Err(error.err().unwrap_or_else(|| Failure("no emulator".into())));
+        };
+        let mut l1 = Self {
+            input,
+            output,
+            emulator,
+            thread: Some(thread),
+            tests: 0,
+        };
+        l1.hear(said, |line| line.ends_with(READY).then_some(()))?;
+        Ok(l1)
+    }
+
+    /// Runs a test; its exit status.
+    fn run(&mut self, name: &str, said: &mut String) -> Result<i32> {
+        self.tests += 1;
+        writeln!(self.input, "{name}").context("the nested host takes no test")?;
+        self.hear(said, |line| line.strip_prefix(STATUS)?.trim().parse().ok())
+    }
+
+    /// Adds the output to `said` up to the line that `wanted` takes.
+    fn hear<T>(&mut self, said: &mut String, wanted: impl Fn(&str) -> Option<T>) -> Result<T> {
+        loop {
+            // L1 that is silent is ended by who watches its signs of life.
+            let Ok(line) = self.output.recv() else {
+                return Err(self.ended());
+            };
+            let line = String::from_utf8_lossy(&line).into_owned();
+            if let Some(found) = wanted(line.trim_end()) {
+                return Ok(found);
+            }
+            said.push_str(&line);
+        }
+    }
+
+    fn ended(&mut self) -> Failure {
+        match self.thread.take().map(JoinHandle::join) {
+            Some(Ok(Err(error))) => error,
+            Some(Ok(Ok(status))) => Failure(format!("the nested host ended with status {status}")),
+            _ => Failure("the nested host ended".into()),
+        }
+    }
+}
+
+impl Drop for L1 {
+    fn drop(&mut self) {
+        let _ = pidfd_send_signal(&self.emulator, Signal::KILL);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
+    }
+}

@@ -1,0 +1,188 @@
+//! One test in a process of its own, with namespaces and a temporary folder of its own.
+//!
+//! The program of the tests runs itself again for each test. So a test that panics, hangs or leaves something behind
+//! is told as that test, and mounts and interfaces go with it.
+
+use std::{
+    fs,
+    io::{self, Read, Write},
+    os::unix::process::CommandExt,
+    process::{self, Command, Stdio},
+    sync::mpsc::{self, RecvTimeoutError},
+    thread,
+    time::{Duration, Instant},
+};
+
+use rustix::{
+    mount::{MountPropagationFlags, mount_change},
+    process::{Pid, Signal, WaitOptions, getpid, kill_process, set_child_subreaper, wait},
+    thread::{UnshareFlags, unshare_unsafe},
+};
+
+use super::process_activity;
+use crate::{Context, Failure, HANG, Result, ensure};
+
+/// No test takes so long. Not a measure of speed.
+const LIMIT: Duration = Duration::from_secs(900);
+/// A test that cannot tell that it hangs is ended so much later.
+const GRACE: Duration = Duration::from_secs(30);
+/// Processes that are ending are gone by then.
+const LEAVE: Duration = Duration::from_secs(10);
+const POLL: Duration = Duration::from_millis(50);
+
+/// Prepares this process, which runs one test: nothing else sees its mounts nor, if it has a network of its own, its
+/// interfaces. Must come before the first thread. A test that never ends is ended.
+pub fn confine(own_network: bool) -> Result<()> {
+    let network = if own_network {
+        UnshareFlags::NEWNET
+    } else {
+        UnshareFlags::empty()
+    };
+    // SAFETY: namespaces of mounts and networks change nothing that the program's memory depends on.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS | network) }
+        .context("cannot make namespaces for a test; run the tests as root")?;
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    mount_change("/", private).context("cannot make mounts private")?;
+    if own_network {
+        let up = Command::new("ip")
+            .args(["link", "set", "lo", "up"])
+            .status();
+        let up = up.context("cannot run ip")?;
+        ensure(up.success(), "cannot set the loopback interface up")?;
+    }
+    set_child_subreaper(Some(getpid())).context("cannot adopt orphans")?;
+    thread::spawn(|| {
+        thread::sleep(LIMIT);
+        let doing = process_activity::of(process::id());
+        println!("{HANG}: the test was ended after {LIMIT:?}, with these processes:\n{doing}");
+        end_descendants();
+        process::exit(1);
+    });
+    Ok(())
+}
+
+/// Kills all processes that this one started.
+pub fn end_descendants() {
+    for pid in process_activity::family(process::id()).into_iter().skip(1) {
+        if let Some(pid) = Pid::from_raw(pid as i32) {
+            let _ = kill_process(pid, Signal::KILL);
+        }
+    }
+}
+
+/// Fails if the test that this process ran has left processes, files or interfaces behind.
+pub fn nothing_is_left(own_network: bool) -> Result<()> {
+    let mut left = processes_left();
+    let dir = std::env::temp_dir();
+    let files = fs::read_dir(&dir).context(format!("cannot list {}", dir.display()))?;
+    left.extend(
+        files
+            .flatten()
+            .map(|file| format!("file {}", file.path().display())),
+    );
+    if own_network {
+        left.extend(
+            interfaces()?
+                .into_iter()
+                .map(|name| format!("network interface {name}")),
+        );
+    }
+    if left.is_empty() {
+        return Ok(());
+    }
+    Err(Failure(format!(
+        "the test left behind: {}",
+        left.join(", ")
+    )))
+}
+
+/// Descendants of this process that do not end by themselves.
+fn processes_left() -> Vec<String> {
+    let start = Instant::now();
+    loop {
+        // What has ended stays visible until its parent asks, which is this process for orphans.
+        while wait(WaitOptions::NOHANG).is_ok_and(|ended| ended.is_some()) {}
+        let left: Vec<_> = process_activity::family(process::id())
+            .into_iter()
+            .skip(1)
+            .map(|pid| {
+                let command = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+                let words = String::from_utf8_lossy(&command).replace('\0', " ");
+                format!("process {pid} ({})", words.trim())
+            })
+            .collect();
+        if left.is_empty() || start.elapsed() > LEAVE {
+            return left;
+        }
+        thread::sleep(Duration::from_millis(50));
+    }
+}
+
+/// Network interfaces besides the one that each network has.
+fn interfaces() -> Result<Vec<String>> {
+    let text = fs::read_to_string("/proc/thread-self/net/dev").context("cannot list interfaces")?;
+    let names = text.lines().filter_map(|line| line.split_once(':'));
+    let names = names.map(|(name, _)| name.trim().to_owned());
+    Ok(names.filter(|name| name != "lo").collect())
+}
+
+/// Runs `command`, which runs one test, with a temporary folder of its own. What it says goes to `output` as it
+/// comes; its exit status.
+pub fn run(mut command: Command, output: &mut dyn Write) -> Result<i32> {
+    let dir = tempfile::tempdir().context("cannot make a directory")?;
+    let (mut reader, writer) = io::pipe().context("cannot make a pipe")?;
+    let errors = writer
+        .try_clone()
+        .context("cannot duplicate a descriptor")?;
+    command
+        .env("TMPDIR", dir.path())
+        .env("HOME", dir.path())
+        .stdin(Stdio::null())
+        .stdout(writer)
+        .stderr(errors);
+    // SAFETY: prctl is async-signal-safe, as what runs between fork and exec must be.
+    unsafe {
+        command.pre_exec(|| {
+            libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
+            Ok(())
+        });
+    }
+    let mut child = command.spawn().context("cannot start a test")?;
+    // It has ends of the pipe, which would stay open.
+    drop(command);
+    let (said, hears) = mpsc::channel();
+    thread::spawn(move || {
+        let mut bytes = [0; 4096];
+        while let Ok(read @ 1..) = reader.read(&mut bytes) {
+            if said.send(bytes[..read].to_vec()).is_err() {
+                break;
+            }
+        }
+    });
+    let start = Instant::now();
+    let mut status = None;
+    loop {
+        match hears.recv_timeout(POLL) {
+            Ok(text) => {
+                let written = output.write_all(&text).and_then(|()| output.flush());
+                written.context("cannot pass a test's output on")?;
+            }
+            // Another process that has the pipe does not hold the result up.
+            Err(RecvTimeoutError::Timeout) if status.is_none() => {}
+            Err(_) if status.is_some() => break,
+            Err(_) => thread::sleep(POLL),
+        }
+        if status.is_none() {
+            status = child.try_wait().context("cannot wait for a test")?;
+        }
+        if status.is_none() && start.elapsed() > LIMIT + GRACE {
+            let _ = child.kill();
+            let _ = child.wait();
+            return Err(Failure(format!(
+                "{HANG}: the test was killed after {:?}",
+                LIMIT + GRACE
+            )));
+        }
+    }
+    Ok(status.and_then(|status| status.code()).unwrap_or(-1))
+}
