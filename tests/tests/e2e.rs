@@ -11,6 +11,7 @@ mod e2e {
     pub mod console;
     pub mod disk;
     pub mod dmabuf;
+    pub mod docs;
     pub mod drm;
     pub mod gpu;
     pub mod input;
@@ -74,6 +75,7 @@ fn tests() -> Vec<TestCase> {
         e2e::boot::TESTS,
         e2e::console::TESTS,
         e2e::disk::TESTS,
+        e2e::docs::TESTS,
         e2e::input::TESTS,
         e2e::life::TESTS,
         e2e::network::TESTS,

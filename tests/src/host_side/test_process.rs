@@ -186,3 +186,34 @@ pub fn run(mut command: Command, output: &mut dyn Write) -> Result<i32> {
     }
     Ok(status.and_then(|status| status.code()).unwrap_or(-1))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn shell(script: &str) -> (Result<i32>, String) {
+        let mut command = Command::new("sh");
+        command.args(["-c", script]);
+        let mut output = Vec::new();
+        let status = run(command, &mut output);
+        (status, String::from_utf8_lossy(&output).into_owned())
+    }
+
+    #[test]
+    fn output_and_status_come_back() {
+        let (status, output) = shell("echo to $TMPDIR; echo error >&2; exit 3");
+        assert_eq!(status.unwrap(), 3);
+        assert!(output.starts_with("to /"), "{output}");
+        assert!(output.ends_with("error\n"), "{output}");
+    }
+
+    #[test]
+    fn a_process_that_is_left_does_not_hold_the_result_up() {
+        let start = Instant::now();
+        let (status, output) = shell("sleep 60 & echo $!");
+        assert_eq!(status.unwrap(), 0);
+        assert!(start.elapsed() < Duration::from_secs(30));
+        let pid = Pid::from_raw(output.trim().parse().unwrap()).unwrap();
+        kill_process(pid, Signal::KILL).unwrap();
+    }
+}

@@ -1,6 +1,8 @@
 //! The `fanlight` program.
 
 mod ctl;
+#[cfg(test)]
+mod docs_tests;
 mod doctor;
 mod log;
 mod options;
