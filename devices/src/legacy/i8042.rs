@@ -5,7 +5,7 @@ use std::convert::Infallible;
 
 use vm_superio::{I8042Device, Trigger};
 
-use super::{GuestRequest, RequestSink};
+use super::guest_request::{GuestRequest, RequestSink};
 use crate::{memory::IoHandler, sync::Mutex};
 
 /// Ports 0x60 to 0x64.

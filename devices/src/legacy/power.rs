@@ -9,7 +9,7 @@ use fanlight_arch::layout::{
 };
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{GuestRequest, RequestSink};
+use super::guest_request::{GuestRequest, RequestSink};
 use crate::memory::IoHandler;
 
 /// How many ports the device answers, from [`GED_PORT`] on.

@@ -2,7 +2,7 @@
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
-use super::{GuestRequest, RequestSink};
+use super::guest_request::{GuestRequest, RequestSink};
 use crate::memory::IoHandler;
 
 /// The guest panicked and stops.

@@ -6,7 +6,7 @@ use std::{io::Write, sync::MutexGuard};
 use vm_superio::{Serial, serial::SerialEvents};
 use vmm_sys_util::eventfd::EventFd;
 
-use super::InterruptLine;
+use super::interrupt_line::InterruptLine;
 use crate::{memory::IoHandler, sync::Mutex};
 
 /// How many ports the device answers.

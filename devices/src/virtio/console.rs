@@ -11,9 +11,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use zerocopy::{Immutable, IntoBytes, little_endian};
 
 use super::{
-    ActivateError, Activation, DeviceStatus, VirtioDevice,
-    queue::{DeviceQueue, QueueError, QueueHandler, Worker},
-    read_bytes,
+    ActivateError, Activation, DeviceQueue, DeviceStatus, QueueError, QueueHandler, VirtioDevice,
+    Worker, read_bytes,
 };
 
 use crate::sync::Mutex;

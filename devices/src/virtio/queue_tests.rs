@@ -1,12 +1,19 @@
 //! Queues whose driver breaks the rules.
 
-use std::sync::mpsc;
+use std::{
+    os::fd::{AsRawFd, RawFd},
+    sync::mpsc,
+};
 
 use proptest::prelude::*;
 use virtio_queue::desc::split::Descriptor;
+use vm_memory::GuestAddress;
 
 use super::*;
-use crate::virtio::test_util::{Driver, INDIRECT, NEXT, QUEUE_SIZE, WRITE};
+use crate::virtio::{
+    QueueHandler, Worker,
+    test_util::{Driver, INDIRECT, NEXT, QUEUE_SIZE, WRITE},
+};
 
 /// Gives every request back, and tells how long its buffers were.
 struct Echo(DeviceQueue, mpsc::Sender<(u64, u64)>);

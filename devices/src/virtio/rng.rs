@@ -5,8 +5,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::{
-    ActivateError, Activation, VirtioDevice,
-    queue::{DeviceQueue, QueueError, QueueHandler, Request, Worker},
+    ActivateError, Activation, DeviceQueue, QueueError, QueueHandler, Request, VirtioDevice, Worker,
 };
 use crate::GuestMemory;
 

@@ -26,10 +26,10 @@ use imago::{
 use thiserror::Error;
 use vm_memory::VolatileSlice;
 
-use super::SECTOR_SIZE;
-
 use crate::sync::RwLock;
 
+/// Sectors are the protocol's unit, whatever the image's.
+pub const SECTOR_SIZE: u64 = 512;
 /// First bytes of a qcow2 image.
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
 

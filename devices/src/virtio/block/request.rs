@@ -2,11 +2,17 @@
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, little_endian};
 
-use super::{DiskImage, MAX_RANGE_SECTORS, MAX_RANGES, SECTOR_SIZE};
+use super::disk::{DiskImage, SECTOR_SIZE};
 use crate::{
     GuestMemory,
-    virtio::queue::{Buffers, QueueError, Request},
+    virtio::{Buffers, QueueError, Request},
 };
+
+/// The most sectors that one discard or write-zeroes may name: a host would take long over more, and the
+/// driver splits.
+pub const MAX_RANGE_SECTORS: u32 = (1 << 30) / SECTOR_SIZE as u32;
+/// Ranges in one such request.
+pub const MAX_RANGES: u32 = 16;
 
 const VIRTIO_BLK_T_IN: u32 = 0;
 const VIRTIO_BLK_T_OUT: u32 = 1;

@@ -10,7 +10,7 @@ use super::{
     output::{OUTPUTS, positions},
     protocol::*,
     request::{Input, area, format, scanout_index},
-    resource::{HostKind, Kind},
+    resource::{HostKind, ResourceKind},
     response::Response,
     scanout::Scanout,
     state::State,
@@ -188,7 +188,7 @@ impl State {
     /// A blob on screen has other memory, or none: the driver does not set the scanout again.
     pub(super) fn memory_changed(&mut self, id: u32) {
         if let Ok(resource) = self.resources.get(id)
-            && matches!(resource.kind, Kind::Blob(_))
+            && matches!(resource.kind, ResourceKind::Blob(_))
         {
             for (index, scanout) in self.scanouts.iter().enumerate() {
                 if scanout.is_some_and(|scanout| scanout.resource == id) {
@@ -221,15 +221,15 @@ impl State {
             return Ok(Response::OK);
         }
         let layout = match &self.resources.get(id)?.kind {
-            Kind::Image(image) => Layout {
+            ResourceKind::Image(image) => Layout {
                 format: image.format,
                 width: image.width,
                 height: image.height,
                 stride: image.stride,
                 offset: 0,
             },
-            Kind::Host(_) => self.resources.show(id)?,
-            Kind::Blob(_) => return Err(CommandError::Resource(id)),
+            ResourceKind::Host(_) => self.resources.show(id)?,
+            ResourceKind::Blob(_) => return Err(CommandError::Resource(id)),
         };
         let area = area(&command.r)?;
         if !area.is_within(layout.width, layout.height) {
@@ -257,12 +257,14 @@ impl State {
             return Ok(Response::OK);
         }
         let size = match &self.resources.get(id)?.kind {
-            Kind::Blob(blob) => blob.size,
-            Kind::Host(host) if host.pixels.is_some() => match host.kind {
+            ResourceKind::Blob(blob) => blob.size,
+            ResourceKind::Host(host) if host.pixels.is_some() => match host.kind {
                 HostKind::Blob { len, .. } => len,
                 HostKind::Texture { .. } => return Err(CommandError::Resource(id)),
             },
-            Kind::Host(_) | Kind::Image(_) => return Err(CommandError::Resource(id)),
+            ResourceKind::Host(_) | ResourceKind::Image(_) => {
+                return Err(CommandError::Resource(id));
+            }
         };
         let layout = Layout {
             format: format(command.format.get())?,
@@ -294,13 +296,13 @@ impl State {
     ) -> Result<Response, CommandError> {
         let area = area(&command.r)?;
         match &self.resources.get(command.resource_id.get())?.kind {
-            Kind::Image(image) => {
+            ResourceKind::Image(image) => {
                 self.statistics.transferred_bytes +=
                     transfer(mem, image, area, command.offset.get())?;
             }
             // Linux transfers blobs too; their pixels are where they belong.
-            Kind::Blob(_) => {}
-            Kind::Host(_) => return Err(CommandError::Resource(command.resource_id.get())),
+            ResourceKind::Blob(_) => {}
+            ResourceKind::Host(_) => return Err(CommandError::Resource(command.resource_id.get())),
         }
         Ok(Response::OK)
     }
@@ -310,9 +312,9 @@ impl State {
         let flushed = area(&command.r)?;
         let mut shown = self.scanouts.iter().flatten();
         let fits = match &self.resources.get(id)?.kind {
-            Kind::Image(image) => flushed.is_within(image.width, image.height),
+            ResourceKind::Image(image) => flushed.is_within(image.width, image.height),
             // Others have a size in pixels only where they are shown.
-            Kind::Blob(_) | Kind::Host(_) => {
+            ResourceKind::Blob(_) | ResourceKind::Host(_) => {
                 let fits = |s: &Scanout| flushed.is_within(s.layout.width, s.layout.height);
                 let mut shown = shown.by_ref().filter(|s| s.resource == id).peekable();
                 shown.peek().is_none() || shown.any(fits)

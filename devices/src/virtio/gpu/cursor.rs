@@ -5,7 +5,7 @@ use std::sync::Arc;
 use super::{
     error::CommandError,
     format::Format,
-    resource::{Kind, Resource},
+    resource::{Resource, ResourceKind},
 };
 
 /// Width and height of every cursor (Virtio 1.4, 5.7.6.10).
@@ -32,10 +32,10 @@ impl CursorImage {
     ) -> Result<Self, CommandError> {
         let row = SIZE * Format::BYTES;
         let (format, stride) = match &resource.kind {
-            Kind::Image(image) if (image.width, image.height) == (SIZE, SIZE) => {
+            ResourceKind::Image(image) if (image.width, image.height) == (SIZE, SIZE) => {
                 (image.format, image.stride)
             }
-            Kind::Blob(blob) if blob.size >= u64::from(row * SIZE) => (Format::CURSOR, row),
+            ResourceKind::Blob(blob) if blob.size >= u64::from(row * SIZE) => (Format::CURSOR, row),
             _ => return Err(CommandError::Parameter("size of a cursor")),
         };
         let surface = resource

@@ -15,7 +15,7 @@ use super::{
 use crate::{
     memory::AddressSpace,
     virtio::{
-        ActivateError, Activation, VirtioDevice, queue::Worker, read_bytes, transport::SharedMemory,
+        ActivateError, Activation, VirtioDevice, Worker, read_bytes, transport::SharedMemory,
     },
 };
 

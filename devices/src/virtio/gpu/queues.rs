@@ -23,10 +23,7 @@ use super::{
 };
 use crate::{
     memory::AddressSpace,
-    virtio::{
-        ActivateError, Activation,
-        queue::{Buffers, DeviceQueue, QueueError, QueueHandler, Request},
-    },
+    virtio::{ActivateError, Activation, Buffers, DeviceQueue, QueueError, QueueHandler, Request},
 };
 
 /// A fenced answer that waits for those who show the frame.

@@ -9,7 +9,7 @@ use super::{
     output::OUTPUTS,
     protocol::{MemEntry, Rect},
 };
-use crate::{GuestMemory, dmabuf::MemoryEntry, virtio::queue::Buffers};
+use crate::{GuestMemory, dmabuf::MemoryEntry, virtio::Buffers};
 
 /// The longest list of entries: 1 GiB of single pages, which is more than any image.
 const MAX_ENTRIES: u32 = 1 << 18;

@@ -8,7 +8,7 @@ use super::{
     output::Mode,
     output::{OUTPUTS, Output, outputs},
     protocol::{VIRTIO_GPU_EVENT_DISPLAY, VIRTIO_GPU_F_EDID},
-    resource::{Blob, BlobMemory, Kind, Resource, Resources},
+    resource::{Blob, BlobMemory, Resource, ResourceKind, Resources},
     scanout::{Location, Scanout},
     subscriber::Subscribers,
 };
@@ -145,7 +145,7 @@ impl State {
         let scanout = self.scanouts.get(output).copied().flatten();
         let resource = scanout.and_then(|scanout| self.resources.get(scanout.resource).ok());
         resource.is_some_and(
-            |resource| matches!(&resource.kind, Kind::Blob(blob) if blob.memory.is_gone()),
+            |resource| matches!(&resource.kind, ResourceKind::Blob(blob) if blob.memory.is_gone()),
         )
     }
 
@@ -163,11 +163,11 @@ impl State {
 
 pub fn location(resource: &Resource) -> Location {
     match resource.kind {
-        Kind::Image(_) | Kind::Host(_) => Location::Host,
-        Kind::Blob(Blob {
+        ResourceKind::Image(_) | ResourceKind::Host(_) => Location::Host,
+        ResourceKind::Blob(Blob {
             memory: BlobMemory::Device { .. },
             ..
         }) => Location::Device,
-        Kind::Blob(_) => Location::GuestRam,
+        ResourceKind::Blob(_) => Location::GuestRam,
     }
 }

@@ -2,7 +2,7 @@
 
 use zerocopy::{Immutable, IntoBytes, little_endian::U16, little_endian::U32};
 
-use super::{InputEvent, codes::*};
+use super::{codes::*, event::InputEvent};
 
 /// `enum virtio_input_config_select` (5.8.4).
 const VIRTIO_INPUT_CFG_ID_NAME: u8 = 0x01;
@@ -44,7 +44,7 @@ struct DevIds {
 
 /// A kind of input device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Kind {
+pub enum InputKind {
     /// Keys and lights.
     Keyboard,
     /// An absolute pointer with buttons and two wheels.
@@ -53,7 +53,7 @@ pub enum Kind {
     Touch,
 }
 
-impl Kind {
+impl InputKind {
     /// Name for logs.
     pub fn name(self) -> &'static str {
         match self {

@@ -7,7 +7,7 @@ use std::{
 };
 
 use super::tap::{HEADER_LEN, Tap};
-use crate::virtio::queue::{DeviceQueue, QueueError, QueueHandler, Request};
+use crate::virtio::{DeviceQueue, QueueError, QueueHandler, Request};
 
 /// The largest frame that segmentation offload makes, with its header.
 const MAX_FRAME: usize = HEADER_LEN + 14 + 65_535 + 14;

@@ -14,7 +14,7 @@ use crate::{
         MsixError, PciFunction,
     },
     sync::Mutex,
-    virtio::{DeviceStatus, VirtioDevice, queue::QueueCounters},
+    virtio::{DeviceStatus, QueueCounters, VirtioDevice},
 };
 
 /// A virtio device as a PCI function.

@@ -1,7 +1,7 @@
 //! What a function is and does now, for people and programs outside of the machine.
 
 use super::{function::VirtioPciFunction, layout::TRANSPORT_FEATURES};
-use crate::{pci::BarReport, virtio::queue::QueueCounters};
+use crate::{pci::BarReport, virtio::QueueCounters};
 
 /// A function.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -2,7 +2,7 @@
 
 use std::io;
 
-use fanlight_devices::virtio::input::{Input, InputHandle, Kind as InputKind};
+use fanlight_devices::virtio::input::{Input, InputHandle, InputKind};
 use thiserror::Error;
 
 use super::{Device, DeviceError, Devices, Failure, Kind, Life, Opening};

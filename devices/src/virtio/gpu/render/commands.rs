@@ -7,7 +7,7 @@ use super::{
         error::CommandError,
         protocol::*,
         request::Input,
-        resource::{HostKind, Kind},
+        resource::{HostKind, ResourceKind},
         response::Response,
         state::{SharedState, State},
     },
@@ -242,12 +242,12 @@ impl Renderer {
         let state = context.state.lock();
         match state.resources.get(command.resource_id.get())?.kind {
             // The library has no answer to it.
-            Kind::Host(_) => {
+            ResourceKind::Host(_) => {
                 let call = Request::new(type_, ctx_id, &command);
                 Ok(CommandOutcome::DoneAndForward(Box::new(call), Response::OK))
             }
             // Linux attaches whatever a program opens. The renderer has no use for what it does not know.
-            Kind::Image(_) | Kind::Blob(_) => Ok(Response::OK.into()),
+            ResourceKind::Image(_) | ResourceKind::Blob(_) => Ok(Response::OK.into()),
         }
     }
 
@@ -366,7 +366,7 @@ impl Renderer {
     ) -> Result<CommandOutcome, CommandError> {
         let mut state = context.state.lock();
         let mut is_host = false;
-        if let Kind::Host(host) = &state.resources.get(command.resource_id.get())?.kind {
+        if let ResourceKind::Host(host) = &state.resources.get(command.resource_id.get())?.kind {
             is_host = true;
             if let Some(offset) = host.mapped {
                 self.rendering

@@ -7,7 +7,7 @@ use super::{
     },
     wire::{FencePosition, Reply, Request},
 };
-use crate::{memory::AddressSpace, virtio::queue::Buffers};
+use crate::{memory::AddressSpace, virtio::Buffers};
 
 /// What comes after the renderer's answer.
 #[derive(Debug)]

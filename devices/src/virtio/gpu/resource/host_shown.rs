@@ -9,7 +9,7 @@ use std::{
 use super::{
     host::{CopyTo, HostKind, Shown},
     surface::{RESOURCE_COST, ROW_ALIGNMENT, Surface},
-    table::{Kind, Resources},
+    table::{ResourceKind, Resources},
 };
 use crate::{
     dmabuf::Piece,
@@ -104,7 +104,7 @@ impl Resources {
         let is_dmabuf = FileKind::of(&file).is_ok_and(|kind| kind == FileKind::DmaBuf);
         let mut with_memory = 0;
         for (other, resource) in self.iter_mut() {
-            let Kind::Host(host) = &mut resource.kind else {
+            let ResourceKind::Host(host) = &mut resource.kind else {
                 continue;
             };
             let exported = |shown: &mut Shown| matches!(shown.copy, CopyTo::Nowhere(_));

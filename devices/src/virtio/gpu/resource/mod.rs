@@ -12,4 +12,4 @@ pub use host::{CopyTo, HostKind};
 pub use host_shown::ExportedLayout;
 pub use image::Image;
 pub use surface::Surface;
-pub use table::{Kind, Resource, Resources};
+pub use table::{Resource, ResourceKind, Resources};

@@ -23,7 +23,7 @@ const MAX_IMAGES: usize = 512;
 const PAGE_COST: u64 = 32;
 /// Any kind.
 #[derive(Debug)]
-pub enum Kind {
+pub enum ResourceKind {
     /// RESOURCE_CREATE_2D.
     Image(Image),
     /// RESOURCE_CREATE_BLOB of guest memory.
@@ -36,7 +36,7 @@ pub enum Kind {
 #[derive(Debug)]
 pub struct Resource {
     /// What it is made of.
-    pub kind: Kind,
+    pub kind: ResourceKind,
     /// RESOURCE_ASSIGN_UUID gave it.
     pub uuid: Option<[u8; 16]>,
 }
@@ -45,9 +45,9 @@ impl Resource {
     /// The memory with its pixels, if it has any now.
     pub fn surface(&self) -> Option<&Arc<Surface>> {
         match &self.kind {
-            Kind::Image(image) => Some(&image.surface),
-            Kind::Blob(blob) => blob.memory.surface(),
-            Kind::Host(host) => host.surface(),
+            ResourceKind::Image(image) => Some(&image.surface),
+            ResourceKind::Blob(blob) => blob.memory.surface(),
+            ResourceKind::Host(host) => host.surface(),
         }
     }
 }
@@ -93,7 +93,7 @@ impl Resources {
     /// Forgets a resource.
     pub fn remove(&mut self, id: u32) -> Result<(), CommandError> {
         let resource = self.all.remove(&id).ok_or(CommandError::Resource(id))?;
-        self.images -= usize::from(matches!(resource.kind, Kind::Image(_)));
+        self.images -= usize::from(matches!(resource.kind, ResourceKind::Image(_)));
         Ok(())
     }
 
@@ -116,7 +116,7 @@ impl Resources {
         Ok(())
     }
 
-    pub fn insert(&mut self, id: u32, kind: Kind) {
+    pub fn insert(&mut self, id: u32, kind: ResourceKind) {
         self.all.insert(id, Resource { kind, uuid: None });
     }
 
@@ -132,14 +132,14 @@ impl Resources {
             pixels: None,
             _charge: self.charge(RESOURCE_COST)?,
         };
-        self.insert(id, Kind::Host(resource));
+        self.insert(id, ResourceKind::Host(resource));
         Ok(())
     }
 
     /// The resource of this id, if it is the renderer's.
     pub fn host_mut(&mut self, id: u32) -> Result<&mut HostResource, CommandError> {
         match &mut self.get_mut(id)?.kind {
-            Kind::Host(resource) => Ok(resource),
+            ResourceKind::Host(resource) => Ok(resource),
             _ => Err(CommandError::Resource(id)),
         }
     }
@@ -157,7 +157,7 @@ impl Resources {
             return Err(CommandError::OutOfMemory(0));
         }
         let image = Image::new(format, width, height, |bytes| self.charge(bytes))?;
-        self.insert(id, Kind::Image(image));
+        self.insert(id, ResourceKind::Image(image));
         self.images += 1;
         Ok(())
     }
@@ -182,7 +182,7 @@ impl Resources {
         };
         self.insert(
             id,
-            Kind::Blob(Blob {
+            ResourceKind::Blob(Blob {
                 size,
                 memory,
                 _charge: charge,
@@ -212,19 +212,19 @@ impl Resources {
         map: &AddressSpace,
     ) -> Result<(), CommandError> {
         match &self.get(id)?.kind {
-            Kind::Image(image) if image.backing.is_none() => {
+            ResourceKind::Image(image) if image.backing.is_none() => {
                 let size = entries.iter().map(|entry| entry.len).sum();
                 let backing = ImageBacking {
                     _charge: self.charge(list_cost(entries))?,
                     memory: ScatterList::resolve_ram(map, entries.iter().copied(), size)?,
                 };
-                if let Kind::Image(image) = &mut self.get_mut(id)?.kind {
+                if let ResourceKind::Image(image) = &mut self.get_mut(id)?.kind {
                     image.backing = Some(backing);
                 }
             }
-            Kind::Blob(blob) if blob.memory.is_detached() => {
+            ResourceKind::Blob(blob) if blob.memory.is_detached() => {
                 let memory = self.blob_memory(blob.size, entries, map)?;
-                if let Kind::Blob(blob) = &mut self.get_mut(id)?.kind {
+                if let ResourceKind::Blob(blob) = &mut self.get_mut(id)?.kind {
                     blob.memory = memory;
                 }
             }
@@ -236,11 +236,11 @@ impl Resources {
     /// RESOURCE_DETACH_BACKING. What was exported of the memory stays with those who have it.
     pub fn detach(&mut self, id: u32) -> Result<(), CommandError> {
         let had = match &mut self.get_mut(id)?.kind {
-            Kind::Image(image) => image.backing.take().is_some(),
-            Kind::Blob(blob) => {
+            ResourceKind::Image(image) => image.backing.take().is_some(),
+            ResourceKind::Blob(blob) => {
                 !std::mem::replace(&mut blob.memory, BlobMemory::Detached).is_detached()
             }
-            Kind::Host(_) => false,
+            ResourceKind::Host(_) => false,
         };
         if had {
             Ok(())
@@ -254,8 +254,8 @@ impl Resources {
     /// Memory has come to `[gpa, gpa + len)` or left it: the blobs that this changes.
     pub fn memory_changed(&mut self, map: &AddressSpace, gpa: u64, len: u64) -> Vec<u32> {
         let changed = |(&id, resource): (&u32, &mut Resource)| match &mut resource.kind {
-            Kind::Blob(blob) => blob.memory.changed(map, gpa, len).then_some(id),
-            Kind::Image(_) | Kind::Host(_) => None,
+            ResourceKind::Blob(blob) => blob.memory.changed(map, gpa, len).then_some(id),
+            ResourceKind::Image(_) | ResourceKind::Host(_) => None,
         };
         self.all.iter_mut().filter_map(changed).collect()
     }
