@@ -328,7 +328,7 @@ fn input(assets: &Assets) -> Result<()> {
     heard(&mut guest, "pointer 1 272 1")?;
     heard(&mut guest, "pointer 1 272 0")?;
     until("the grab", &|| {
-        titled("Fanlight: Ctrl-Alt-G gives the keyboard back")
+        titled("Fanlight: Ctrl-Alt-G releases the keyboard")
     })?;
     let x = format!("keyboard 1 {KEY_X} 1");
     let said = guest.transcript();

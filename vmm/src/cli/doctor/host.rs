@@ -4,7 +4,7 @@ use std::{fs, io, path::Path, sync::Arc};
 
 use fanlight::{
     kvm,
-    renderer::{RendererError, Starter},
+    renderer::{RendererError, RendererLauncher},
 };
 use fanlight_devices::{error_line, vfio::sysfs::VFIO_PCI, virtio::gpu::render::wire::Start};
 use rustix::{fs::MemfdFlags, process::Resource};
@@ -155,7 +155,7 @@ fn renderer(name: &'static str, draws: Draws) -> Check {
     let answer = memory
         .and_then(|file| rustix::fs::ftruncate(&file, 1 << 12).map(|()| file))
         .map_err(|error| RendererError::Start(error.into()))
-        .and_then(|file| Starter::new(Arc::new(file.into()), start).capabilities());
+        .and_then(|file| RendererLauncher::new(Arc::new(file.into()), start).capabilities());
     match answer {
         Ok(infos) => {
             let sets: Vec<_> = infos

@@ -22,7 +22,7 @@ use super::{
     names::{NameError, check_port},
 };
 use crate::{
-    renderer::{RendererError, Starter},
+    renderer::{RendererError, RendererLauncher},
     vm::{
         fault::{Classify, Fault},
         function::Function,
@@ -128,7 +128,7 @@ pub struct Gpu {
 
 /// The 3D renderer of a GPU.
 struct RendererSetup {
-    starter: Arc<Starter>,
+    starter: Arc<RendererLauncher>,
     capsets: Vec<CapsetInfo>,
     hostmem: u64,
     slot_per_blob: bool,
@@ -149,7 +149,7 @@ impl RendererSetup {
             virgl: config.renderer.has_virgl().into(),
             venus: config.renderer.has_venus().into(),
         };
-        let starter = Arc::new(Starter::new(ram.file().clone(), start));
+        let starter = Arc::new(RendererLauncher::new(ram.file().clone(), start));
         Ok(Some(Self {
             capsets: starter.capabilities()?,
             starter,

@@ -1,7 +1,10 @@
-//! virglrenderer's interface (`virglrenderer.h`, 1.1 and later), found at run time: all that is C of it.
+//! virglrenderer, found at run time. Everything of its C interface is below this module.
+
+mod callbacks;
+mod ffi;
 
 use std::{
-    ffi::{CStr, c_char, c_int, c_void},
+    ffi::{c_int, c_void},
     fs::File,
     os::fd::{FromRawFd, OwnedFd},
     ptr,
@@ -10,128 +13,21 @@ use std::{
 use fanlight_devices::virtio::gpu::{
     DRM_FORMAT_MOD_LINEAR,
     protocol::{
-        Box3d, CtxCreate, ResourceCreate3d, ResourceCreateBlob, TransferHost3d,
+        CtxCreate, ResourceCreate3d, ResourceCreateBlob, TransferHost3d,
         VIRTIO_GPU_BLOB_FLAG_USE_MAPPABLE,
     },
     render::wire::TextureLayout,
 };
 use libc::iovec;
 
-/// Debian's name for what `libvirglrenderer1` has.
+pub use callbacks::Fences;
+use callbacks::{log, write_context_fence, write_fence};
+use ffi::*;
+
+/// The library's name, in Debian from `libvirglrenderer1`.
 const NAME: &str = "libvirglrenderer.so.1";
 
-const USE_EGL: c_int = 1 << 0;
-const THREAD_SYNC: c_int = 1 << 1;
-const USE_SURFACELESS: c_int = 1 << 3;
-const USE_EXTERNAL_BLOB: c_int = 1 << 5;
-const VENUS: c_int = 1 << 6;
-const NO_VIRGL: c_int = 1 << 7;
-const ASYNC_FENCE_CB: c_int = 1 << 8;
-const RENDER_SERVER: c_int = 1 << 9;
-
-const FENCE_FLAG_MERGEABLE: u32 = 1;
-const BLOB_FD_TYPE_DMABUF: u32 = 1;
-const BLOB_FD_TYPE_SHM: u32 = 3;
-const MAP_CACHE_MASK: u32 = 0xf;
-/// `virgl_log_level_flags`.
-const LOG_LEVEL_WARNING: c_int = 2;
-
-/// `struct virgl_renderer_callbacks`, version 3.
-#[repr(C)]
-struct Callbacks {
-    version: c_int,
-    write_fence: unsafe extern "C" fn(*mut c_void, u32),
-    create_gl_context: *const c_void,
-    destroy_gl_context: *const c_void,
-    make_current: *const c_void,
-    get_drm_fd: *const c_void,
-    write_context_fence: unsafe extern "C" fn(*mut c_void, u32, u32, u64),
-    get_server_fd: *const c_void,
-    get_egl_display: *const c_void,
-}
-
-// SAFETY: pointers to functions, and null.
-unsafe impl Sync for Callbacks {}
-
-/// `struct virgl_renderer_resource_create_args`.
-#[repr(C)]
-struct CreateArgs {
-    handle: u32,
-    target: u32,
-    format: u32,
-    bind: u32,
-    width: u32,
-    height: u32,
-    depth: u32,
-    array_size: u32,
-    last_level: u32,
-    nr_samples: u32,
-    flags: u32,
-}
-
-/// `VIRGL_RESOURCE_Y_0_TOP`: rows lie in memory in the other order than transfers have them.
-const RESOURCE_Y_0_TOP: u32 = 1;
-
-/// `struct virgl_renderer_resource_info`.
-#[repr(C)]
-#[derive(Default)]
-struct Info {
-    handle: u32,
-    virgl_format: u32,
-    width: u32,
-    height: u32,
-    depth: u32,
-    flags: u32,
-    tex_id: u32,
-    stride: u32,
-    drm_fourcc: u32,
-    fd: c_int,
-}
-
-/// `struct virgl_renderer_resource_info_ext`, with room for what a later library may add.
-#[repr(C)]
-#[derive(Default)]
-struct InfoExt {
-    version: c_int,
-    base: Info,
-    has_dmabuf_export: u8,
-    planes: c_int,
-    modifier: u64,
-    more: [u64; 16],
-}
-
-/// `struct virgl_renderer_resource_create_blob_args`.
-#[repr(C)]
-struct CreateBlobArgs {
-    res_handle: u32,
-    ctx_id: u32,
-    blob_mem: u32,
-    blob_flags: u32,
-    blob_id: u64,
-    size: u64,
-    iovecs: *const iovec,
-    num_iovs: u32,
-}
-
-/// `struct virgl_box`.
-#[repr(C)]
-struct VirglBox([u32; 6]);
-
-impl From<&Box3d> for VirglBox {
-    fn from(from: &Box3d) -> Self {
-        Self([from.x, from.y, from.z, from.w, from.h, from.d].map(|n| n.get()))
-    }
-}
-
-/// Told of fences, on a thread of the library's.
-pub trait Fences: Sync {
-    /// All up to this one of the device's own order.
-    fn passed(&self, number: u32);
-    /// All up to this one of a context's ring.
-    fn ring_passed(&self, context: u32, ring: u32, number: u32);
-}
-
-/// The library did not do it.
+/// The library refused a call, or its arguments are out of range.
 #[derive(Clone, Copy, Debug)]
 pub struct Refused;
 
@@ -139,66 +35,22 @@ fn done(result: c_int) -> Result<(), Refused> {
     if result == 0 { Ok(()) } else { Err(Refused) }
 }
 
-macro_rules! functions {
-    ($($field:ident = $symbol:literal: fn($($argument:ty),*) $(-> $result:ty)?;)*) => {
-        struct Functions { $($field: unsafe extern "C" fn($($argument),*) $(-> $result)?,)* }
-
-        /// What must be there.
-        #[cfg(test)]
-        const NAMES: &[&str] = &[$($symbol),*];
-
-        impl Functions {
-            fn find(library: &libloading::Library) -> Result<Self, libloading::Error> {
-                // SAFETY: the header declares functions of these names and types.
-                unsafe { Ok(Self { $($field: *library.get(concat!($symbol, "\0").as_bytes())?,)* }) }
-            }
-        }
-    };
-}
-
-functions! {
-    init = "virgl_renderer_init": fn(*mut c_void, c_int, *const Callbacks) -> c_int;
-    get_cap_set = "virgl_renderer_get_cap_set": fn(u32, *mut u32, *mut u32);
-    fill_caps = "virgl_renderer_fill_caps": fn(u32, u32, *mut c_void);
-    context_create = "virgl_renderer_context_create": fn(u32, u32, *const c_char) -> c_int;
-    context_create_with_flags = "virgl_renderer_context_create_with_flags": fn(u32, u32, u32, *const c_char) -> c_int;
-    context_destroy = "virgl_renderer_context_destroy": fn(u32);
-    submit_cmd = "virgl_renderer_submit_cmd": fn(*mut c_void, c_int, c_int) -> c_int;
-    ctx_attach = "virgl_renderer_ctx_attach_resource": fn(c_int, c_int);
-    ctx_detach = "virgl_renderer_ctx_detach_resource": fn(c_int, c_int);
-    resource_create = "virgl_renderer_resource_create": fn(*mut CreateArgs, *mut iovec, u32) -> c_int;
-    resource_create_blob = "virgl_renderer_resource_create_blob": fn(*const CreateBlobArgs) -> c_int;
-    resource_unref = "virgl_renderer_resource_unref": fn(u32);
-    attach_iov = "virgl_renderer_resource_attach_iov": fn(c_int, *mut iovec, c_int) -> c_int;
-    detach_iov = "virgl_renderer_resource_detach_iov": fn(c_int, *mut *mut iovec, *mut c_int);
-    transfer_read = "virgl_renderer_transfer_read_iov": fn(u32, u32, u32, u32, u32, *mut VirglBox, u64, *mut iovec, c_int) -> c_int;
-    transfer_write = "virgl_renderer_transfer_write_iov": fn(u32, u32, c_int, u32, u32, *mut VirglBox, u64, *mut iovec, u32) -> c_int;
-    get_map_info = "virgl_renderer_resource_get_map_info": fn(u32, *mut u32) -> c_int;
-    export_blob = "virgl_renderer_resource_export_blob": fn(u32, *mut u32, *mut c_int) -> c_int;
-    get_info_ext = "virgl_renderer_resource_get_info_ext": fn(c_int, *mut InfoExt) -> c_int;
-    get_fd_for_texture = "virgl_renderer_get_fd_for_texture2": fn(u32, *mut c_int, *mut c_int, *mut c_int) -> c_int;
-    create_fence = "virgl_renderer_create_fence": fn(c_int, u32) -> c_int;
-    context_create_fence = "virgl_renderer_context_create_fence": fn(u32, u32, u32, u64) -> c_int;
-}
-
-type LogCallback = unsafe extern "C" fn(c_int, *const c_char, *mut c_void);
-
-/// The library, initialized. There is one in a process, used by one thread.
+/// The library, initialized: one in a process, used by one thread.
 pub struct Library {
     functions: Functions,
-    // Its state is the process's: it stays to the end.
+    // Never unloaded: its state belongs to the process.
     _library: &'static libloading::Library,
 }
 
-/// Why the library is of no use.
+/// Why the library cannot be used.
 #[derive(Debug, thiserror::Error)]
 pub enum LibraryError {
-    /// It is not there, or is another one.
+    /// It is missing, or lacks a function.
     #[error(
         "{NAME} cannot be loaded: install virglrenderer 1.1 or later, in Debian libvirglrenderer1"
     )]
     Load(#[from] libloading::Error),
-    /// It does not work on this host.
+    /// Its initialization failed.
     #[error(
         "virglrenderer does not start (error {0}): OpenGL needs EGL without a surface, in Debian libegl1 and \
          libegl-mesa0"
@@ -224,7 +76,7 @@ impl Library {
             get_server_fd: ptr::null(),
             get_egl_display: ptr::null(),
         };
-        // SAFETY: the library's constructors do nothing beyond its own data.
+        // SAFETY: the library's constructors touch only its own data.
         let library = Box::leak(Box::new(unsafe { libloading::Library::new(NAME) }?));
         let functions = Functions::find(library)?;
         type SetLog = unsafe extern "C" fn(LogCallback, *mut c_void, *const c_void);
@@ -256,7 +108,7 @@ impl Library {
         })
     }
 
-    /// Highest version and longest content of a capability set; 0 and 0 of one that there is not.
+    /// Highest version and longest content of a capability set. Both are 0 if there is no such set.
     pub fn capset_info(&self, id: u32) -> (u32, u32) {
         let (mut version, mut size) = (0, 0);
         // SAFETY: both are written.
@@ -264,22 +116,23 @@ impl Library {
         (version, size)
     }
 
-    /// The content of a capability set, which there must be.
+    /// The content of a capability set, which must exist.
     pub fn capset(&self, id: u32, version: u32) -> Vec<u8> {
         let (_, size) = self.capset_info(id);
-        // In words, for it is filled in as a structure.
+        // In words: the library writes a structure, which must be aligned.
         let mut content = vec![0_u64; (size as usize).div_ceil(8)];
-        // SAFETY: no version is longer than the size that the library tells.
+        // SAFETY: no version is longer than the size that the library returned.
         unsafe { (self.functions.fill_caps)(id, version, content.as_mut_ptr().cast()) };
         let bytes = content.iter().flat_map(|word| word.to_ne_bytes());
         bytes.take(size as usize).collect()
     }
 
+    /// Creates a context.
     pub fn create_context(&self, id: u32, command: &CtxCreate) -> Result<(), Refused> {
         let len = command.nlen.get().min(command.debug_name.len() as u32);
         let name = command.debug_name.as_ptr().cast();
         let flags = command.context_init.get();
-        // SAFETY: the name has as many bytes as are told, and is copied.
+        // SAFETY: the name has `len` bytes, and the library copies it.
         done(unsafe {
             match flags {
                 0 => (self.functions.context_create)(id, len, name),
@@ -288,34 +141,40 @@ impl Library {
         })
     }
 
+    /// Destroys a context.
     pub fn destroy_context(&self, id: u32) {
         // SAFETY: any number is looked up.
         unsafe { (self.functions.context_destroy)(id) };
     }
 
-    /// The stream is the guest's; it must not be memory that the guest can change.
+    /// Runs a command stream of the guest, of `words` words of 32 bits.
+    ///
+    /// The library reads it more than once, so the guest must not be able to change it.
     pub fn submit(&self, context: u32, stream: &mut [u64], words: u32) -> Result<(), Refused> {
         if words as usize > stream.len() * 2 {
             return Err(Refused);
         }
         let stream = stream.as_mut_ptr().cast();
         let (context, words) = (context.cast_signed(), words.cast_signed());
-        // SAFETY: there are as many words, aligned, for the time of the call.
+        // SAFETY: the stream has `words` words, aligned, for the time of the call.
         done(unsafe { (self.functions.submit_cmd)(stream, context, words) })
     }
 
+    /// Makes a resource visible to a context.
     pub fn attach_to_context(&self, context: u32, resource: u32) {
         let (context, resource) = (context.cast_signed(), resource.cast_signed());
         // SAFETY: any numbers are looked up.
         unsafe { (self.functions.ctx_attach)(context, resource) };
     }
 
+    /// Hides a resource from a context.
     pub fn detach_from_context(&self, context: u32, resource: u32) {
         let (context, resource) = (context.cast_signed(), resource.cast_signed());
         // SAFETY: any numbers are looked up.
         unsafe { (self.functions.ctx_detach)(context, resource) };
     }
 
+    /// Creates a resource with a format and a size.
     pub fn create_3d(&self, command: &ResourceCreate3d) -> Result<(), Refused> {
         let mut args = CreateArgs {
             handle: command.resource_id.get(),
@@ -334,11 +193,12 @@ impl Library {
         done(unsafe { (self.functions.resource_create)(&mut args, ptr::null_mut(), 0) })
     }
 
+    /// Creates a blob resource.
     pub fn create_blob(&self, context: u32, command: &ResourceCreateBlob) -> Result<(), Refused> {
         let mut blob_flags = command.blob_flags.get();
         if command.blob_id.get() == 0 {
-            // Memory of no object of a driver's is a memory file, which anybody can share, though the library takes
-            // no flag that says so.
+            // A blob without a driver object is a memory file. It can be shared always; the library refuses the
+            // flags that ask for it.
             blob_flags &= VIRTIO_GPU_BLOB_FLAG_USE_MAPPABLE;
         }
         let args = CreateBlobArgs {
@@ -355,13 +215,16 @@ impl Library {
         done(unsafe { (self.functions.resource_create_blob)(&args) })
     }
 
+    /// Destroys a resource.
     pub fn unref(&self, resource: u32) {
-        // SAFETY: any number is looked up. Memory of the guest's was detached before.
+        // SAFETY: any number is looked up. The caller has detached guest memory.
         unsafe { (self.functions.resource_unref)(resource) };
     }
 
+    /// Attaches guest memory to a resource.
+    ///
     /// # Safety
-    /// `memory` must stay, and what it points to, until it is detached.
+    /// `memory` and what it points to must stay valid until [`Self::detach_memory`].
     pub unsafe fn attach_memory(&self, resource: u32, memory: &mut [iovec]) -> Result<(), Refused> {
         let count = c_int::try_from(memory.len()).map_err(|_| Refused)?;
         let resource = resource.cast_signed();
@@ -369,13 +232,14 @@ impl Library {
         done(unsafe { (self.functions.attach_iov)(resource, memory.as_mut_ptr(), count) })
     }
 
+    /// Detaches guest memory from a resource.
     pub fn detach_memory(&self, resource: u32) {
         let (mut memory, mut count) = (ptr::null_mut(), 0);
-        // SAFETY: both are written, and are whose they were before.
+        // SAFETY: both are written; the list still belongs to who attached it.
         unsafe { (self.functions.detach_iov)(resource.cast_signed(), &mut memory, &mut count) };
     }
 
-    /// Between a resource and the memory that is attached to it.
+    /// Copies between a resource and its guest memory, to the host or back.
     pub fn transfer(
         &self,
         context: u32,
@@ -419,7 +283,7 @@ impl Library {
     /// Copies a rectangle (x, y, width, height) of pixels to `memory`, from `offset` on.
     ///
     /// # Safety
-    /// Nobody else may use `memory` meanwhile.
+    /// `memory` must be writable, and nothing else may use it during the call.
     pub unsafe fn read_pixels(
         &self,
         resource: u32,
@@ -429,7 +293,7 @@ impl Library {
         mut memory: iovec,
     ) -> Result<(), Refused> {
         let mut part = VirglBox([x, y, 0, width, height, 1]);
-        // SAFETY: the library checks against `memory`, which is the caller's promise.
+        // SAFETY: the library checks the rectangle against `memory`, for which the caller vouches.
         done(unsafe {
             (self.functions.transfer_read)(
                 resource,
@@ -445,17 +309,17 @@ impl Library {
         })
     }
 
-    /// A blob's memory as a file, and how it is cached.
+    /// The memory of a blob as a file, and its cache attributes (`VIRTIO_GPU_MAP_CACHE_*`).
     pub fn export(&self, resource: u32) -> Result<(File, u32), Refused> {
         let (mut kind, mut fd, mut info) = (0, -1, 0);
-        // SAFETY: what is pointed to is written.
+        // SAFETY: the arguments are written.
         done(unsafe { (self.functions.get_map_info)(resource, &mut info) })?;
         // SAFETY: as above.
         done(unsafe { (self.functions.export_blob)(resource, &mut kind, &mut fd) })?;
         if fd < 0 {
             return Err(Refused);
         }
-        // SAFETY: the library has just made it, for us.
+        // SAFETY: the library returns a new descriptor, which the caller owns.
         let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
         if matches!(kind, BLOB_FD_TYPE_DMABUF | BLOB_FD_TYPE_SHM) {
             Ok((file, info & MAP_CACHE_MASK))
@@ -464,10 +328,10 @@ impl Library {
         }
     }
 
-    /// A texture's memory as a dma-buf, if its rows lie one behind the other in it, the first one first.
+    /// The memory of a texture as a dma-buf, if it is linear and starts with the first row.
     pub fn export_texture(&self, resource: u32) -> Result<(File, TextureLayout), Refused> {
         let mut info = InfoExt::default();
-        // SAFETY: the structure is written, and has room for more than is known of it.
+        // SAFETY: the structure is written. It has room for fields of later versions.
         done(unsafe { (self.functions.get_info_ext)(resource.cast_signed(), &mut info) })?;
         let base = &info.base;
         if info.has_dmabuf_export == 0
@@ -479,14 +343,14 @@ impl Library {
         }
         let (mut fd, mut stride, mut offset) = (-1, 0, 0);
         let texture = base.tex_id;
-        // SAFETY: what is pointed to is written.
+        // SAFETY: the arguments are written.
         done(unsafe {
             (self.functions.get_fd_for_texture)(texture, &mut fd, &mut stride, &mut offset)
         })?;
         if fd < 0 {
             return Err(Refused);
         }
-        // SAFETY: the library has just made it, for us.
+        // SAFETY: the library returns a new descriptor, which the caller owns.
         let file = File::from(unsafe { OwnedFd::from_raw_fd(fd) });
         let layout = TextureLayout {
             fourcc: base.drm_fourcc,
@@ -496,72 +360,16 @@ impl Library {
         Ok((file, layout))
     }
 
+    /// Requests a fence of the device.
     pub fn fence(&self, number: u32) -> Result<(), Refused> {
-        // SAFETY: any number will do.
+        // SAFETY: any number is valid.
         done(unsafe { (self.functions.create_fence)(number.cast_signed(), 0) })
     }
 
+    /// Requests a fence of a context's ring.
     pub fn ring_fence(&self, context: u32, ring: u32, number: u32) -> Result<(), Refused> {
         let (flags, number) = (FENCE_FLAG_MERGEABLE, number.into());
         // SAFETY: any numbers are looked up.
         done(unsafe { (self.functions.context_create_fence)(context, flags, ring, number) })
-    }
-}
-
-/// # Safety
-/// `cookie` is what [`Library::start`] gave.
-unsafe extern "C" fn write_fence(cookie: *mut c_void, number: u32) {
-    // SAFETY: it lives as long as the process.
-    let fences = unsafe { &*cookie.cast::<&'static dyn Fences>() };
-    fences.passed(number);
-}
-
-/// # Safety
-/// `cookie` is what [`Library::start`] gave.
-unsafe extern "C" fn write_context_fence(
-    cookie: *mut c_void,
-    context: u32,
-    ring: u32,
-    number: u64,
-) {
-    // SAFETY: it lives as long as the process.
-    let fences = unsafe { &*cookie.cast::<&'static dyn Fences>() };
-    fences.ring_passed(context, ring, number as u32);
-}
-
-/// Warnings and errors, of which a guest can cause any number.
-///
-/// # Safety
-/// `message` is a string.
-unsafe extern "C" fn log(level: c_int, message: *const c_char, _: *mut c_void) {
-    use std::sync::atomic::{AtomicU32, Ordering};
-    const MOST: u32 = 50;
-    static SAID: AtomicU32 = AtomicU32::new(0);
-    if level < LOG_LEVEL_WARNING || message.is_null() {
-        return;
-    }
-    let said = SAID.fetch_add(1, Ordering::Relaxed);
-    // SAFETY: the library's string, for the time of the call.
-    let message = unsafe { CStr::from_ptr(message) }.to_string_lossy();
-    if said < MOST {
-        tracing::warn!("renderer: {}", message.trim_end());
-    } else if said == MOST {
-        tracing::warn!("renderer: it says more, which is left out");
-    }
-    // Does not come round to 0 again in any life of a guest's.
-    SAID.fetch_min(MOST + 1, Ordering::Relaxed);
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    /// What virglrenderer has had since after 1.1.
-    const NEWER: &[&str] = &["virgl_renderer_resource_map_fixed"];
-
-    #[test]
-    fn nothing_newer_than_1_1_is_needed() {
-        assert!(NAMES.contains(&"virgl_renderer_resource_export_blob"));
-        assert!(NEWER.iter().all(|name| !NAMES.contains(name)));
     }
 }
