@@ -4,7 +4,7 @@ use std::{thread, time::Duration};
 
 use crate::{Result, host_side::guest::Guest};
 
-/// A guest that runs [`paint`], as seen from the host.
+/// A guest that runs [`guest_draw`](crate::guest_side::guest_draw), as seen from the host.
 pub struct DrawingGuest {
     /// The guest.
     pub guest: Guest,

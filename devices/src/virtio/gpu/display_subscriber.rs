@@ -37,7 +37,7 @@ pub enum DisplayEvent {
         output: usize,
         /// What it shows.
         frame: Option<Frame>,
-        /// Whether it shows something that is not there for the moment: see [`DisplayError::Gone`].
+        /// Whether it shows something that is not there for the moment: see [`Gone`](super::display::DisplayError::Gone).
         gone: bool,
     },
     /// The guest drew.
