@@ -1,4 +1,4 @@
-//! What a machine is made of. Field names are those of the command line's options.
+//! The configuration of a machine. Fields are named as the options of `fanlight run`.
 
 use std::{path::PathBuf, str::FromStr};
 
@@ -13,7 +13,7 @@ use crate::{
     spec::{self, SpecError},
 };
 
-/// A machine.
+/// The configuration of a machine.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct VmConfig {
@@ -23,41 +23,41 @@ pub struct VmConfig {
     pub initrd: Option<PathOrFd>,
     /// Kernel command line.
     pub cmdline: String,
-    /// Who decompresses a bzImage.
+    /// Where a bzImage is decompressed.
     pub unpack: KernelUnpack,
     /// Number of virtual CPUs.
     pub cpus: u32,
     /// Guest RAM.
     pub memory: MemoryConfig,
-    /// Virtio block devices, in the guest's order.
+    /// Virtio block devices, in PCI order.
     pub disk: Vec<DiskConfig>,
-    /// Virtio network devices, in the guest's order.
+    /// Virtio network devices, in PCI order.
     pub net: Vec<NetConfig>,
-    /// Passed-through PCI devices of the host's, in the guest's order.
+    /// PCI devices of the host to pass through, in PCI order.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub vfio: Vec<VfioConfig>,
     /// Virtio socket device.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vsock: Option<VsockConfig>,
-    /// The first serial port.
+    /// The first serial port (COM1, ttyS0).
     pub serial: CharBackend,
-    /// The virtio console; none if absent.
+    /// The virtio console (hvc0): none if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub console: Option<ConsoleConfig>,
     /// The virtio entropy device.
     pub rng: RngConfig,
-    /// Virtio GPUs, in the guest's order, with a keyboard, a pointer and a touch screen for them all.
+    /// Virtio GPUs, in PCI order. They share a keyboard, a pointer and a touch screen.
     #[serde(skip_serializing_if = "Vec::is_empty")]
     pub gpu: Vec<GpuConfig>,
-    /// What happens when the guest asks for a restart.
+    /// Action when the guest requests a reset.
     pub on_reset: OnReset,
-    /// What happens when the guest's kernel panics.
+    /// Action when the guest kernel panics.
     pub on_panic: OnPanic,
-    /// Empty PCIe root ports, where devices can be added while the machine runs: 4 if absent and the
-    /// machine has an API, else none.
+    /// Empty PCIe root ports for devices that are added while the machine runs: 4 with a control API and 0
+    /// without, if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub hotplug_ports: Option<u8>,
-    /// The hypervisor: `/dev/kvm` if absent.
+    /// Device node of KVM: `/dev/kvm` if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub kvm: Option<PathOrFd>,
 }
@@ -88,19 +88,19 @@ impl Default for VmConfig {
 }
 
 impl VmConfig {
-    /// The kernel command line where none is given: a console, and a restart after a panic, which
-    /// is what lets a guest without a panic device end.
+    /// The default kernel command line. `panic=-1` restarts a guest whose kernel has no panic device, so that
+    /// the machine ends.
     pub const DEFAULT_CMDLINE: &'static str = "console=ttyS0 panic=-1";
 }
 
-/// Who decompresses a bzImage.
+/// Where a bzImage is decompressed.
 #[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum KernelUnpack {
-    /// Fanlight does, where it knows the format: the guest starts in the kernel proper.
+    /// In Fanlight, which is faster. Applies to zstd, gzip, xz and LZ4.
     #[default]
     Host,
-    /// The guest does, by the code in front of its kernel.
+    /// In the guest, by the kernel's own loader.
     Guest,
 }
 
@@ -108,9 +108,9 @@ pub enum KernelUnpack {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct MemoryConfig {
-    /// How much.
+    /// Size of guest RAM.
     pub size: ByteSize,
-    /// Size of the huge pages to take it from: 2M or 1G; ordinary pages if absent.
+    /// Page size of reserved huge pages to use, 2M or 1G: transparent huge pages if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub hugepages: Option<ByteSize>,
 }
@@ -135,21 +135,22 @@ impl FromStr for MemoryConfig {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct DiskConfig {
-    /// Image file or block device.
+    /// Image file or block device of the host.
     pub path: PathOrFd,
-    /// Its name for the API: `disk0`, `disk1`, … if absent.
+    /// Name of the device in the API: `disk0`, `disk1`, … if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// Whether the guest may only read.
+    /// Whether writes are refused.
     #[serde(default)]
     pub readonly: bool,
-    /// Image format.
+    /// Image format: raw if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub format: Option<DiskFormat>,
-    /// What the guest reads as the disk's serial number, at most 20 bytes.
+    /// Serial number that the guest reads, at most 20 printable ASCII characters: derived from the name if
+    /// absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub serial: Option<String>,
-    /// PCIe root port to place the device behind; on the root bus if absent.
+    /// Number of the PCIe root port to plug the device into, from 1 on: the root bus if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u8>,
 }
@@ -165,9 +166,9 @@ impl FromStr for DiskConfig {
 #[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum DiskFormat {
-    /// The file's bytes are the disk's.
+    /// The file has the disk's bytes, without a header.
     Raw,
-    /// QEMU's copy-on-write format, versions 2 and 3.
+    /// QEMU copy-on-write, versions 2 and 3.
     Qcow2,
 }
 
@@ -175,18 +176,19 @@ pub enum DiskFormat {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct NetConfig {
-    /// Name of the host's tap interface.
+    /// Tap interface of the host.
     pub tap: OrFd<String>,
-    /// Its name for the API: `net0`, `net1`, … if absent.
+    /// Name of the device in the API: `net0`, `net1`, … if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// The guest's hardware address; made from the tap's name if absent; of a tap given open, new with each process.
+    /// MAC address of the guest: derived from the name of the tap if absent. A tap given as a descriptor gets a
+    /// new address with each process.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub mac: Option<String>,
-    /// Whether the kernel's vhost-net moves the packets: where it is there, if absent.
+    /// Whether vhost-net of the kernel moves the packets: if the host has it, if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub vhost: Option<bool>,
-    /// PCIe root port to place the device behind; on the root bus if absent.
+    /// Number of the PCIe root port to plug the device into, from 1 on: the root bus if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u8>,
 }
@@ -198,26 +200,26 @@ impl FromStr for NetConfig {
     }
 }
 
-/// A PCI device of the host's that is passed through.
+/// A PCI device of the host to pass through.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct VfioConfig {
-    /// Where it is on the host, such as 0000:03:00.1; or its node in `/dev/vfio/devices`, open.
+    /// PCI address on the host, such as 0000:03:00.1. A descriptor is an open node of `/dev/vfio/devices`.
     pub device: OrFd<String>,
-    /// Whether DMA goes through iommufd, or through VFIO's older container.
+    /// Whether DMA is mapped through iommufd, or through the older VFIO container.
     #[serde(default)]
     pub iommufd: Iommufd,
-    /// iommufd's node for all devices of the machine, when the first of them comes: `/dev/iommu` if absent. With `group`
-    /// or `iommufd=off` the container's: `/dev/vfio/vfio` if absent.
+    /// Device node of iommufd: `/dev/iommu` if absent. With `group` or `iommufd=off` it is the node of the VFIO
+    /// container: `/dev/vfio/vfio` if absent. The first passed-through device decides for all.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub iommu: Option<PathOrFd>,
-    /// Its group's node, for DMA through the container: the one in `/dev/vfio` if absent.
+    /// Node of the IOMMU group, for DMA through the container: the node in `/dev/vfio` if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub group: Option<PathOrFd>,
-    /// Its name for the API: `vfio0`, `vfio1`, … if absent.
+    /// Name of the device in the API: `vfio0`, `vfio1`, … if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub id: Option<String>,
-    /// PCIe root port to place the device behind; on the root bus if absent.
+    /// Number of the PCIe root port to plug the device into, from 1 on: the root bus if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u8>,
 }
@@ -229,26 +231,26 @@ impl FromStr for VfioConfig {
     }
 }
 
-/// Whether DMA of passed-through devices goes through iommufd.
+/// Whether DMA of passed-through devices is mapped through iommufd.
 #[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum Iommufd {
-    /// Where the host has it for all devices of the machine.
+    /// If the host offers it for every device of the machine.
     #[default]
     Auto,
-    /// It does.
+    /// Through iommufd.
     On,
-    /// It goes through VFIO's container.
+    /// Through the VFIO container.
     Off,
 }
 
-/// A virtio socket device, served by the host's vhost-vsock.
+/// A virtio socket device, served by vhost-vsock of the host.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct VsockConfig {
-    /// The guest's context id, from 3 on, unique on the host.
+    /// Context ID (CID) of the guest, from 3 on. It is unique on the host.
     pub cid: u32,
-    /// The host's device: `/dev/vhost-vsock` if absent.
+    /// Device node of vhost-vsock: `/dev/vhost-vsock` if absent.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub device: Option<PathOrFd>,
 }
@@ -264,7 +266,7 @@ impl FromStr for VsockConfig {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct RngConfig {
-    /// Whether the guest has one.
+    /// Whether the guest has the device.
     pub enabled: bool,
 }
 
@@ -281,18 +283,18 @@ impl FromStr for RngConfig {
     }
 }
 
-/// Where a console's bytes come from and go to.
+/// The host end of a serial port or console.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum CharBackend {
     /// Standard input and output. Ctrl-A x ends the machine.
     #[default]
     Stdio,
-    /// Output is dropped, there is no input, but for what `console.attach` connects.
+    /// No host end. Clients can still connect with the method `console.attach`.
     Null,
-    /// Output is appended to a file, there is no input.
+    /// Appends output to a file. There is no input.
     File(PathBuf),
-    /// A UNIX socket that Fanlight listens on; one client at a time.
+    /// A UNIX socket that Fanlight listens on, for one client at a time.
     Socket(PathBuf),
 }
 
@@ -301,9 +303,9 @@ pub enum CharBackend {
 #[serde(transparent)]
 pub struct ConsoleConfig(pub CharBackend);
 
-/// Not a console.
+/// Not the host end of a console.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("{0:?} is not a console: say stdio, null, file=PATH or socket=PATH")]
+#[error("{0:?} is not one of stdio, null, file=PATH, socket=PATH")]
 pub struct CharBackendError(String);
 
 impl FromStr for CharBackend {
@@ -327,27 +329,27 @@ impl FromStr for ConsoleConfig {
     }
 }
 
-/// What happens when the guest asks for a restart.
+/// Action when the guest requests a reset.
 #[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnReset {
-    /// The machine restarts in place.
+    /// Restart the machine in the same process.
     #[default]
     Restart,
-    /// Fanlight ends with a status of its own.
+    /// End Fanlight with exit status 32.
     Exit,
 }
 
-/// What happens when the guest's kernel panics.
+/// Action when the guest kernel panics.
 #[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum OnPanic {
-    /// Fanlight ends with a status of its own.
+    /// End Fanlight with exit status 33.
     #[default]
     Exit,
-    /// The machine restarts in place.
+    /// Restart the machine in the same process.
     Restart,
-    /// The guest goes on as it likes: it may dump itself, or restart.
+    /// Let the guest continue, to write a dump or to reset.
     Continue,
 }
 

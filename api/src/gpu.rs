@@ -1,4 +1,4 @@
-//! The graphics of a machine.
+//! The configuration of a virtio GPU.
 
 use std::{fmt, str::FromStr};
 
@@ -11,25 +11,25 @@ use crate::{
     spec::{self, SpecError},
 };
 
-/// The virtio GPU with its outputs and input devices.
+/// A virtio GPU with its outputs.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields, default, rename_all = "kebab-case")]
 pub struct GpuConfig {
-    /// The outputs that are plugged in at first.
+    /// Outputs connected at start, and their sizes in pixels, at most 16.
     #[schemars(with = "String")]
     pub outputs: Outputs,
-    /// What outputs call themselves: 1 to 13 printable ASCII characters.
+    /// Monitor name in the EDID, 1 to 13 printable ASCII characters.
     pub edid_name: String,
-    /// How much of the host's memory the guest's driver may have for its resources. What lies in the
-    /// guest's own RAM does not count, but for the lists that describe it.
+    /// Limit of host memory for resources of the guest driver. Resources in guest RAM count only with the lists
+    /// that describe them.
     pub max_resource_memory: ByteSize,
-    /// What draws in 3D for the guest.
+    /// 3D APIs that virglrenderer offers the guest.
     pub renderer: Renderer,
-    /// How large a window the guest sees the renderer's memory through: a power of two.
+    /// Size of the BAR that maps renderer memory into the guest, a power of two.
     pub hostmem: ByteSize,
-    /// Gives each piece of the renderer's memory a memory slot of its own: slower, to compare.
+    /// Whether each blob of renderer memory gets its own KVM memory slot. Slower; for comparison.
     pub hostmem_slots: bool,
-    /// PCIe root port to place the device behind; on the root bus if absent.
+    /// Number of the PCIe root port to plug the device into, from 1 on: the root bus if absent.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub port: Option<u8>,
 }
@@ -61,31 +61,31 @@ impl FromStr for GpuConfig {
     }
 }
 
-/// What draws in 3D, by virglrenderer.
+/// 3D APIs that virglrenderer offers the guest.
 #[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 pub enum Renderer {
-    /// Nothing: the guest draws by itself, or on another device.
+    /// None. The guest draws in software, or on another device.
     #[default]
     #[serde(rename = "none")]
     None,
-    /// OpenGL.
+    /// OpenGL (virgl).
     #[serde(rename = "virgl")]
     Virgl,
-    /// Vulkan.
+    /// Vulkan (Venus).
     #[serde(rename = "venus")]
     Venus,
-    /// Both.
+    /// OpenGL and Vulkan.
     #[serde(rename = "venus+virgl")]
     VenusAndVirgl,
 }
 
 impl Renderer {
-    /// Whether OpenGL is there.
+    /// Whether the guest has OpenGL.
     pub fn has_virgl(self) -> bool {
         matches!(self, Self::Virgl | Self::VenusAndVirgl)
     }
 
-    /// Whether Vulkan is there.
+    /// Whether the guest has Vulkan.
     pub fn has_venus(self) -> bool {
         matches!(self, Self::Venus | Self::VenusAndVirgl)
     }
@@ -100,9 +100,9 @@ pub struct OutputMode {
     pub height: u32,
 }
 
-/// Not a size of an output.
+/// Not an output size.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("{0:?} is not a size of an output: write width and height in pixels, such as 1920x1080")]
+#[error("{0:?} is not an output size: give width and height in pixels, such as 1920x1080")]
 pub struct OutputModeError(String);
 
 impl FromStr for OutputMode {

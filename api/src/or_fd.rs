@@ -1,4 +1,4 @@
-//! What can be named, or handed over open: `"disk.img"`, or `{"fd": 0}`.
+//! A name or an open descriptor: `"disk.img"`, or `{"fd": 0}`.
 
 use std::{borrow::Cow, fmt, marker::PhantomData, path::PathBuf, str::FromStr};
 
@@ -8,20 +8,20 @@ use serde::{
     de::{self, MapAccess},
 };
 
-/// Something by its name, or an open descriptor of it.
+/// A name, or an open descriptor.
 ///
-/// As text, `fd:N` is a descriptor; a file of such a name is `./fd:N`. Over the API the number is the
-/// place among the descriptors that came with the message, from 0 on; on the command line and in a
-/// `--config` file it is a descriptor that the process was started with.
+/// As text, `fd:N` is a descriptor. A file of that name is written `./fd:N`. In an API message, N is the index
+/// of a descriptor that came with the message. On the command line and in a `--config` file, N is a descriptor
+/// that the process inherited.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum OrFd<T> {
-    /// To be opened.
+    /// Opened by its name.
     Named(T),
-    /// Open.
+    /// An open descriptor.
     Fd(u32),
 }
 
-/// A file by its path, or open.
+/// A path, or an open descriptor.
 pub type PathOrFd = OrFd<PathBuf>;
 
 impl<T: From<String>> From<String> for OrFd<T> {
@@ -106,7 +106,7 @@ impl<T> JsonSchema for OrFd<T> {
 
     fn json_schema(_: &mut SchemaGenerator) -> Schema {
         json_schema!({
-            "description": "A name, or the place among the message's descriptors of one that is open.",
+            "description": "A name, or the index of a descriptor that comes with the message.",
             "oneOf": [
                 {"type": "string"},
                 {

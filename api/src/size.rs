@@ -1,4 +1,4 @@
-//! Sizes in bytes as people write them: `512M`, `2G`.
+//! Sizes in bytes with a suffix: `512M`, `2G`.
 
 use std::{borrow::Cow, fmt, str::FromStr};
 
@@ -6,13 +6,13 @@ use schemars::{JsonSchema, Schema, SchemaGenerator, json_schema};
 use serde::{Deserialize, Deserializer, Serialize, Serializer, de};
 use thiserror::Error;
 
-/// A number of bytes. Reads a number, or text with a suffix K, M, G or T (powers of 1024).
+/// A number of bytes. As text it may have a suffix K, M, G or T (powers of 1024).
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, PartialOrd, Ord)]
 pub struct ByteSize(pub u64);
 
 /// Not a size.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
-#[error("{0:?} is not a size: write a number of bytes, or with K, M, G or T, such as 512M")]
+#[error("{0:?} is not a size: give a number of bytes, or one with K, M, G or T, such as 512M")]
 pub struct SizeError(String);
 
 const SUFFIXES: [(char, u32); 4] = [('T', 40), ('G', 30), ('M', 20), ('K', 10)];

@@ -1,17 +1,18 @@
-//! The `key=value,key=value` form of the command line as a serde format, so that an option's keys
-//! are the fields of the type that `--config` reads, and nothing is listed twice.
+//! The `key=value,key=value` form of the command line as a serde format. The keys of an option are the fields
+//! of its configuration type.
 //!
-//! Values are text: numbers and sizes parse themselves, flags are `on` or `off`. A comma within a
-//! value is written twice.
+//! Values are text. Booleans are `on` or `off`. A comma within a value is written twice.
 
 use serde::{
     Deserializer,
-    de::{self, DeserializeOwned, IntoDeserializer, value::MapDeserializer},
+    de::{self, DeserializeOwned, Error as _, IntoDeserializer, value::MapDeserializer},
     forward_to_deserialize_any,
 };
 use thiserror::Error;
 
-/// Why an option's value does not describe what it should.
+use crate::error::nearest;
+
+/// Why the text does not describe the configuration.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("{0}")]
 pub struct SpecError(String);
@@ -20,25 +21,42 @@ impl de::Error for SpecError {
     fn custom<T: std::fmt::Display>(message: T) -> Self {
         Self(message.to_string())
     }
+
+    fn unknown_field(field: &str, expected: &'static [&'static str]) -> Self {
+        let hint = nearest(field, expected.iter().copied())
+            .map_or(String::new(), |key| format!("; did you mean {key}?"));
+        Self(format!(
+            "unknown key {field:?}{hint}; keys are {}",
+            expected.join(", ")
+        ))
+    }
+
+    fn missing_field(field: &'static str) -> Self {
+        Self(format!("the key {field} is missing"))
+    }
+
+    fn unknown_variant(variant: &str, expected: &'static [&'static str]) -> Self {
+        Self(format!("{variant:?} is not one of {}", expected.join(", ")))
+    }
 }
 
 /// Reads `text` as a `T`. A first part without `=` is the value of `first_key`, if there is one.
 pub fn parse<T: DeserializeOwned>(text: &str, first_key: Option<&str>) -> Result<T, SpecError> {
     let mut pairs: Vec<(String, Value)> = Vec::new();
     for (index, part) in split(text).into_iter().enumerate() {
-        let (key, value) = match (part.split_once('='), first_key) {
+        let (key, text) = match (part.split_once('='), first_key) {
             (Some((key, value)), _) => (key.to_owned(), value.to_owned()),
             (None, Some(first)) if index == 0 => (first.to_owned(), part),
-            _ => {
-                return Err(SpecError(format!(
-                    "{part:?} in {text:?} is not of the form key=value"
-                )));
-            }
+            _ => return Err(SpecError(format!("{part:?} is not of the form key=value"))),
         };
         if pairs.iter().any(|(other, _)| *other == key) {
-            return Err(SpecError(format!("{key} is given twice in {text:?}")));
+            return Err(SpecError(format!("the key {key} is given twice")));
         }
-        pairs.push((key, Value(value)));
+        let value = Value {
+            key: key.clone(),
+            text,
+        };
+        pairs.push((key, value));
     }
     T::deserialize(MapDeserializer::new(pairs.into_iter()))
 }
@@ -59,8 +77,19 @@ fn split(text: &str) -> Vec<String> {
     parts
 }
 
-/// A value whose type is what the field wants.
-struct Value(String);
+/// A value, read as the type of its field.
+struct Value {
+    key: String,
+    text: String,
+}
+
+impl Value {
+    /// Names the key in an error.
+    fn named(&self) -> impl Fn(SpecError) -> SpecError + use<> {
+        let key = self.key.clone();
+        move |SpecError(text)| SpecError(format!("{key}: {text}"))
+    }
+}
 
 impl<'de> IntoDeserializer<'de, SpecError> for Value {
     type Deserializer = Self;
@@ -72,10 +101,13 @@ impl<'de> IntoDeserializer<'de, SpecError> for Value {
 macro_rules! numbers {
     ($($method:ident $visit:ident $type:ty),* $(,)?) => {$(
         fn $method<V: de::Visitor<'de>>(self, visitor: V) -> Result<V::Value, SpecError> {
-            let number = self.0.parse::<$type>().map_err(|_| {
-                SpecError(format!("{:?} is not a number from {} to {}", self.0, <$type>::MIN, <$type>::MAX))
+            let named = self.named();
+            let number = self.text.parse::<$type>().map_err(|_| {
+                named(SpecError::custom(format_args!(
+                    "{:?} is not a number from {} to {}", self.text, <$type>::MIN, <$type>::MAX
+                )))
             })?;
-            visitor.$visit(number)
+            visitor.$visit(number).map_err(named)
         }
     )*};
 }
@@ -84,14 +116,17 @@ impl<'de> Deserializer<'de> for Value {
     type Error = SpecError;
 
     fn deserialize_any<V: de::Visitor<'de>>(self, visitor: V) -> Result<V::Value, SpecError> {
-        visitor.visit_string(self.0)
+        let named = self.named();
+        visitor.visit_string(self.text).map_err(named)
     }
 
     fn deserialize_bool<V: de::Visitor<'de>>(self, visitor: V) -> Result<V::Value, SpecError> {
-        match self.0.as_str() {
+        match self.text.as_str() {
             "on" => visitor.visit_bool(true),
             "off" => visitor.visit_bool(false),
-            other => Err(SpecError(format!("{other:?} is neither on nor off"))),
+            other => Err(self.named()(SpecError(format!(
+                "{other:?} is neither on nor off"
+            )))),
         }
     }
 
@@ -113,7 +148,10 @@ impl<'de> Deserializer<'de> for Value {
         _variants: &'static [&'static str],
         visitor: V,
     ) -> Result<V::Value, SpecError> {
-        visitor.visit_enum(self.0.into_deserializer())
+        let named = self.named();
+        visitor
+            .visit_enum(self.text.into_deserializer())
+            .map_err(named)
     }
 
     numbers!(deserialize_u8 visit_u8 u8, deserialize_u16 visit_u16 u16, deserialize_u32 visit_u32 u32, deserialize_u64 visit_u64 u64);
@@ -175,12 +213,20 @@ mod tests {
 
     #[test]
     fn mistakes_are_named() {
-        assert_eq!(error("a,readonly=yes"), "\"yes\" is neither on nor off");
+        assert_eq!(
+            error("a,readonly=yes"),
+            "readonly: \"yes\" is neither on nor off"
+        );
         assert!(error("a,count=99999").contains("0 to 65535"));
         assert!(error("a,count").contains("key=value"));
         assert!(error("a,path=b").contains("twice"));
-        assert!(error("a,colour=red").contains("unknown field `colour`"));
-        assert!(error("a,kind=vhd").contains("`raw`"));
+        assert_eq!(
+            error("pth=a"),
+            "unknown key \"pth\"; did you mean path?; keys are path, readonly, size, count, kind"
+        );
+        assert!(error("a,size=big").starts_with("size: \"big\" is not a size"));
+        assert_eq!(error("a,kind=vhd"), "kind: \"vhd\" is not one of raw");
+        assert_eq!(error("readonly=on"), "the key path is missing");
     }
 
     proptest! {
