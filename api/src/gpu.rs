@@ -64,7 +64,7 @@ impl FromStr for GpuConfig {
 /// 3D APIs that virglrenderer offers the guest.
 #[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 pub enum Renderer {
-    /// None. The guest draws in software, or on another device.
+    /// No 3D. The guest draws in software, or on another device.
     #[default]
     #[serde(rename = "none")]
     None,

@@ -10,12 +10,11 @@ use std::{
     process::ExitCode,
 };
 
-use clap::CommandFactory;
 use fanlight_api::client::{Client, ClientError};
 use fanlight_devices::error_line;
 use serde_json::{Map, Value};
 
-use crate::options::{CtlOptions, Options};
+use crate::{help, options::CtlOptions};
 use params::Params;
 
 /// Exit status for a wrong command line, as clap's.
@@ -23,28 +22,19 @@ const USAGE: u8 = 2;
 
 /// Runs the command.
 pub fn run(options: &CtlOptions) -> ExitCode {
-    let (Some(socket), false) = (&options.socket, options.help && options.socket.is_none()) else {
-        let mut command = Options::command();
-        let ctl = command.find_subcommand_mut("ctl");
-        let help = ctl.map(|ctl| {
-            ctl.clone()
-                .bin_name("fanlight ctl")
-                .render_help()
-                .to_string()
-        });
-        let help = help.unwrap_or_default();
+    let Some(socket) = &options.socket else {
         if options.help {
-            println!("{help}");
+            print!("{}", help::on(&["ctl".into()]).unwrap_or_default());
             return ExitCode::SUCCESS;
         }
-        eprintln!("fanlight: ctl needs the server's socket\n\n{help}");
+        eprintln!("fanlight: ctl: <SOCKET> is missing; see 'fanlight help ctl'");
         return USAGE.into();
     };
     let result = match &options.method {
         _ if options.help => help(socket, options.method.as_deref()),
         None => {
             eprintln!(
-                "fanlight: name a method; fanlight ctl {} --help lists them",
+                "fanlight: ctl: <METHOD> is missing; 'fanlight ctl {} --help' lists the methods",
                 socket.display()
             );
             return USAGE.into();

@@ -1,14 +1,14 @@
-//! What is logged to standard error.
+//! Logging to standard error.
 
 use fanlight::control::requests::SetLog;
 use tracing_subscriber::{filter::Targets, layer::SubscriberExt, reload, util::SubscriberInitExt};
 
-/// Words for how much is logged.
-const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
-/// Far more than anybody needs to write; reading more takes the API's time.
+/// Log levels.
+pub const LEVELS: [&str; 6] = ["off", "error", "warn", "info", "debug", "trace"];
+/// Longest filter. Parsing a longer one would delay other API clients.
 const MAX_LEN: usize = 1024;
 
-/// Logs what `filter` lets through; gives what changes that.
+/// Starts logging what `filter` admits. Returns a function that changes the filter.
 pub fn start(filter: &Targets) -> SetLog {
     let (filter, handle) = reload::Layer::new(filter.clone());
     let lines = tracing_subscriber::fmt::layer()
@@ -31,7 +31,7 @@ pub fn filter(text: &str) -> Result<Targets, String> {
     }
     for part in text.split(',') {
         let level = part.rsplit_once('=').map_or(part, |(_, level)| level);
-        // What is no level would be taken for a module, and everything else be silent.
+        // Targets would take an unknown level for a module name and disable the rest.
         if !LEVELS.iter().any(|word| word.eq_ignore_ascii_case(level)) {
             let nearest = fanlight_api::error::nearest(level, LEVELS.into_iter());
             let hint = nearest.map(|word| format!("; did you mean {word}?"));

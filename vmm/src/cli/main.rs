@@ -1,17 +1,33 @@
 //! The `fanlight` program.
 
+#[cfg(test)]
+mod book;
+mod command;
+mod complete;
+mod completion_scripts;
 mod ctl;
 #[cfg(test)]
 mod docs_tests;
 mod doctor;
+mod help;
 mod log;
+mod man;
+mod option_page;
+mod option_schema;
+mod option_table;
 mod options;
+mod text;
+mod usage_error;
 mod vfio_bind;
 
-use std::{path::PathBuf, process::ExitCode, time::Instant};
+use std::{
+    io::{self, Write},
+    path::PathBuf,
+    process::ExitCode,
+    time::Instant,
+};
 
 use crate::vfio_bind::VfioBindError;
-use clap::{CommandFactory, Parser};
 use fanlight::{
     control::queue::ControlQueue,
     control::requests::SetLog,
@@ -30,11 +46,20 @@ use fanlight_api::{server::Server, socket::Descriptors};
 use fanlight_devices::error_line;
 use tracing_subscriber::filter::{LevelFilter, Targets};
 
-use options::{ApiOptions, Command, Options, RunOptions, ServeOptions, VfioCommand};
+use options::{ApiOptions, Command, RunOptions, ServeOptions, VfioCommand};
 
 fn main() -> ExitCode {
     let started = Instant::now();
-    let ending = match Options::parse().command {
+    match completion_scripts::answer() {
+        Ok(false) => {}
+        Ok(true) => return ExitCode::SUCCESS,
+        Err(_) => return ExitCode::FAILURE,
+    }
+    let options = match command::parse(std::env::args_os()) {
+        Ok(options) => options,
+        Err(error) => return usage_error::report(&error, &arguments()).into(),
+    };
+    let ending = match options.command {
         Command::Run(options) => run(*options, started),
         Command::Doctor { device, json } => doctor(device.as_deref(), json),
         Command::Vfio(command) => vfio(&command),
@@ -47,11 +72,25 @@ fn main() -> ExitCode {
                 Err(error) => failed(&error),
             }
         }
-        Command::Completions { shell } => {
-            let mut command = Options::command();
-            clap_complete::generate(shell, &mut command, "fanlight", &mut std::io::stdout());
-            Ending::PowerOff
-        }
+        Command::Help { topic } => match help::on(&topic) {
+            Ok(text) => printed(&text),
+            Err(error) => {
+                eprintln!("fanlight: {error}");
+                Ending::BadInput
+            }
+        },
+        Command::Completions { shell } => match completion_scripts::script(shell) {
+            Ok(script) => printed(&script),
+            Err(error) => failed(&error),
+        },
+        Command::CheckArguments { arguments } => check_arguments(&arguments),
+        Command::Man { directory } => match man::write(&directory) {
+            Ok(paths) => {
+                let lines = paths.iter().map(|path| format!("{}\n", path.display()));
+                printed(&lines.collect::<String>())
+            }
+            Err(error) => failed(&error),
+        },
         Command::Renderer => {
             let _ = log::start(&Targets::new().with_default(LevelFilter::WARN));
             renderer::process::run();
@@ -63,6 +102,35 @@ fn main() -> ExitCode {
         },
     };
     ending.into()
+}
+
+/// The program's arguments as text, without its name.
+fn arguments() -> Vec<String> {
+    let arguments = std::env::args_os().skip(1);
+    arguments
+        .map(|argument| argument.to_string_lossy().into_owned())
+        .collect()
+}
+
+/// Prints text. A reader that closed the pipe wants no more.
+fn printed(text: &str) -> Ending {
+    match io::stdout().write_all(text.as_bytes()) {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => failed(&error),
+        _ => Ending::PowerOff,
+    }
+}
+
+fn check_arguments(arguments: &[String]) -> Ending {
+    let all = ["fanlight".to_owned()]
+        .into_iter()
+        .chain(arguments.to_vec());
+    match command::parse(all.map(Into::into)) {
+        Err(error) if error.exit_code() != 0 => {
+            eprintln!("fanlight: {}", usage_error::line(&error, arguments));
+            Ending::BadInput
+        }
+        _ => Ending::PowerOff,
+    }
 }
 
 fn bad_input(error: &dyn std::error::Error) -> Ending {

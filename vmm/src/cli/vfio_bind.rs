@@ -141,6 +141,20 @@ fn row(function: &HostFunction) -> [String; 6] {
     ]
 }
 
+/// A function in a few words: class, ID and driver.
+pub fn summary(function: &HostFunction) -> String {
+    let hex = |name| function.hex(name).unwrap_or(0);
+    format!(
+        "{} {:04x}:{:04x}, {}",
+        class_name(hex("class")),
+        hex("vendor"),
+        hex("device"),
+        function
+            .driver()
+            .map_or("no driver".into(), |driver| format!("driver {driver}"))
+    )
+}
+
 /// Names of base classes (PCI Code and ID Assignment 1.11, section 1).
 fn class_name(class: u32) -> &'static str {
     match class >> 16 {
@@ -161,7 +175,8 @@ fn class_name(class: u32) -> &'static str {
     }
 }
 
-fn is_bridge(function: &HostFunction) -> bool {
+/// Whether the function is a PCI bridge.
+pub fn is_bridge(function: &HostFunction) -> bool {
     function
         .hex("class")
         .is_some_and(|class| class >> 16 == 0x06)
