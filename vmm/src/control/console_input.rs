@@ -1,4 +1,4 @@
-//! What the host types, on its way into the guest's consoles.
+//! Input from the host to the guest's consoles.
 
 use std::collections::VecDeque;
 
@@ -7,15 +7,15 @@ use crate::{
     vm::{guest_console::GuestConsole, resources::Consoles},
 };
 
-/// A console of the machine with the host's side of its input.
+/// A console with the source of its input.
 pub struct ConsoleInput<'a> {
-    /// The host's side.
+    /// The source: terminal, socket or nothing.
     pub source: &'a mut Input,
     /// The guest's side.
     pub guest: GuestConsole,
-    /// What the guest had no room for.
+    /// Bytes that the guest had no room for.
     pub pending: VecDeque<u8>,
-    /// Whether the source is being waited on.
+    /// Whether the main loop waits on the source.
     pub waiting: bool,
 }
 
@@ -42,7 +42,7 @@ impl ConsoleInput<'_> {
         }
     }
 
-    /// Gives the guest what waits; returns whether everything found room.
+    /// Writes pending bytes to the console. Returns whether all fit.
     pub fn push(&mut self) -> bool {
         while !self.pending.is_empty() {
             let (front, _) = self.pending.as_slices();

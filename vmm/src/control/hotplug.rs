@@ -26,14 +26,14 @@ impl RunningMachine<'_> {
         Ok(added)
     }
 
-    /// The host wants passed-through devices back. The guest is asked for each first; who still has it when the host
-    /// asks again loses it.
+    /// Handles the host's requests for passed-through devices. The first request asks the guest to release the device;
+    /// the second removes it by force.
     pub fn take_requests(&mut self) {
         for id in self.hotplug.take_requests() {
             if self.requested.insert(id.clone()) {
                 tracing::warn!(
                     id,
-                    "the host wants a device back: the guest is asked for it"
+                    "the host wants a device back: the guest is asked to release it"
                 );
                 let events = &self.queue.events;
                 events.publish_device(EventName::DeviceRequested, &id);
@@ -43,7 +43,7 @@ impl RunningMachine<'_> {
             } else {
                 tracing::warn!(
                     id,
-                    "the host takes a device away that the guest has not given up"
+                    "the host takes a device away that the guest has not released"
                 );
                 self.machine.topology.force_remove(&id);
                 self.removed(&id);
@@ -51,7 +51,7 @@ impl RunningMachine<'_> {
         }
     }
 
-    /// A device is gone: what it used of the host is closed.
+    /// A device was removed: closes its files and devices of the host.
     pub fn removed(&mut self, id: &str) {
         self.hotplug.remove(id, &mut self.machine);
         self.requested.remove(id);

@@ -1,4 +1,4 @@
-//! A machine's life: started, reset, ended; signals, console input, and what the guest asks for.
+//! The main loop: runs a machine, restarts it on a reset, and handles signals, console input and calls of the API.
 
 use std::{
     collections::BTreeSet,
@@ -38,23 +38,23 @@ use crate::{
 
 /// How long a guest has to shut down after SIGTERM pressed its power button.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(30);
-/// A restart that comes this soon, this often, is not a restart but a guest that cannot start.
+/// So many restarts in a row, each within this time of its start, mean a guest that cannot start.
 const RESTART_LOOP: (u32, Duration) = (5, Duration::from_secs(1));
-/// Input that waits for a console with no room: more is left in the terminal or the socket.
+/// Bytes of input kept for a console that is full. More stays in the terminal or the socket.
 const PENDING_INPUT: usize = 4096;
 
-/// What the main loop wakes up for.
+/// What vCPUs and devices report to the main loop.
 #[derive(Debug)]
 enum Event {
     Guest(GuestRequest),
     Failed(VcpuError),
-    /// The guest has given up the device of a slot.
+    /// The guest has released the device in a slot.
     Ejected(u8),
 }
 
 /// Runs the machine until its end. `started` is when the process started, for the log.
 ///
-/// When it returns the machine is gone, and everybody who waited for that has been told.
+/// When it returns, the machine is gone and all calls that waited for that are answered.
 pub fn run(
     resources: Resources,
     signals: &Signals,
@@ -144,21 +144,21 @@ fn live(
     loop {
         let timeout = manager
             .subscriber_mut(main)
-            .map_or(-1, |main| main.patience());
+            .map_or(-1, |main| main.timeout());
         manager
             .run_with_timeout(timeout)
             .map_err(|error| host("wait for events")(io::Error::other(error)))?;
         let Ok(main) = manager.subscriber_mut(main) else {
             continue;
         };
-        main.check_patience();
+        main.check_deadlines();
         if let Some(outcome) = main.vm.outcome.take() {
             tracing::info!(
                 exits = main.vm.machine.processors.total_exits(),
                 ?outcome,
                 "the guest stops"
             );
-            // What the guest was asked to give up does not come back after a reset.
+            // Devices whose removal is under way do not come back after a reset.
             for id in main.vm.machine.topology.removing() {
                 main.vm.removed(&id);
             }
@@ -169,7 +169,7 @@ fn live(
 
 fn callbacks(sender: Sender<Event>, wake: EventFd, published: Published) -> Callbacks {
     let send = Arc::new(move |event| {
-        // The receiver is gone only when the machine is going down: nobody is interested then.
+        // The receiver is gone only while the machine ends.
         if sender.send(event).is_ok()
             && let Err(error) = wake.write(1)
         {
@@ -198,7 +198,7 @@ struct MainLoop<'a> {
     panic_grace: Option<(PanicGrace, Outcome)>,
 }
 
-/// Data of the loop's events. Inputs and the room in their consoles follow, two numbers for each.
+/// Data of epoll events. Each console has two more: its input, and room in the console.
 const WAKE: u32 = 0;
 const SIGNAL: u32 = 1;
 const COMMAND: u32 = 2;
@@ -206,8 +206,8 @@ const REQUESTED: u32 = 3;
 const FIRST_INPUT: u32 = 4;
 
 impl MainLoop<'_> {
-    /// Milliseconds until [`Self::check_patience`] has something to look at; -1 for never.
-    fn patience(&self) -> i32 {
+    /// Milliseconds until the next deadline of [`Self::check_deadlines`]; -1 for none.
+    fn timeout(&self) -> i32 {
         let grace = self.panic_grace.as_ref().map(|(grace, _)| grace.check_at());
         self.kill_at
             .into_iter()
@@ -219,7 +219,7 @@ impl MainLoop<'_> {
             })
     }
 
-    fn check_patience(&mut self) {
+    fn check_deadlines(&mut self) {
         let now = Instant::now();
         if self.kill_at.is_some_and(|at| now >= at) {
             tracing::warn!("the guest did not shut down within {SHUTDOWN_PATIENCE:?}: stopped");
@@ -235,8 +235,8 @@ impl MainLoop<'_> {
         }
     }
 
-    /// The guest has ended its life by itself: after a panic that comes of the panic.
-    fn gone(&mut self, outcome: Outcome) {
+    /// The guest has powered off or reset. After a panic, the action for the panic counts instead.
+    fn ended_by_guest(&mut self, outcome: Outcome) {
         let panicked = self.panic_grace.take().map(|(_, outcome)| outcome);
         self.vm.end(panicked.unwrap_or(outcome));
     }
@@ -253,8 +253,10 @@ impl MainLoop<'_> {
                     }
                 }
                 Event::Failed(error) => self.vm.end(Outcome::Failed(error.into())),
-                Event::Guest(GuestRequest::PowerOff) => self.gone(Outcome::End(Ending::PowerOff)),
-                Event::Guest(GuestRequest::Reset) => self.gone(match self.on_reset {
+                Event::Guest(GuestRequest::PowerOff) => {
+                    self.ended_by_guest(Outcome::End(Ending::PowerOff))
+                }
+                Event::Guest(GuestRequest::Reset) => self.ended_by_guest(match self.on_reset {
                     OnReset::Restart => Outcome::Restart,
                     OnReset::Exit => Outcome::End(Ending::Reset),
                 }),
@@ -279,7 +281,7 @@ impl MainLoop<'_> {
     }
 
     fn take_commands(&mut self) {
-        // Once the machine is to end or to restart, the rest is for the one after.
+        // Later commands are for the machine after this one, or after the restart.
         if self.vm.outcome.is_none()
             && let Some(command) = self.vm.queue.next()
         {
@@ -304,7 +306,7 @@ impl MainLoop<'_> {
         }
         self.vm.queue.leave();
         if self.vm.queue.state() == VmState::Paused {
-            // A guest that stands still would never know.
+            // A paused guest would not notice the power button.
             self.vm.resume_silently();
         }
         tracing::info!("asked the guest to shut down; a second signal stops it at once");
@@ -315,7 +317,7 @@ impl MainLoop<'_> {
         }
     }
 
-    /// Input came, or a console has room again.
+    /// Input arrived, or a console has room again.
     fn move_input(&mut self, index: usize, readable: bool, ops: &mut EventOps) {
         let Some(input) = self.vm.inputs.get_mut(index) else {
             return;

@@ -1,11 +1,12 @@
 //! What calls can learn of the machine in every state.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard};
 
 use fanlight_api::{
     VmConfig,
     types::{VmEnding, VmInfo, VmState},
 };
+use fanlight_devices::sync::Mutex;
 
 use crate::display::api::Display;
 
@@ -22,7 +23,7 @@ struct Inner {
 
 impl VmStatus {
     fn inner(&self) -> MutexGuard<'_, Inner> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock()
     }
 
     /// The machine in short.

@@ -1,17 +1,17 @@
 //! Input from a viewer, as events of the guest's keyboard, pointer and touch screen.
 
-use std::{
-    collections::BTreeSet,
-    sync::{Arc, Mutex, PoisonError},
-};
+use std::{collections::BTreeSet, sync::Arc};
 
 use fanlight_api::display::ViewerMessage;
-use fanlight_devices::virtio::{
-    gpu::DisplayHandle,
-    input::{
-        ABS_MT_POSITION_X, ABS_MT_POSITION_Y, ABS_MT_SLOT, ABS_MT_TRACKING_ID, ABS_X, ABS_Y,
-        AXIS_MAX, BTN_TOUCH, EV_ABS, EV_KEY, EV_REL, InputEvent, InputHandle, REL_HWHEEL,
-        REL_HWHEEL_HI_RES, REL_WHEEL, REL_WHEEL_HI_RES, TOUCHES,
+use fanlight_devices::{
+    sync::Mutex,
+    virtio::{
+        gpu::DisplayHandle,
+        input::{
+            ABS_MT_POSITION_X, ABS_MT_POSITION_Y, ABS_MT_SLOT, ABS_MT_TRACKING_ID, ABS_X, ABS_Y,
+            AXIS_MAX, BTN_TOUCH, EV_ABS, EV_KEY, EV_REL, InputEvent, InputHandle, REL_HWHEEL,
+            REL_HWHEEL_HI_RES, REL_WHEEL, REL_WHEEL_HI_RES, TOUCHES,
+        },
     },
 };
 
@@ -54,7 +54,7 @@ impl Inputs {
 
     /// Sends a message of the viewer to the device that it is for. Codes that the device lacks are dropped.
     pub fn take(&self, message: &ViewerMessage) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
         let [keyboard, pointer, touch] = &self.devices;
         match *message {
             ViewerMessage::Key { code, pressed } => {
@@ -92,7 +92,7 @@ impl Inputs {
 
     /// Releases all keys, buttons and fingers.
     pub fn release_all(&self) {
-        let mut state = self.state.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = self.state.lock();
         let [keyboard, pointer, touch] = &self.devices;
         for code in std::mem::take(&mut state.keys) {
             send(keyboard, &[event(EV_KEY, code, 0)]);

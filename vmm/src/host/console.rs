@@ -1,4 +1,4 @@
-//! The host's side of consoles: standard input and output, files and sockets.
+//! Backends of consoles: standard input and output, files and sockets.
 
 use std::{
     fs::{File, OpenOptions},
@@ -11,12 +11,15 @@ use std::{
         },
     },
     path::{Path, PathBuf},
-    sync::{Arc, Mutex, PoisonError},
+    sync::Arc,
     time::Duration,
 };
 
 use fanlight_api::CharBackend;
-use fanlight_devices::legacy::output::{Output, OutputThread};
+use fanlight_devices::{
+    legacy::output::{Output, OutputThread},
+    sync::Mutex,
+};
 use thiserror::Error;
 
 use crate::{host::files::open_at_once, host::terminal::RawTerminal};
@@ -45,23 +48,23 @@ pub enum ConsoleError {
         #[source]
         source: io::Error,
     },
-    /// Something of the host's failed.
+    /// The host failed.
     #[error("cannot set up a console")]
     Host(#[from] io::Error),
 }
 
-/// A console's connection to the host.
+/// The backend of a console.
 pub struct HostConsole {
-    /// Where the guest's output goes; never blocks.
+    /// Takes the guest's output; never blocks.
     pub output: Output,
-    /// Where input comes from.
+    /// The source of input.
     pub input: Input,
     _thread: OutputThread,
 }
 
-/// Where a console's input comes from.
+/// The source of a console's input.
 pub enum Input {
-    /// Nowhere.
+    /// None.
     None,
     /// Standard input, with the terminal in raw mode if it is one.
     Stdin(Escape, Option<RawTerminal>),
@@ -114,14 +117,14 @@ fn append_to(path: &Path) -> Result<File, ConsoleError> {
     Ok(file)
 }
 
-/// What became of a look at the input.
+/// The result of [`Input::receive`].
 #[derive(Debug, PartialEq, Eq)]
 pub enum Received {
     /// Bytes for the guest; possibly none.
     Bytes(Vec<u8>),
-    /// No more will come.
+    /// The input has ended.
     End,
-    /// The user wants to leave.
+    /// The user typed Ctrl-A x.
     Quit,
 }
 
@@ -135,8 +138,8 @@ impl Input {
         }
     }
 
-    /// Connects a client, and gives the client's end. `None` if this is no place for one; an error if one
-    /// is there already, or the host fails.
+    /// Connects a client, and returns the client's end. `None` if the backend takes no clients; an error if it has
+    /// one already (`ResourceBusy`), or the host fails.
     pub fn attach(&mut self) -> Option<io::Result<UnixStream>> {
         let Input::Socket(socket) = self else {
             return None;
@@ -160,7 +163,7 @@ impl Input {
         Some((size.ws_col, size.ws_row))
     }
 
-    /// Takes what is there. Called when the descriptor is readable.
+    /// Reads what has arrived. Called when a descriptor is readable.
     pub fn receive(&mut self) -> Received {
         let mut bytes = [0; 1024];
         match self {
@@ -168,7 +171,7 @@ impl Input {
             Input::Stdin(escape, terminal) => {
                 match rustix::io::read(stdin(), &mut bytes) {
                     Ok(0) => Received::End,
-                    // Without a terminal the bytes are a program's: none of them is a command.
+                    // Without a terminal the bytes come from a program, and Ctrl-A is data.
                     Ok(read) if terminal.is_some() => escape.filter(&bytes[..read]),
                     Ok(read) => Received::Bytes(bytes[..read].into()),
                     Err(rustix::io::Errno::INTR | rustix::io::Errno::AGAIN) => {
@@ -186,7 +189,7 @@ fn stdin() -> BorrowedFd<'static> {
     rustix::stdio::stdin()
 }
 
-/// Recognises Ctrl-A x, which leaves, and Ctrl-A Ctrl-A, which is one Ctrl-A.
+/// Recognises Ctrl-A x, which quits, and Ctrl-A Ctrl-A, which sends one Ctrl-A.
 #[derive(Debug, Default)]
 pub struct Escape {
     armed: bool,
@@ -195,7 +198,7 @@ pub struct Escape {
 const CTRL_A: u8 = 1;
 
 impl Escape {
-    /// What of `bytes` is for the guest, or that the user wants to leave.
+    /// The part of `bytes` for the guest, or that the user quits.
     pub fn filter(&mut self, bytes: &[u8]) -> Received {
         let mut kept = Vec::with_capacity(bytes.len());
         for &byte in bytes {
@@ -212,11 +215,11 @@ impl Escape {
 
 type Client = Arc<Mutex<Option<UnixStream>>>;
 
-/// A client, one at a time, and the socket that it comes through, if there is one.
+/// One client at a time, through a listening socket or [`Input::attach`].
 pub struct SocketInput {
     listener: Option<(PathBuf, UnixListener)>,
     client: Client,
-    /// The listener and the client behind one descriptor, so that the main loop knows only that.
+    /// The listener and the client behind one descriptor for the main loop.
     epoll: std::os::fd::OwnedFd,
 }
 
@@ -227,7 +230,7 @@ impl SocketInput {
             path: path.into(),
             source,
         };
-        // Left over from a process that is gone: nobody answers.
+        // A socket file that no process listens on is left over.
         let stale = std::fs::symlink_metadata(path).is_ok_and(|m| m.file_type().is_socket())
             && UnixStream::connect(path)
                 .is_err_and(|error| error.kind() == io::ErrorKind::ConnectionRefused);
@@ -248,7 +251,7 @@ impl SocketInput {
         Ok(input)
     }
 
-    /// Clients come by [`Input::attach`] only.
+    /// Clients come through [`Input::attach`] only.
     fn without_listener() -> io::Result<Self> {
         use rustix::event::epoll;
         Ok(Self {
@@ -268,7 +271,7 @@ impl SocketInput {
         {
             self.take_client(stream);
         }
-        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut client = self.client.lock();
         let Some(stream) = client.as_mut() else {
             return vec![];
         };
@@ -286,11 +289,11 @@ impl SocketInput {
         }
     }
 
-    /// Whether the console was free. A second client is told by a closed connection that it is taken.
+    /// Takes a client if there is none. Otherwise its connection closes. Returns whether it was taken.
     fn take_client(&self, stream: UnixStream) -> bool {
         use rustix::event::epoll;
-        let mut client = self.client.lock().unwrap_or_else(PoisonError::into_inner);
-        // One that has gone may not have been read to its end, where the guest takes no input.
+        let mut client = self.client.lock();
+        // A client that has gone may have unread input, if the guest takes none.
         if client.as_ref().is_some_and(has_gone) {
             *client = None;
         }
@@ -335,14 +338,14 @@ struct SocketSink(Client);
 impl Write for SocketSink {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let stream = {
-            let client = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+            let client = self.0.lock();
             client.as_ref().map(UnixStream::try_clone).transpose()?
         };
         if let Some(mut stream) = stream
             && stream.write_all(bytes).is_err()
         {
             tracing::warn!("the console's client does not read: disconnected");
-            // The main loop sees the end of the stream and forgets the client.
+            // The main loop reads the end of the stream and drops the client.
             let _ = stream.shutdown(std::net::Shutdown::Both);
         }
         Ok(bytes.len())
@@ -400,7 +403,7 @@ mod tests {
         drop(client);
         assert_eq!(console.input.receive(), Received::Bytes(vec![]));
         let mut client = console.input.attach().unwrap().unwrap();
-        // One that has gone holds the place for nobody, though what it typed was not taken.
+        // A client that has gone does not block the next, though its input was not read.
         client.write_all(b"lost").unwrap();
         drop(client);
         assert!(console.input.attach().unwrap().is_ok());

@@ -1,4 +1,4 @@
-//! Files of the host's: how those are opened whose names clients give, and how many there may be.
+//! Files whose names clients give, and the limit on open files.
 
 use std::{
     fs::{File, OpenOptions},
@@ -9,20 +9,19 @@ use std::{
 
 use rustix::process::{Resource, Rlimit, getrlimit, setrlimit};
 
-/// Opens without waiting, which for a FIFO would be until somebody opens its other end: the thread that
-/// opens has others to serve.
+/// Opens a file without blocking. A FIFO would block until its other end is opened, and the thread serves others.
 pub fn open_at_once(how: &mut OpenOptions, path: &Path) -> io::Result<File> {
     how.custom_flags(libc::O_NONBLOCK).open(path)
 }
 
-/// Lets this process open as many files as it may have: the limit below that is for programs that use `select`. Blobs of
-/// the renderer's are files, of which there are many.
+/// Raises the soft limit on open files to the hard one. The soft limit protects programs that use `select`; blobs of
+/// the renderer are files, and a guest has many.
 pub fn allow_all() {
     let most = getrlimit(Resource::Nofile).maximum;
     let files = Rlimit {
         current: most,
         maximum: most,
     };
-    // What is not to be had is told when it is needed.
+    // If that fails, the limit is reported when it is reached.
     let _ = setrlimit(Resource::Nofile, files);
 }

@@ -1,18 +1,18 @@
-//! Gives back the memory of what only the start of the program needed.
+//! Drops pages that only the start of the program needed.
 //!
-//! Reading options, unpacking a kernel and writing tables touches more code than running a guest does, and the
-//! kernel maps sixteen pages for each one touched. Nothing of it is lost: what is used again comes back from the
-//! page cache, at the cost of a minor fault.
+//! Parsing options, unpacking a kernel and writing tables touch more code than running a guest does, and the kernel
+//! maps sixteen pages for each one touched. Nothing is lost: a page that is used again comes from the page cache, at
+//! the cost of a minor fault.
 
 use std::ffi::{c_int, c_void};
 
 use fanlight_arch::layout::PAGE_SIZE;
 use libc::{MADV_DONTNEED, PF_W, PT_LOAD, dl_iterate_phdr, dl_phdr_info, madvise};
 
-/// Gives back the program's code and constants, those of its libraries, and freed memory of the heap.
-pub fn shrink() {
-    // SAFETY: `forget_segments` has the type that is asked for, does not unwind, and ignores its data pointer.
-    unsafe { dl_iterate_phdr(Some(forget_segments), std::ptr::null_mut()) };
+/// Drops pages of code and constants of the program and its libraries, and freed memory of the heap.
+pub fn drop_startup_pages() {
+    // SAFETY: `drop_segments` has the type that is asked for, does not unwind, and ignores its data pointer.
+    unsafe { dl_iterate_phdr(Some(drop_segments), std::ptr::null_mut()) };
     // SAFETY: takes memory from the allocator's free lists only.
     #[cfg(target_env = "gnu")]
     unsafe {
@@ -20,7 +20,7 @@ pub fn shrink() {
     };
 }
 
-unsafe extern "C" fn forget_segments(
+unsafe extern "C" fn drop_segments(
     object: *mut dl_phdr_info,
     _size: usize,
     _data: *mut c_void,
@@ -40,8 +40,8 @@ unsafe extern "C" fn forget_segments(
         }
         let start = (base + header.p_vaddr) & !(PAGE_SIZE - 1);
         let end = base + header.p_vaddr + header.p_memsz;
-        // SAFETY: a segment without PF_W is mapped from its file and was never written (relocations live in
-        // writable segments), so that its pages read the same after they are dropped.
+        // SAFETY: a segment without PF_W is mapped from its file and was never written (relocations are in writable
+        // segments), so its pages read the same after they are dropped.
         unsafe { madvise(start as *mut c_void, (end - start) as usize, MADV_DONTNEED) };
     }
     0
@@ -77,7 +77,7 @@ mod tests {
         // Other tests run beside this one, and use code at the same time.
         let mut after = before;
         for _ in 0..50 {
-            shrink();
+            drop_startup_pages();
             after = resident_code();
             if after < before / 2 {
                 break;

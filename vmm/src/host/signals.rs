@@ -1,4 +1,4 @@
-//! Signals, as bytes in sockets that a loop can wait on.
+//! Signals as bytes in sockets, on which a loop can wait.
 
 use std::{
     io,
@@ -8,12 +8,12 @@ use std::{
     },
 };
 
-/// Signals that came in.
+/// Signals that arrived.
 #[derive(Debug, Default)]
 pub struct Caught {
     /// How often the process was asked to end.
     pub terminate: usize,
-    /// Whether the terminal has another size.
+    /// Whether the terminal was resized.
     pub resized: bool,
 }
 
@@ -63,7 +63,7 @@ impl Signals {
         self.take().terminate > 0
     }
 
-    /// What has come since the last time.
+    /// The signals since the last call.
     pub fn take(&self) -> Caught {
         use std::io::Read;
         let mut bytes = [0; 64];

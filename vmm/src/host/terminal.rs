@@ -1,7 +1,7 @@
-//! The user's terminal in raw mode, and back, however the process ends.
+//! The user's terminal in raw mode, restored however the process ends.
 //!
-//! Dropping restores it, a panic does, and if the process is killed a small guard process does: it
-//! holds one end of a socket and restores when the other end closes.
+//! Dropping [`RawTerminal`] restores it, and so does a panic. If the process is killed, a guard process restores it:
+//! it holds one end of a socket and acts when the other end closes.
 
 use std::{
     io::{self, Read, Write},
@@ -10,20 +10,20 @@ use std::{
         unix::{net::UnixStream, process::CommandExt},
     },
     process::{Child, Command, Stdio},
-    sync::{Mutex, PoisonError},
 };
 
+use fanlight_devices::sync::Mutex;
 use rustix::termios::{OptionalActions, Termios, tcgetattr, tcsetattr};
 
 /// The hidden subcommand that runs [`guard`].
 pub const GUARD_COMMAND: &str = "terminal-guard";
 
-/// What the terminal was before, for the panic hook.
+/// The terminal's mode before, for the panic hook.
 static BEFORE: Mutex<Option<Termios>> = Mutex::new(None);
 
 /// The terminal is raw while this lives.
 pub struct RawTerminal {
-    /// Closing it makes the guard restore the terminal and end.
+    /// When it closes, the guard restores the terminal and ends.
     alive: Option<UnixStream>,
     guard: Child,
 }
@@ -44,10 +44,10 @@ impl RawTerminal {
             .stderr(Stdio::null())
             .process_group(0)
             .spawn()?;
-        // The guard has seen the old mode once it answers.
+        // The guard answers when it has read the old mode.
         alive.read_exact(&mut [0])?;
 
-        *BEFORE.lock().unwrap_or_else(PoisonError::into_inner) = Some(before.clone());
+        *BEFORE.lock() = Some(before.clone());
         let hook = std::panic::take_hook();
         std::panic::set_hook(Box::new(move |info| {
             restore();
@@ -72,7 +72,7 @@ impl Drop for RawTerminal {
 }
 
 fn restore() {
-    let before = BEFORE.lock().unwrap_or_else(PoisonError::into_inner).take();
+    let before = BEFORE.lock().take();
     if let Some(before) = before {
         let _ = tcsetattr(rustix::stdio::stdin(), OptionalActions::Now, &before);
     }
@@ -80,7 +80,7 @@ fn restore() {
 
 /// The guard process: standard input is the socket, standard output the terminal.
 pub fn guard() -> io::Result<()> {
-    // Out of the terminal's foreground, changing its mode raises SIGTTOU, unless that is blocked.
+    // A background process that changes the terminal's mode gets SIGTTOU, unless that is blocked.
     vmm_sys_util::signal::block_signal(libc::SIGTTOU)
         .map_err(|e| io::Error::other(e.to_string()))?;
     let (socket, terminal) = (rustix::stdio::stdin(), rustix::stdio::stdout());

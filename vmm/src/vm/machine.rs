@@ -176,7 +176,7 @@ impl Machine {
 
     /// Starts the vCPUs.
     pub fn start(&mut self) -> Result<(), MachineError> {
-        memory_trim::shrink();
+        memory_trim::drop_startup_pages();
         self.processors.start()
     }
 
