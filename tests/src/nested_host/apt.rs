@@ -233,7 +233,7 @@ fn keyring(dir: &Path) -> Result<PathBuf> {
     Ok(foreign(dir, "debian-archive-keyring")?.join(KEYRING))
 }
 
-/// Unpacks a package of the machine's own distribution, through its own apt.
+/// Unpacks a package of the distribution that this machine has, through the apt of that.
 fn foreign(dir: &Path, package: &str) -> Result<PathBuf> {
     let (download, root) = (dir.join("foreign-debs"), dir.join("foreign"));
     for path in [&download, &root] {
