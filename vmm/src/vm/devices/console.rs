@@ -7,7 +7,7 @@ use fanlight_devices::{legacy::output::Output, virtio::console::Console};
 use thiserror::Error;
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
-use super::{CLASS_COMMUNICATION_OTHER, Device, DeviceError, Failure, Kind, Life, Opening};
+use super::{CLASS_COMMUNICATION_OTHER, Device, Failure, Kind, Life, Opened, Opening};
 use crate::{
     host::console::{ConsoleError, HostConsole},
     vm::{
@@ -71,7 +71,7 @@ impl Classify for EventError {
     }
 }
 
-fn open(opening: &mut Opening) -> Result<Vec<Box<dyn Device>>, DeviceError> {
+fn open(opening: &mut Opening) -> Opened {
     let serial = &opening.config.serial;
     let host = &mut opening.console;
     KIND.open_each(

@@ -6,7 +6,7 @@ use fanlight_api::{DiskConfig, OrFd, VmConfig, socket::Descriptors, types::AddDe
 use fanlight_devices::virtio::block::{Block, DiskError, DiskFormat, DiskImage};
 use thiserror::Error;
 
-use super::{Device, DeviceError, Devices, Entry, Failure, Hotplug, Kind, Life, Opening, Place};
+use super::{Device, Devices, Entry, Failure, Hotplug, Kind, Life, Opened, Opening, Place};
 use crate::vm::{
     fault::{BadDescriptor, Classify, Fault},
     function::Function,
@@ -69,7 +69,7 @@ impl Classify for DiskError {
     }
 }
 
-fn open(opening: &mut Opening) -> Result<Vec<Box<dyn Device>>, DeviceError> {
+fn open(opening: &mut Opening) -> Opened {
     let descriptors = opening.descriptors;
     KIND.open_each(
         &opening.config.disk,

@@ -18,7 +18,7 @@ use fanlight_devices::{
 use thiserror::Error;
 
 use super::{
-    Device, DeviceError, Failure, Kind, Life, Opening,
+    Device, Failure, Kind, Life, Opened, Opening,
     names::{NameError, check_port},
 };
 use crate::{
@@ -170,7 +170,7 @@ impl RendererSetup {
     }
 }
 
-fn open(opening: &mut Opening) -> Result<Vec<Box<dyn Device>>, DeviceError> {
+fn open(opening: &mut Opening) -> Opened {
     let configs = &opening.config.gpu;
     if configs.len() > MAX_GPUS {
         return Err(KIND.error(None, GpuError::TooManyGpus(configs.len())));

@@ -5,7 +5,7 @@ use std::io;
 use fanlight_devices::virtio::input::{Input, InputHandle, InputKind};
 use thiserror::Error;
 
-use super::{Device, DeviceError, Devices, Failure, Kind, Life, Opening};
+use super::{Device, Devices, Failure, Kind, Life, Opened, Opening};
 use crate::vm::{
     fault::{Classify, Fault},
     function::Function,
@@ -37,7 +37,7 @@ impl Classify for InputError {
     }
 }
 
-fn open(opening: &mut Opening) -> Result<Vec<Box<dyn Device>>, DeviceError> {
+fn open(opening: &mut Opening) -> Opened {
     let kinds = [InputKind::Keyboard, InputKind::Pointer, InputKind::Touch];
     let wanted = if opening.config.gpu.is_empty() {
         &[]

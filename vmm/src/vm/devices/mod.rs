@@ -67,10 +67,13 @@ pub struct Kind {
     /// What people call it.
     pub title: &'static str,
     /// Opens its devices in the configuration.
-    pub open: fn(&mut Opening) -> Result<Vec<Box<dyn Device>>, DeviceError>,
+    pub open: fn(&mut Opening) -> Opened,
     /// What `device.add` and removal need; none if its devices can be neither added nor removed.
     pub hotplug: Option<Hotplug>,
 }
+
+/// The devices that a kind opened.
+pub type Opened = Result<Vec<Box<dyn Device>>, DeviceError>;
 
 /// What devices are opened from.
 pub struct Opening<'a> {
@@ -107,7 +110,7 @@ impl Kind {
         entries: impl IntoIterator<Item = C>,
         id: impl Fn(&C) -> Option<&str>,
         mut open: impl FnMut(C) -> Result<D, Failure>,
-    ) -> Result<Vec<Box<dyn Device>>, DeviceError> {
+    ) -> Opened {
         let device = |entry| {
             let id = id(&entry).map(str::to_owned);
             match open(entry) {

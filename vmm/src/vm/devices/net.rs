@@ -6,7 +6,7 @@ use fanlight_api::{NetConfig, OrFd, VmConfig, socket::Descriptors, types::AddDev
 use fanlight_devices::virtio::net::{Mac, MacError, Net, Tap, TapError, VhostNetError};
 use thiserror::Error;
 
-use super::{Device, DeviceError, Entry, Failure, Hotplug, Kind, Life, Opening, Place};
+use super::{Device, Entry, Failure, Hotplug, Kind, Life, Opened, Opening, Place};
 use crate::vm::{
     fault::{BadDescriptor, Classify, Fault},
     function::Function,
@@ -78,7 +78,7 @@ impl Classify for VhostNetError {
     }
 }
 
-fn open(opening: &mut Opening) -> Result<Vec<Box<dyn Device>>, DeviceError> {
+fn open(opening: &mut Opening) -> Opened {
     let descriptors = opening.descriptors;
     KIND.open_each(
         &opening.config.net,

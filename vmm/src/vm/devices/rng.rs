@@ -2,7 +2,7 @@
 
 use fanlight_devices::virtio::rng::Rng;
 
-use super::{CLASS_OTHER, Device, DeviceError, Failure, Kind, Life, Opening};
+use super::{CLASS_OTHER, Device, Failure, Kind, Life, Opened, Opening};
 use crate::vm::function::Function;
 
 /// The entropy device; at most one.
@@ -15,7 +15,7 @@ pub static KIND: Kind = Kind {
 
 struct Entropy;
 
-fn open(opening: &mut Opening) -> Result<Vec<Box<dyn Device>>, DeviceError> {
+fn open(opening: &mut Opening) -> Opened {
     let wanted = opening.config.rng.enabled.then_some(&opening.config.rng);
     KIND.open_each(wanted, |_| None, |_| Ok(Entropy))
 }

@@ -12,7 +12,7 @@ use fanlight_devices::vfio::{
 use thiserror::Error;
 use vmm_sys_util::eventfd::EventFd;
 
-use super::{Device, DeviceError, Devices, Entry, Failure, Hotplug, Kind, Life, Opening, Place};
+use super::{Device, Devices, Entry, Failure, Hotplug, Kind, Life, Opened, Opening, Place};
 use crate::vm::{
     fault::{BadDescriptor, Classify, Fault},
     function::Function,
@@ -126,7 +126,7 @@ struct PassedThrough {
     port: Option<u8>,
 }
 
-fn open(opening: &mut Opening) -> Result<Vec<Box<dyn Device>>, DeviceError> {
+fn open(opening: &mut Opening) -> Opened {
     let configs = &opening.config.vfio;
     if configs.is_empty() {
         return Ok(Vec::new());

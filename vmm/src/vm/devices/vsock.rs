@@ -6,7 +6,7 @@ use fanlight_api::{OrFd, VsockConfig, socket::Descriptors};
 use fanlight_devices::virtio::vsock::{HOST_DEVICE, Vsock, VsockError};
 use thiserror::Error;
 
-use super::{CLASS_COMMUNICATION_OTHER, Device, DeviceError, Failure, Kind, Life, Opening};
+use super::{CLASS_COMMUNICATION_OTHER, Device, Failure, Kind, Life, Opened, Opening};
 use crate::vm::{
     fault::{BadDescriptor, Classify, Fault},
     function::Function,
@@ -59,7 +59,7 @@ impl Classify for VsockError {
     }
 }
 
-fn open(opening: &mut Opening) -> Result<Vec<Box<dyn Device>>, DeviceError> {
+fn open(opening: &mut Opening) -> Opened {
     let descriptors = opening.descriptors;
     KIND.open_each(
         &opening.config.vsock,
