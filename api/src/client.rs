@@ -1,4 +1,4 @@
-//! A client: one connection, one request at a time; events wait until they are asked for.
+//! A client: one connection, one request at a time. Events are kept until they are taken.
 
 use std::{
     collections::VecDeque,
@@ -37,7 +37,7 @@ pub enum ClientError {
     /// The server closed the connection.
     #[error("the server closed the connection")]
     Closed,
-    /// The server said something that is no answer.
+    /// The server sent something other than an answer.
     #[error("the server's answer cannot be read")]
     Answer(#[from] serde_json::Error),
     /// The server refused.
@@ -46,7 +46,7 @@ pub enum ClientError {
 }
 
 impl ClientError {
-    /// Whether the server no longer reads.
+    /// Whether the server has closed its end.
     fn is_closed(&self) -> bool {
         use io::ErrorKind::{BrokenPipe, ConnectionReset};
         matches!(self, Self::Io { source, .. } if matches!(source.kind(), BrokenPipe | ConnectionReset))
@@ -113,7 +113,7 @@ impl Client {
         match self.write(&line(&request), fds) {
             Ok(()) => self.answer(id),
             Err(error) if error.is_closed() => match self.answer(id) {
-                // A server that closes at once has said why, if it could.
+                // A server that closes at once sends the reason first, if it can.
                 Err(ClientError::Refused(why)) => Err(why.into()),
                 _ => Err(error),
             },
@@ -127,7 +127,7 @@ impl Client {
             let (message, fds) = self.message()?;
             match message.id {
                 Some(Id::Number(number)) if number.as_u64() == Some(id) => {}
-                // An error without an id is about a line that could not be read, ours, or about us.
+                // An error without an id is about this client, or about a line that could not be read.
                 None | Some(Id::Null) if message.error.is_some() => {}
                 _ => continue,
             }
@@ -185,7 +185,7 @@ impl Client {
         }
     }
 
-    /// The connection, for what this type does not do.
+    /// The connection, for uses that this type does not offer.
     pub fn socket(&self) -> &UnixStream {
         &self.socket
     }

@@ -1,4 +1,4 @@
-//! Errors of the API: a stable kind and number, the field at fault, and words for a person.
+//! Errors of the API: a stable kind and number, the field at fault, and a message for people.
 
 use std::fmt;
 
@@ -6,7 +6,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize, de::DeserializeOwned};
 use serde_json::Value;
 
-/// What went wrong, as a program tells it. The words and their numbers do not change between versions.
+/// The kind of an error, for programs. Names and numbers stay the same between versions.
 #[derive(Clone, Copy, Debug, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "snake_case")]
 pub enum ErrorKind {
@@ -16,17 +16,17 @@ pub enum ErrorKind {
     InvalidRequest,
     /// There is no method of that name.
     UnknownMethod,
-    /// The parameters are not the method's.
+    /// The parameters do not fit the method.
     InvalidParams,
-    /// A mistake of Fanlight's.
+    /// A bug in Fanlight.
     Internal,
     /// The machine's state forbids it.
     WrongState,
-    /// There is no such device.
+    /// There is no such device, output or resource.
     NotFound,
     /// The name is taken.
     Exists,
-    /// Somebody else is at it; it may work later.
+    /// In use at the moment; it may work later.
     Busy,
     /// A descriptor is missing, or not of the kind that is needed.
     BadDescriptor,
@@ -59,10 +59,10 @@ impl ErrorKind {
     }
 }
 
-/// What a program reads of an error.
+/// The part of an error for programs.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 pub struct ErrorData {
-    /// What went wrong.
+    /// The kind.
     pub kind: ErrorKind,
     /// The field at fault, such as `disk[0].path`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -72,14 +72,14 @@ pub struct ErrorData {
     pub suggestion: Option<String>,
 }
 
-/// An error as it is on the wire.
+/// An error on the wire.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 pub struct ApiError {
-    /// Number of the kind.
+    /// The number of the kind, in JSON-RPC.
     pub code: i32,
     /// One line for a person.
     pub message: String,
-    /// The same for a program.
+    /// The part for programs.
     pub data: ErrorData,
 }
 
@@ -123,7 +123,7 @@ impl ApiError {
         self
     }
 
-    /// The same, however much of what it is about it repeats.
+    /// Limits the length of message and field, which may repeat input of the client.
     pub fn bounded(mut self) -> Self {
         clip(&mut self.message, MAX_MESSAGE);
         if let Some(field) = &mut self.data.field {
@@ -144,9 +144,9 @@ impl ApiError {
 
 /// The name that a person who wrote `name` most likely meant.
 pub fn nearest<'a>(name: &str, valid: impl Iterator<Item = &'a str>) -> Option<&'a str> {
-    /// Below this, names have little in common.
+    /// Below this likeness, names have little in common.
     const ALIKE: f64 = 0.7;
-    /// Comparing takes time by length; no name of ours is as long.
+    /// Longer names are not compared: comparison takes time, and no valid name is as long.
     const MAX_NAME: usize = 64;
     if name.len() > MAX_NAME {
         return None;
@@ -175,7 +175,7 @@ pub fn read<T: DeserializeOwned>(value: Value) -> Result<T, ApiError> {
     })
 }
 
-/// Reads serde's words for an unknown field or variant: the name, and those that it expects.
+/// Parses serde's message about an unknown field or variant: the name, and the valid ones.
 fn unknown_name(text: &str) -> Option<(&str, Vec<&str>)> {
     let rest = text
         .strip_prefix("unknown field `")

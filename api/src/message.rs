@@ -8,7 +8,7 @@ use crate::error::{ApiError, ErrorKind};
 /// The most requests in one batch.
 pub const MAX_BATCH: usize = 64;
 
-/// What a client calls its request.
+/// The id that a client gives its request.
 #[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
 #[serde(untagged)]
 pub enum Id {
@@ -16,14 +16,14 @@ pub enum Id {
     Number(serde_json::Number),
     /// Text.
     Text(String),
-    /// Nothing: what an error answers whose request could not be read.
+    /// Null: for errors about a request that could not be read.
     Null,
 }
 
 /// A request, or a notification if it has no id.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Request {
-    /// What the answer is to carry.
+    /// The id for the answer.
     pub id: Option<Id>,
     /// The method's name.
     pub method: String,
@@ -31,7 +31,7 @@ pub struct Request {
     pub params: Value,
 }
 
-/// A line's content. A request that is none comes as the error to answer it with.
+/// The content of a line. An invalid request comes as the error to answer it with.
 #[derive(Debug)]
 pub enum Incoming {
     /// One request.
@@ -111,12 +111,12 @@ impl Request {
 pub struct Response {
     /// `2.0`.
     pub jsonrpc: String,
-    /// The request's.
+    /// The id of the request.
     pub id: Id,
-    /// What the method gave.
+    /// The result of the method.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub result: Option<Box<RawValue>>,
-    /// Why it did not.
+    /// Why there is no result.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<ApiError>,
 }

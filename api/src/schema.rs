@@ -1,4 +1,4 @@
-//! The API's own description: an OpenRPC 1.3 document, made from the Rust types.
+//! The description of the API: an OpenRPC 1.3 document, generated from the Rust types.
 
 use std::sync::OnceLock;
 
@@ -71,7 +71,7 @@ fn make() -> Value {
     })
 }
 
-/// A schema of the document's that stands on its own, to validate with.
+/// A schema of the document with the definitions that it refers to, for a validator.
 pub fn standalone(document: &Value, schema: &Value) -> Value {
     let mut schema = schema.clone();
     match schema.as_object_mut() {

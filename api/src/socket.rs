@@ -25,13 +25,13 @@ use crate::{
 /// The most descriptors with one line.
 pub const MAX_FDS: usize = 16;
 
-/// What one read brought.
+/// The result of one read.
 struct Received {
     /// Bytes; 0 at the end of the stream.
     len: usize,
-    /// Descriptors of the line that the last byte is in.
+    /// Descriptors of the line that contains the last byte.
     fds: Vec<OwnedFd>,
-    /// More descriptors came than one line may have; those beyond are closed.
+    /// More descriptors came than a line may have; the rest was closed.
     too_many: bool,
 }
 
@@ -59,8 +59,7 @@ fn receive(socket: impl AsFd, bytes: &mut [u8]) -> io::Result<Received> {
     })
 }
 
-/// Writes once, with descriptors; how many bytes were taken. A peer that is gone is an error, not a
-/// signal.
+/// Writes once, with descriptors. Returns how many bytes were written. A closed peer is an error, not a signal.
 pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Result<usize> {
     let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_FDS))];
     let mut control = SendAncillaryBuffer::new(&mut space);
@@ -84,22 +83,22 @@ pub struct LineReader {
     input: Vec<u8>,
     /// Where the next line starts in `input`.
     start: usize,
-    /// Up to where there is no end of a line.
+    /// Up to here there is no end of a line.
     scanned: usize,
-    /// How many bytes of the stream are no longer in `input`.
+    /// Bytes of the stream that are no longer in `input`.
     gone: u64,
-    /// Descriptors, each with the place in the stream of the byte that it came with.
+    /// Descriptors, each with the position in the stream of the byte that it came with.
     fds: VecDeque<(u64, OwnedFd)>,
 }
 
-/// What reading once showed.
+/// The state of the stream after one read.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Progress {
     /// Bytes came.
     More,
-    /// There will be no more.
+    /// The stream has ended.
     End,
-    /// A line has more than [`MAX_FDS`] descriptors: the stream is of no more use.
+    /// A line has more than [`MAX_FDS`] descriptors: the stream cannot be used any more.
     TooManyFds,
 }
 
@@ -160,12 +159,12 @@ impl LineReader {
         Some((&self.input[start..end], fds))
     }
 
-    /// Descriptors of lines that were not asked for yet.
+    /// Descriptors of lines that were not taken yet.
     pub fn held_fds(&self) -> usize {
         self.fds.len()
     }
 
-    /// The place in the stream of the byte that the oldest of them came with.
+    /// The position in the stream of the byte that the oldest of them came with.
     pub fn oldest_fd(&self) -> Option<u64> {
         self.fds.front().map(|(at, _)| *at)
     }
@@ -176,15 +175,15 @@ impl LineReader {
     }
 }
 
-/// What came with one message; those that were taken are gone.
+/// The descriptors of one message; `None` once taken.
 type MessageFds = Mutex<Vec<Option<OwnedFd>>>;
 
-/// Tells how many descriptors of a message nobody has taken yet.
+/// Counts the descriptors of a message that were not taken yet.
 #[derive(Clone, Debug)]
 pub struct Untaken(Weak<MessageFds>);
 
 impl Untaken {
-    /// How many are left; none once nobody can take them any more.
+    /// How many are left; 0 once they cannot be taken any more.
     pub fn count(&self) -> usize {
         self.0.upgrade().map_or(0, |fds| {
             let fds = fds.lock().unwrap_or_else(PoisonError::into_inner);
@@ -193,12 +192,12 @@ impl Untaken {
     }
 }
 
-/// Where the descriptors come from that a configuration names by number.
+/// The source of descriptors that a configuration names by number.
 #[derive(Clone, Debug)]
 pub enum Descriptors {
-    /// With the message.
+    /// The message of a client.
     Message(Arc<MessageFds>),
-    /// From whoever started the process.
+    /// The process that started this one.
     Inherited,
 }
 
@@ -208,7 +207,7 @@ impl Descriptors {
         Self::Message(Arc::new(Mutex::new(fds.into_iter().map(Some).collect())))
     }
 
-    /// How many of a message's nobody has taken.
+    /// A counter of those that were not taken.
     pub fn untaken(&self) -> Untaken {
         Untaken(match self {
             Self::Message(fds) => Arc::downgrade(fds),
@@ -241,7 +240,7 @@ impl Descriptors {
         }
     }
 
-    /// The descriptor that `what` stands for, if it stands for one.
+    /// The descriptor that `what` names, if it names one.
     pub fn take_of<T>(&self, what: &OrFd<T>) -> Result<Option<OwnedFd>, ApiError> {
         match what {
             OrFd::Named(_) => Ok(None),

@@ -1,5 +1,5 @@
-//! A stream of messages with descriptors, in both directions, for one thread that also waits for other
-//! things: nothing here blocks.
+//! A stream of messages with descriptors, in both directions. Nothing here blocks, so that one thread can wait for
+//! other things too.
 
 use std::{
     collections::VecDeque,
@@ -33,12 +33,12 @@ pub enum StreamError {
     /// A line is too long, or has too many descriptors.
     #[error("a line of the stream has more than {MAX_LINE} bytes or too many descriptors")]
     TooLarge,
-    /// The socket.
+    /// The socket failed.
     #[error("the stream broke")]
     Io(#[from] io::Error),
 }
 
-/// One end.
+/// One end of a stream.
 #[derive(Debug)]
 pub struct MessageStream {
     socket: UnixStream,
@@ -64,7 +64,7 @@ impl MessageStream {
         })
     }
 
-    /// Whether messages wait for the socket to take them. Who sends without looking here has no bound.
+    /// Whether messages wait for the socket. Callers that send without checking queue without bound.
     pub fn is_full(&self) -> bool {
         !self.out.is_empty()
     }
@@ -86,7 +86,7 @@ impl MessageStream {
             match send(&self.socket, &message.bytes[message.sent..], &fds) {
                 Ok(sent) => {
                     message.sent += sent;
-                    // They went with the first byte.
+                    // Descriptors were sent with the first byte.
                     message.fds.clear();
                     if message.sent == message.bytes.len() {
                         self.out.pop_front();
@@ -103,7 +103,7 @@ impl MessageStream {
         Ok(())
     }
 
-    /// Reads once, and gives the whole messages that have come.
+    /// Reads once, and returns the complete messages.
     pub fn receive<T: DeserializeOwned>(&mut self) -> Result<Vec<(T, Vec<OwnedFd>)>, StreamError> {
         match self.reader.receive(&self.socket) {
             Ok(Progress::More) => {}

@@ -1,4 +1,4 @@
-//! What methods take and give, and events.
+//! Parameters and results of methods, and events.
 
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
@@ -10,12 +10,12 @@ use crate::{ByteSize, DiskConfig, NetConfig, VfioConfig};
 #[serde(deny_unknown_fields)]
 pub struct NoParams {}
 
-/// A method that has nothing to tell but that it is done.
+/// The result of a method that returns nothing else.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[schemars(deny_unknown_fields)]
 pub struct Done {}
 
-/// Who answers.
+/// The server and its version.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[schemars(deny_unknown_fields)]
 pub struct Version {
@@ -31,14 +31,14 @@ pub struct Version {
 #[derive(Clone, Copy, Debug, Default, Deserialize, JsonSchema, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "lowercase")]
 pub enum VmState {
-    /// There is none.
+    /// There is no machine.
     #[default]
     None,
-    /// What it uses of the host is open; it has not started.
+    /// Its files and devices of the host are open; it has not started.
     Created,
     /// It runs.
     Running,
-    /// Its processors and its clock stand still.
+    /// Its processors and its clock are stopped.
     Paused,
     /// It has ended.
     Stopped,
@@ -66,7 +66,7 @@ pub enum VmEnding {
     Reset,
     /// The guest's kernel panicked, and `on_panic` is `exit`.
     Panicked,
-    /// It was stopped without the guest's consent.
+    /// It was stopped without asking the guest.
     Stopped,
     /// Fanlight could not go on.
     Failed,
@@ -78,7 +78,7 @@ pub enum VmEnding {
 pub struct VmInfo {
     /// Where it is in its life.
     pub state: VmState,
-    /// How the last one ended, if it is stopped.
+    /// How it ended, if it is stopped.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub ending: Option<VmEnding>,
     /// Number of virtual CPUs.
@@ -99,13 +99,13 @@ pub struct StateNow {
     pub state: VmState,
 }
 
-/// How a machine that was waited for ended.
+/// How a machine ended, for `vm.wait`.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[schemars(deny_unknown_fields)]
 pub struct Ended {
     /// How.
     pub ending: VmEnding,
-    /// What `fanlight run` ends with in that case.
+    /// The exit status of `fanlight run` for this ending.
     pub exit_status: u8,
     /// What failed, if something did.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -126,13 +126,13 @@ pub struct VcpuStats {
     pub mmio_read: u64,
     /// Writes to device memory.
     pub mmio_write: u64,
-    /// Somebody wanted the thread.
+    /// Interruptions by other threads.
     pub interrupted: u64,
     /// Everything else.
     pub other: u64,
 }
 
-/// What one queue of a device has done.
+/// Counters of a device's queue.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[schemars(deny_unknown_fields)]
 pub struct QueueStats {
@@ -140,21 +140,21 @@ pub struct QueueStats {
     pub queue: u16,
     /// Requests that were answered.
     pub requests: u64,
-    /// Bytes that the driver gave.
+    /// Bytes that the device read from the guest.
     pub bytes_from_guest: u64,
-    /// Bytes that the driver got.
+    /// Bytes that the device wrote to the guest.
     pub bytes_to_guest: u64,
 }
 
-/// What one device has done.
+/// Counters of a device.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[schemars(deny_unknown_fields)]
 pub struct DeviceStats {
     /// The device's name.
     pub id: String,
-    /// How often its driver broke the rules or the host failed it, so that it needed a reset.
+    /// How often it needed a reset, because its driver broke the specification or the host failed.
     pub errors: u64,
-    /// Its queues; all zero where the host's kernel serves them (vhost).
+    /// Its queues; all zero if the host's kernel serves them (vhost).
     pub queues: Vec<QueueStats>,
 }
 
@@ -170,19 +170,19 @@ pub struct MemoryStats {
     pub resident: u64,
 }
 
-/// What a GPU has done since Fanlight made the machine.
+/// Counters of a GPU since the machine was created.
 #[derive(Clone, Debug, Default, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[schemars(deny_unknown_fields)]
 pub struct GpuStats {
     /// Flushes that the guest asked for.
     pub flushes: u64,
-    /// Pixels that were copied from the guest's memory for them, in bytes. Those of blobs are not.
+    /// Bytes of pixels copied from guest memory for flushes. Blobs are not copied.
     pub copied: u64,
     /// Host memory that the guest's resources hold, in bytes.
     pub resource_memory: u64,
 }
 
-/// What the machine has done since it was booted or last reset.
+/// Counters of the machine since it was booted or last reset.
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[schemars(deny_unknown_fields)]
 pub struct VmStats {
@@ -205,7 +205,7 @@ pub struct Bar {
     pub index: u8,
     /// `io`, `memory32` or `memory64`.
     pub kind: String,
-    /// Where the guest has put it; nothing if it is not placed.
+    /// Its address in the guest; absent if it has none.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub address: Option<u64>,
     /// Size in bytes.
@@ -218,11 +218,11 @@ pub struct Bar {
 pub struct Device {
     /// Its name, for other methods.
     pub id: String,
-    /// What it is: `block`, `net`, …
+    /// Its kind: `block`, `net`, …
     pub kind: String,
     /// PCI address as the guest sees it: `0000:01:00.0`. The bus number is the guest's.
     pub address: String,
-    /// The root port that it is behind.
+    /// The root port of the device.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub port: Option<u8>,
     /// BARs.
@@ -233,7 +233,7 @@ pub struct Device {
     pub driver_features: String,
     /// Whether a driver runs it.
     pub active: bool,
-    /// Whether the guest was asked to give it up.
+    /// Whether the guest was asked to release it.
     pub removing: bool,
 }
 
@@ -257,7 +257,7 @@ pub struct AddDevice {
     /// A virtio network device. Without a port it takes the first free one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub net: Option<NetConfig>,
-    /// A PCI device of the host's. Without a port it takes the first free one.
+    /// A PCI device of the host. Without a port it takes the first free one.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub vfio: Option<VfioConfig>,
 }
@@ -268,7 +268,7 @@ pub struct AddDevice {
 pub struct Added {
     /// Its name.
     pub id: String,
-    /// The root port that it is behind.
+    /// The root port of the device.
     pub port: u8,
 }
 
@@ -276,7 +276,7 @@ pub struct Added {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[serde(deny_unknown_fields)]
 pub struct DeviceId {
-    /// The device's name, as `device.list` tells it.
+    /// The device's name, as `device.list` has it.
     pub id: String,
 }
 
@@ -321,7 +321,7 @@ pub struct AttachConsole {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[schemars(deny_unknown_fields)]
 pub struct Attached {
-    /// Its place among the message's descriptors: a stream socket, whose bytes are the console's.
+    /// Its index among the message's descriptors: a stream socket with the console's input and output.
     pub fd: u32,
 }
 
@@ -356,9 +356,9 @@ pub struct Subscribed {
 pub enum EventName {
     /// The machine runs.
     Booted,
-    /// Processors and clock stand still.
+    /// Processors and clock are stopped.
     Paused,
-    /// They go on.
+    /// Processors and clock run again.
     Resumed,
     /// The machine has ended; `ending` says how.
     Shutdown,
@@ -368,12 +368,12 @@ pub enum EventName {
     Panic,
     /// A device needs a reset by its driver; `device` names it.
     DeviceError,
-    /// A device was put into a slot; `device` names it.
+    /// A device was plugged into a slot; `device` names it.
     DeviceAdded,
-    /// A device is gone: its guest has given it up, or its host has taken it. `device` names it.
+    /// A device was removed: the guest has released it, or the host has taken it. `device` names it.
     DeviceRemoved,
     /// The host wants a passed-through device back: its driver is being unbound, or its physical function goes. The
-    /// guest is asked for it; if it still has it when the host asks again, ten seconds later, it is taken away.
+    /// guest is asked to release it. The host asks again after ten seconds; then the device is removed by force.
     /// `device` names it.
     DeviceRequested,
     /// A disk has a new size; `device` names it.
@@ -384,11 +384,11 @@ pub enum EventName {
 #[derive(Clone, Debug, Deserialize, JsonSchema, PartialEq, Serialize)]
 #[schemars(deny_unknown_fields)]
 pub struct Event {
-    /// 1 for the server's first event, and one more for each that follows, whoever gets it.
+    /// 1 for the server's first event, and one more for each that follows, whether sent to this client or not.
     pub sequence: u64,
     /// CLOCK_MONOTONIC of the host when it happened, in nanoseconds.
     pub monotonic_ns: u64,
-    /// How many of the subscriber's events before this one were dropped, because it did not read them.
+    /// Events of this subscriber that were dropped before this one, because it did not read them.
     pub lost: u64,
     /// What happened.
     pub event: EventName,

@@ -40,15 +40,15 @@ const LISTENER: u64 = 0;
 const WAKE: u64 = 1;
 const FIRST_CLIENT: u64 = 2;
 
-/// A client as the server's thread sees it.
+/// A client, for the server's thread.
 struct Client {
     socket: UnixStream,
     peer: Peer,
     connection: Arc<Connection>,
     reader: LineReader,
-    /// The client will send no more; it may still read.
+    /// The client sends no more; it may still read.
     ended: bool,
-    /// The client reads no more. What it sent before it went is still done.
+    /// The client reads no more. Requests that it has sent are still executed.
     gone: bool,
     /// Lines handled in the loop's turn of this number.
     lines: (u64, usize),
@@ -67,9 +67,9 @@ pub struct Clients {
     epoll: std::os::fd::OwnedFd,
     clients: BTreeMap<u64, Client>,
     next: u64,
-    /// Number of the loop's turn.
+    /// Turns of the loop so far.
     turn: u64,
-    /// Clients that have had their turn and have lines left.
+    /// Clients that have had their turn and have more lines.
     backlog: BTreeSet<u64>,
     /// Descriptors of requests that are being answered.
     in_work: Vec<Untaken>,
@@ -168,8 +168,8 @@ impl Clients {
         Some(FDS_PATIENCE.saturating_sub(since.elapsed()))
     }
 
-    /// Disconnects those whose descriptors have waited too long. One that sent an end of its own connection
-    /// would else never be seen to go.
+    /// Disconnects clients whose descriptors have waited too long. A client that sent an end of its own connection
+    /// would otherwise keep it open for ever.
     fn drop_overdue(&mut self) {
         let overdue = |client: &Client| {
             let since = client.oldest_fd.map(|(_, since)| since);
@@ -189,8 +189,7 @@ impl Clients {
         }
     }
 
-    /// Descriptors that are kept for clients: of lines that have not ended, of requests that are being
-    /// answered, and of answers that nobody reads.
+    /// Descriptors that are kept for clients: of unfinished lines, of requests under way, and of unread answers.
     fn held_fds(&mut self) -> usize {
         self.in_work.retain(|message| message.count() > 0);
         let in_work: usize = self.in_work.iter().map(Untaken::count).sum();
@@ -220,7 +219,7 @@ impl Clients {
         }
     }
 
-    /// Makes a client of a connection, or says why not.
+    /// Makes a client of a connection, or refuses it.
     pub fn admit(&mut self, socket: UnixStream, peer: Peer) {
         let others = || self.clients.values().filter(|client| !client.peer.own);
         let refusal = if !peer.allowed {
@@ -273,7 +272,7 @@ impl Clients {
             _ => {}
         }
         tracing::warn!(%error, "the API cannot accept a client");
-        // It would be tried again at once.
+        // Otherwise the loop would try again at once.
         std::thread::sleep(Duration::from_millis(10));
     }
 
@@ -281,13 +280,13 @@ impl Clients {
         let Some(client) = self.clients.get_mut(&token) else {
             return;
         };
-        // Both directions are closed: nobody reads an answer.
+        // Both directions are closed: answers cannot be read.
         if flags.intersects(EventFlags::HUP | EventFlags::ERR) {
             client.gone = true;
             client.connection.close();
         }
         let reads = flags.contains(EventFlags::IN) || client.gone;
-        // What has been read is handled first: that bounds it.
+        // Lines that were read are handled first: that bounds them.
         if reads && !client.ended && !client.reader.has_line() {
             let before = client.reader.held_fds();
             match client.reader.receive(&client.socket) {
@@ -355,7 +354,7 @@ impl Clients {
             OutState::Overflow => {
                 return self.disconnect(token, Some("does not read its answers"));
             }
-            // What it sent is still read, and found to have an end.
+            // Its input is still read up to the end.
             OutState::Gone => {
                 client.gone = true;
                 connection.close();
@@ -419,12 +418,12 @@ impl Clients {
     }
 }
 
-/// Tells a client why it cannot be one.
+/// Sends a connection the reason why it is refused.
 fn refuse(socket: &UnixStream, name: &str, kind: ErrorKind, why: &str) {
     tracing::warn!("{name} {why}: disconnected");
     let error = ApiError::new(kind, format!("{name} {why}"));
     let text = line(&Response::new(Id::Null, Err(error)));
-    // One that does not read it does not want to know.
+    // A peer that does not read it misses it.
     let _ = crate::socket::send(socket, &text, &[]);
 }
 

@@ -1,4 +1,4 @@
-//! A client as others see it: where answers and events are queued for it.
+//! The sending half of a client, for other threads: answers and events are queued here.
 
 use std::{
     collections::VecDeque,
@@ -46,7 +46,7 @@ impl Wake {
         })
     }
 
-    /// This thread is the server's: it looks without being woken.
+    /// The calling thread is the server's, which needs no wake-up.
     pub fn bind(&self) {
         let _ = self.thread.set(std::thread::current().id());
     }
@@ -88,7 +88,8 @@ impl AsFd for Wake {
     }
 }
 
-fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+/// The value of a mutex, whether or not a thread panicked with it.
+pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
@@ -104,7 +105,7 @@ struct Message {
 struct Out {
     queue: VecDeque<Message>,
     bytes: usize,
-    /// More was to be queued than may be.
+    /// More would have been queued than is allowed.
     overflow: bool,
     closed: bool,
     /// Requests without an answer.
@@ -118,18 +119,18 @@ struct Subscription {
     lost: u64,
 }
 
-/// What the server's thread finds when it looks after a connection.
+/// The state of a connection after sending.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum OutState {
     /// Everything is sent.
     Empty,
     /// The socket takes no more for now.
     Full,
-    /// The client does not read, and more has been queued than may be.
+    /// The client does not read, and its queue has overflowed.
     Overflow,
     /// The client reads no more.
     Gone,
-    /// It cannot be told anything.
+    /// The socket failed.
     Failed,
 }
 
@@ -362,7 +363,7 @@ impl Reply {
         self.finish(Err(error), Vec::new());
     }
 
-    /// Whether nobody is there any more to be answered.
+    /// Whether the client is gone.
     pub fn is_abandoned(&self) -> bool {
         locked(&self.connection.out).closed
     }

@@ -1,10 +1,10 @@
-//! Events, and who gets them.
+//! Events and their subscribers.
 
-use std::sync::{Arc, Mutex, PoisonError, Weak};
+use std::sync::{Arc, Mutex, Weak};
 
 use rustix::time::{ClockId, clock_gettime};
 
-use super::connection::Connection;
+use super::connection::{Connection, locked};
 use crate::types::{Event, EventName, VmEnding};
 
 /// Publishes events. Clones share subscribers and numbers.
@@ -35,7 +35,7 @@ impl Events {
 
     fn publish_with(&self, event: EventName, device: Option<String>, ending: Option<VmEnding>) {
         // Numbers, times and the order on every connection agree: one lock for all.
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut state = locked(&self.0);
         state.sequence += 1;
         let event = Event {
             sequence: state.sequence,
@@ -62,8 +62,8 @@ impl Events {
         events: Option<Vec<EventName>>,
         answer: impl FnOnce(u64),
     ) {
-        let mut state = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        // Where many come and go between two events, those that went are not to pile up.
+        let mut state = locked(&self.0);
+        // Subscribers that come and go between two events must not pile up.
         let there = |subscriber: &Weak<Connection>| subscriber.strong_count() > 0;
         state.subscribers.retain(there);
         let known = Arc::downgrade(connection);

@@ -22,19 +22,19 @@ const BACKLOG: i32 = 128;
 pub struct Listener {
     pub socket: UnixListener,
     path: PathBuf,
-    /// Device and inode, so that nobody else's file is removed.
+    /// Device and inode, so that no other file is removed.
     file: (u64, u64),
     allow_uids: Vec<u32>,
-    /// Given up to refuse a client when there are no more descriptors.
+    /// Closed to refuse a client when there are no more descriptors.
     spare: Option<File>,
 }
 
-/// Who has connected.
+/// The process that has connected.
 #[derive(Debug)]
 pub struct Peer {
-    /// What messages call it.
+    /// Its name in messages.
     pub name: String,
-    /// Whether it may be here.
+    /// Whether it may use the socket.
     pub allowed: bool,
     /// Whether it is the server's own user or root.
     pub own: bool,
@@ -62,7 +62,7 @@ impl Listener {
             SocketAddrUnix::new(path).map_err(|error| host("use the path")(error.into()))?;
         rustix::net::bind(&socket, &address)
             .map_err(|error| host("make the socket's file")(error.into()))?;
-        // Nobody can connect before it listens, so the mode is right before the first may.
+        // Clients can connect only after listen(), so the mode is set before the first one.
         let mode = if settings.allow_uids.is_empty() {
             0o600
         } else {
@@ -96,14 +96,14 @@ impl Listener {
         Ok((stream, peer))
     }
 
-    /// The next connection, when there are no descriptors left for it: it can only be told so. Until it is
-    /// taken nobody else's can be, and the server would be woken for it without end.
+    /// The next connection, when the process has no descriptors left for it, so that it can be refused. Until it is
+    /// accepted, the server wakes up for it without end.
     pub fn accept_without_descriptors(&mut self) -> Option<UnixStream> {
         self.spare.take()?;
         self.socket.accept().ok().map(|(stream, _)| stream)
     }
 
-    /// After a connection that was refused for want of descriptors is closed.
+    /// Opens the spare descriptor again, after the refused connection was closed.
     pub fn restore_spare(&mut self) {
         self.spare = self.spare.take().or_else(spare);
     }
@@ -114,7 +114,7 @@ fn spare() -> Option<File> {
     File::open("/dev/null").ok()
 }
 
-/// Removes a socket to which nobody listens.
+/// Removes a socket file on which no process listens.
 fn remove_stale(settings: &Settings) -> Result<(), ServerError> {
     let path = &settings.path;
     let Ok(metadata) = fs::symlink_metadata(path) else {

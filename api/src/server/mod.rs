@@ -1,7 +1,7 @@
 //! The server: transport and policy. Its [`Handler`] answers the methods.
 //!
-//! One thread serves all clients. A client that sends half a line, floods, stops reading or dies costs the
-//! others nothing: what it may make the server keep is bounded, and beyond that it is disconnected.
+//! One thread serves all clients. A client that sends half a line, floods, stops reading or dies does not disturb the
+//! others: what the server keeps for it is bounded, and beyond the bound it is disconnected.
 
 mod clients;
 mod connection;
@@ -32,11 +32,11 @@ use listener::Listener;
 
 /// The longest line that a client may send, its end included.
 pub const MAX_LINE: usize = 1 << 20;
-/// What the server keeps for a client that does not read its answers.
+/// Bytes that the server keeps for a client that does not read its answers.
 pub const MAX_OUTPUT: usize = 4 << 20;
-/// Descriptors among them: a client that does not read must not use up the process's.
+/// Descriptors that the server keeps for it: a client that does not read must not exhaust those of the process.
 pub const MAX_OUTPUT_FDS: usize = 32;
-/// Above so much unread output a subscriber's events are dropped, and counted.
+/// Bytes of unread output above which events are dropped and counted.
 pub const MAX_EVENTS: usize = 256 << 10;
 /// Requests of one client that wait for their answers; more are not read before one has come.
 pub const MAX_PENDING: usize = 256;
@@ -44,9 +44,9 @@ pub const MAX_PENDING: usize = 256;
 pub const MAX_CLIENTS: usize = 256;
 /// Of those, connections of users whom [`Settings::allow_uids`] lets in: the owner always finds room.
 pub const MAX_OTHERS: usize = MAX_CLIENTS / 2;
-/// Descriptors that are kept for all clients together. The machine needs others of the process's.
+/// Descriptors that are kept for all clients together. The machine needs the rest.
 pub const MAX_HELD_FDS: usize = 256;
-/// How long descriptors are kept for a line that does not end.
+/// How long descriptors are kept for an unfinished line.
 pub const FDS_PATIENCE: Duration = if cfg!(test) {
     Duration::from_secs(3)
 } else {
@@ -79,14 +79,14 @@ pub struct Settings {
 /// Why there is no server.
 #[derive(Debug, Error)]
 pub enum ServerError {
-    /// Somebody listens there.
-    #[error("--api-socket {}: another process serves it; give another path", .0.display())]
+    /// Another process listens there.
+    #[error("API socket {}: another process serves it; give another path", .0.display())]
     InUse(PathBuf),
-    /// Something that is no socket is there.
-    #[error("--api-socket {}: it exists and is not a socket; give another path", .0.display())]
+    /// The path is not a socket.
+    #[error("API socket {}: it exists and is not a socket; give another path", .0.display())]
     NotASocket(PathBuf),
     /// The host refused.
-    #[error("--api-socket {}: cannot {action}", path.display())]
+    #[error("API socket {}: cannot {action}", path.display())]
     Host {
         /// The socket.
         path: PathBuf,
@@ -98,7 +98,7 @@ pub enum ServerError {
     },
 }
 
-/// A running server. Dropping it sends what is answered, for a bounded time, and removes the socket.
+/// A running server. Dropping it sends the remaining answers, for a bounded time, and removes the socket.
 #[derive(Debug)]
 pub struct Server {
     wake: Arc<Wake>,
