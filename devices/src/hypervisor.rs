@@ -8,19 +8,19 @@ use vmm_sys_util::eventfd::EventFd;
 
 use crate::memory::SlotMapping;
 
-/// The requests of a device to the virtual machine that it is part of.
+/// What a device asks of its virtual machine.
 pub trait Hypervisor: Send + Sync + fmt::Debug {
     /// Connects an event descriptor to pin `gsi` of the IOAPIC: each write to it is one edge.
     fn irq_line(&self, gsi: u32) -> io::Result<EventFd>;
 
-    /// Connects a pin of the IOAPIC whose interrupt stays until its source is quiet, for a passed-through
-    /// device (`KVM_IRQFD_FLAG_RESAMPLE`).
+    /// Connects a pin of the IOAPIC for a level-triggered interrupt of a passed-through device
+    /// (`KVM_IRQFD_FLAG_RESAMPLE`).
     fn level_irq(&self, gsi: u32) -> io::Result<LevelIrq>;
 
     /// Makes a message-signalled interrupt, masked until [`MsiVector::unmask`].
     fn msi_vector(&self) -> io::Result<Arc<dyn MsiVector>>;
 
-    /// Has the guest's writes of any value and width at `gpa` signal `event` without an exit to user space
+    /// Lets guest writes of any value and width at `gpa` signal `event` without an exit to user space
     /// (`KVM_IOEVENTFD`).
     fn add_doorbell(&self, gpa: u64, event: &EventFd) -> io::Result<()>;
 
@@ -30,8 +30,8 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
     /// Shows a host mapping to the guest (`KVM_SET_USER_MEMORY_REGION`) until the result is dropped.
     fn map_slot(&self, mapping: SlotMapping) -> io::Result<MappedSlot>;
 
-    /// Makes the virtual machine known to the driver of a passed-through device, and the other way round
-    /// (`KVM_DEV_VFIO_FILE_ADD`): decides whether the guest can do DMA that bypasses caches.
+    /// Registers a passed-through device with KVM (`KVM_DEV_VFIO_FILE_ADD`). It decides whether the guest can do
+    /// DMA that bypasses caches.
     fn add_vfio_device(&self, device: BorrowedFd<'_>) -> io::Result<AddedDevice>;
 }
 
@@ -40,7 +40,7 @@ pub trait Hypervisor: Send + Sync + fmt::Debug {
 pub struct LevelIrq {
     /// Raises the line.
     pub trigger: EventFd,
-    /// Signalled when the guest has handled the interrupt, which lowers the line: a device that still wants
+    /// Signalled when the guest has handled the interrupt, which lowers the line. A device that still needs
     /// attention raises it again.
     pub resample: EventFd,
 }

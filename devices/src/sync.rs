@@ -1,7 +1,7 @@
 //! Locks without poisoning.
 //!
-//! A thread that panics ends this process (`panic = "abort"` in release builds), or is a failed test. Nobody can use
-//! the knowledge that it held a lock.
+//! A thread that panics ends this process (`panic = "abort"` in release builds) or fails a test. So no code can act
+//! on a poisoned lock.
 
 use std::{
     sync::{MutexGuard, PoisonError, RwLockReadGuard, RwLockWriteGuard},

@@ -1,5 +1,5 @@
-//! The GPU's command stream, behind queues in memory: what a stream is and what must hold of it is said in
-//! `stream_check`. Besides, no descriptor may be left.
+//! Command streams of the GPU, through queues in memory. `stream_check` defines a stream and what must hold of it.
+//! Besides, no descriptor may leak.
 
 #![no_main]
 

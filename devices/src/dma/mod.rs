@@ -1,4 +1,4 @@
-//! MemoryKind of the machine that passed-through devices reach by DMA, besides guest RAM and each other.
+//! Memory that passed-through devices reach by DMA, besides guest RAM and the BARs of each other.
 
 mod shared_blobs;
 mod space;

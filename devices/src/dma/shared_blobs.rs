@@ -1,9 +1,8 @@
-//! MemoryKind of the machine's own devices in reach of passed-through ones: blobs that the guest may give to another
-//! device, each by itself, at the address at which the guest sees it, while it lies there.
+//! DMA mappings of shareable blobs of the GPU, so that passed-through devices reach them.
 //!
-//! The GPU tells of its blobs whether or not there are passed-through devices, which come and go with the address
-//! space that bounds them. A host that cannot map a blob for them has devices that do not reach it, and works
-//! otherwise.
+//! A blob is mapped at the guest-physical address at which the guest sees it, for as long as it lies there. The GPU
+//! registers its blobs whether or not there are passed-through devices. Those come and go with the address space
+//! that bounds them. If the host cannot map a blob, passed-through devices cannot reach it; all else works.
 
 use std::{
     collections::BTreeMap,
@@ -20,7 +19,7 @@ use crate::{
     sync::Mutex,
 };
 
-/// Dma-bufs that are kept open, so that devices which come later reach them too: a guest can make more than this
+/// Dma-bufs that are kept open, so that devices which come later reach them too. A guest can make more than this
 /// process may have descriptors.
 const MAX_DMABUFS: u64 = 256;
 
@@ -37,16 +36,16 @@ struct Blob {
 struct State {
     space: Option<Arc<dyn DmaSpace>>,
     blobs: BTreeMap<u64, Blob>,
-    /// Of the last blob.
+    /// Number of the last blob.
     number: u64,
 }
 
-/// All blobs that passed-through devices may reach.
+/// All blobs that passed-through devices may reach, and their DMA mappings.
 #[derive(Debug)]
 pub struct SharedBlobDmaMap {
     state: Mutex<State>,
     dmabufs: Arc<Quota>,
-    /// Whether a failure was told: it will be the same for each.
+    /// Whether a failure was logged: it will be the same for each blob.
     told: AtomicBool,
 }
 
@@ -65,7 +64,7 @@ impl SharedBlobDmaMap {
         self.state.lock()
     }
 
-    /// There are passed-through devices from now on, which `space` bounds.
+    /// Maps all blobs in `space`, which bounds the passed-through devices that there are from now on.
     pub fn attach(&self, space: Arc<dyn DmaSpace>) {
         let state = &mut *self.lock();
         state.space = Some(space.clone());
@@ -74,7 +73,7 @@ impl SharedBlobDmaMap {
         }
     }
 
-    /// There are none any more.
+    /// Withdraws all mappings: the last passed-through device has gone.
     pub fn detach(&self) {
         let state = &mut *self.lock();
         for blob in state.blobs.values_mut() {
@@ -83,7 +82,7 @@ impl SharedBlobDmaMap {
         state.space = None;
     }
 
-    /// Has devices reach a blob of `len` bytes, which lies at `address` if the guest has it anywhere now.
+    /// Lets devices reach a blob of `len` bytes. `address` is where the guest sees it, if it does now.
     pub fn add(
         self: &Arc<Self>,
         address: Option<u64>,
@@ -130,7 +129,7 @@ impl SharedBlobDmaMap {
         }
     }
 
-    /// Says once that a blob is out of devices' reach.
+    /// Logs once that devices cannot reach a blob.
     fn tell(&self, error: &dyn fmt::Display, source: Option<&DmaMemory>) {
         if !self.told.swap(true, Ordering::Relaxed) {
             let hint = match source.map(|source| &source.0) {
@@ -140,12 +139,13 @@ impl SharedBlobDmaMap {
                 Some(MemoryKind::File(_)) => "check the limit of locked memory (ulimit -l)",
                 None => "have the guest's programs copy",
             };
-            tracing::info!(%error, hint, "passed-through devices cannot reach a blob of the GPU's");
+            tracing::info!(%error, hint, "passed-through devices cannot reach a blob of the GPU");
         }
     }
 }
 
-/// A blob in devices' reach. Dropping takes it out, and returns when no device reaches it any more.
+/// A blob that devices may reach. Dropping withdraws its DMA mapping, and returns when no device reaches it any
+/// more.
 #[derive(Debug)]
 pub struct SharedBlob {
     reach: Arc<SharedBlobDmaMap>,
@@ -153,7 +153,7 @@ pub struct SharedBlob {
 }
 
 impl SharedBlob {
-    /// The guest has it elsewhere from now on, or nowhere.
+    /// The guest sees the blob at `address` from now on, or nowhere: the old mapping is withdrawn first.
     pub fn moved(&self, address: Option<u64>) {
         let state = &mut *self.reach.lock();
         let Some(blob) = state.blobs.get_mut(&self.number) else {

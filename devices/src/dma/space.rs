@@ -1,10 +1,10 @@
-//! An address space that passed-through devices do DMA in, as the machine's other devices see it.
+//! The address space in which passed-through devices do DMA, as other devices see it.
 
 use std::{fmt, fs::File, io, sync::Arc};
 
 use crate::sys::file_kind::FileKind;
 
-/// What memory can be mapped in for devices' DMA: a [`crate::vfio::Iommu`], but in unit tests.
+/// An address space for DMA: a [`crate::vfio::Iommu`], or a fake in unit tests.
 pub trait DmaSpace: fmt::Debug + Send + Sync {
     /// Maps `len` bytes at `iova`, until the result is dropped.
     fn map(
@@ -15,7 +15,7 @@ pub trait DmaSpace: fmt::Debug + Send + Sync {
     ) -> io::Result<Box<dyn fmt::Debug + Send>>;
 }
 
-/// A blob's memory.
+/// Memory of a blob.
 #[derive(Debug)]
 pub struct DmaMemory(pub(crate) MemoryKind);
 
@@ -23,8 +23,8 @@ pub struct DmaMemory(pub(crate) MemoryKind);
 pub(crate) enum MemoryKind {
     /// A memory file: where it is mapped. The kernel pins its pages.
     File(u64),
-    /// Mapped as what it is or not at all: its exporter may move what a processor's mapping shows, and would tell no
-    /// IOMMU.
+    /// A dma-buf, mapped as such or not at all. Its exporter may move what a mapping of the processor shows, and
+    /// would not notify an IOMMU.
     DmaBuf(File),
 }
 

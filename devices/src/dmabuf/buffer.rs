@@ -28,14 +28,14 @@ pub enum BufferError {
     Read(#[source] io::Error),
 }
 
-/// Pieces of files that are one run of bytes. Its dma-buf is made when it is first asked for, and lives as
-/// long as the buffer.
+/// Pieces of files that form one run of bytes. The dma-buf is made when it is first asked for, and lives as long as
+/// the buffer.
 #[derive(Debug)]
 pub struct Buffer {
     pieces: Vec<Piece>,
     size: u64,
     dmabuf: OnceLock<Dmabuf>,
-    /// Why there will be none.
+    /// Why the export failed, if it always will.
     failed: Mutex<Option<ExportError>>,
 }
 
@@ -60,7 +60,7 @@ impl Buffer {
         &self.pieces
     }
 
-    /// Its dma-buf. A failure is the same ever after, unless others had taken what it needs.
+    /// The dma-buf. A failed export fails the same way ever after, unless other buffers had used up a limit.
     pub fn dmabuf(&self, exporter: &Exporter) -> Result<&Dmabuf, ExportError> {
         let mut failed = self.failed.lock();
         if let Some(dmabuf) = self.dmabuf.get() {
@@ -87,7 +87,7 @@ impl Buffer {
         }
     }
 
-    /// What reads the buffer several times.
+    /// A reader for several reads.
     pub fn reader(&self) -> Reader<'_> {
         let by_mapping = self.pieces.first().is_some_and(|piece| {
             matches!(piece.kind, BackingKind::Bar { .. } | BackingKind::Renderer)
@@ -138,7 +138,7 @@ impl Buffer {
     }
 }
 
-/// Reads a buffer: memory of a device through a mapping, which is faster by far than its descriptor.
+/// Reads a buffer. Memory of a device is read through a mapping, which is much faster than its descriptor.
 #[derive(Debug)]
 pub struct Reader<'a> {
     buffer: &'a Buffer,

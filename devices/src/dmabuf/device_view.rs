@@ -1,8 +1,8 @@
-//! Memory of a passed-through device as the processor sees it: its dma-buf cannot be mapped, so slices of the
-//! device's own descriptor are put behind each other. Read only.
+//! Memory of a passed-through device as the processor reads it. Its dma-buf cannot be mapped, so slices of the
+//! descriptor of the device are mapped one behind the other, read only.
 //!
-//! A device's memory can go away at any moment, since the guest may switch it off, and who touches it then gets
-//! SIGBUS. So nothing in this process touches it: the kernel copies, and gives an error instead.
+//! The guest may switch the memory off at any moment, and touching it then raises SIGBUS. So nothing in this
+//! process touches it: the kernel copies, and returns an error instead.
 
 use std::{
     fs::File,
@@ -15,8 +15,7 @@ use fanlight_arch::layout::PAGE_SIZE;
 use super::export::Piece;
 use crate::sys::{memfd, reservation::Reservation};
 
-/// Mappings of one view: Linux gives a process 65530 (`vm.max_map_count`), and several views may be there at
-/// a time.
+/// Mappings of one view. Linux gives a process 65530 (`vm.max_map_count`), and there may be several views.
 const MAX_SLICES: usize = 8192;
 
 /// Pieces of device memory behind each other.
@@ -28,8 +27,8 @@ pub struct View {
 }
 
 impl View {
-    /// Maps `pieces`, which all start at pages and but for the last one end there. The reservation that they lie in
-    /// is nobody's memory: where no slice is, nothing can be read.
+    /// Maps `pieces`, one behind the other. All must start at pages, and all but the last must end there. Where no
+    /// slice is mapped, nothing can be read.
     pub fn new(pieces: &[Piece]) -> io::Result<Self> {
         let invalid = || io::Error::from(io::ErrorKind::InvalidInput);
         let whole = |value: u64| value.is_multiple_of(PAGE_SIZE);
@@ -57,7 +56,7 @@ impl View {
         Ok(Self { slices, copy })
     }
 
-    /// Copies bytes from `offset` on; fails if they are not there, or not now.
+    /// Copies bytes from `offset` on. Fails if the memory is not there, or is off now.
     pub fn read(&self, offset: u64, data: &mut [u8]) -> io::Result<()> {
         let end = offset.checked_add(data.len() as u64);
         if end.is_none_or(|end| end > self.slices.len() as u64) {

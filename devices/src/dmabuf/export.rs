@@ -20,19 +20,18 @@ use crate::{
     sys::{udmabuf::UdmabufItem, vfio::BarRange},
 };
 
-/// A dma-buf of this process's.
+/// A dma-buf that this process has open.
 #[derive(Debug)]
 pub struct Dmabuf {
     fd: OwnedFd,
     _open: Charge,
 }
 
-/// dma-bufs at a time: each is a descriptor of this process's, and a guest can show one resource after the
-/// other to somebody who watches.
+/// Dma-bufs at a time. Each is a descriptor, and a guest can show one resource after the other to a viewer.
 const MAX_OPEN: u64 = 256;
 
 impl Dmabuf {
-    /// A descriptor of one's own, to be passed on.
+    /// Another descriptor of the dma-buf, to be passed on.
     pub fn try_clone(&self) -> std::io::Result<OwnedFd> {
         self.fd.try_clone()
     }
@@ -44,7 +43,7 @@ impl AsFd for Dmabuf {
     }
 }
 
-/// A piece of a file: what is exported is made of these, in order.
+/// A range of a file. What is exported consists of these, in order.
 #[derive(Clone, Debug)]
 pub struct Piece {
     /// What kind of memory it is.
@@ -82,7 +81,7 @@ pub enum ExportError {
         /// Its length.
         len: u64,
     },
-    /// The guest has as many as it may.
+    /// The guest has as many dma-bufs as it may.
     #[error("{MAX_OPEN} dma-bufs of the guest's memory are open: it must let resources go first")]
     TooMany,
     /// udmabuf.
@@ -97,7 +96,7 @@ pub enum ExportError {
 }
 
 impl ExportError {
-    /// Tells one cause from another.
+    /// A number for each cause.
     fn cause(&self) -> u32 {
         match self {
             Self::Kind { .. } => 0,
@@ -113,12 +112,12 @@ impl ExportError {
     }
 }
 
-/// What makes dma-bufs on this host. Opened once.
+/// Makes dma-bufs on this host. Opened once.
 #[derive(Debug)]
 pub struct Exporter {
     udmabuf: Result<Udmabuf, UdmabufError>,
     open: Arc<Quota>,
-    /// Causes of failures that were logged: a guest could fill a log with them.
+    /// Causes of failures that were logged. A guest could fill a log with them.
     told: AtomicU32,
 }
 
@@ -141,7 +140,7 @@ impl Exporter {
         }
     }
 
-    /// Whether no failure of this cause was asked about before.
+    /// Whether this cause has not been reported before.
     pub(super) fn is_news(&self, error: &ExportError) -> bool {
         let bit = 1 << error.cause();
         self.told.fetch_or(bit, Ordering::Relaxed) & bit == 0
@@ -210,12 +209,13 @@ fn export_bar(
     if let Some(error) = other_files.find_map(other_kind) {
         return Err(error);
     }
-    // What is in another region of the device is outside of this one: that is refused, and looked at then.
+    // A piece in another region of the device lies outside of this one. The kernel refuses that, and the cause is
+    // found then.
     let ranges = pieces.iter().map(|piece| BarRange {
         offset: piece.offset.checked_sub(start).unwrap_or(NOWHERE),
         len: piece.len,
     });
-    // Who shows a picture only reads it.
+    // An importer that shows a frame only reads it.
     vfio_export::export_each(&*first.file, region, ranges, Access::ReadOnly).map_err(|error| {
         let other = numbered().find_map(other_kind);
         other.unwrap_or_else(|| ExportError::Bar(Arc::new(error)))

@@ -1,9 +1,9 @@
-//! Memory as dma-bufs: how a frame leaves without a copy.
+//! Memory as dma-bufs: how a frame leaves the guest without a copy.
 //!
-//! The road is one for every blob: a driver's entries → [`AddressSpace`](crate::memory::AddressSpace) →
-//! [`ScatterList`], the files and offsets behind them → [`Exporter`] → [`Dmabuf`]. What kind of memory a piece
-//! is says which exporter takes it; nothing is found out by trying. Pages of a memfd go through
-//! [`Udmabuf`], ranges of one BAR of a passed-through device through that device ([`vfio_export`]).
+//! All blobs take one path: entries of the driver → [`AddressSpace`](crate::memory::AddressSpace) →
+//! [`ScatterList`], the files and offsets behind them → [`Exporter`] → [`Dmabuf`]. The kind of memory decides which
+//! exporter is used; nothing is found out by trying. Pages of a memfd go through [`Udmabuf`]. Ranges of one BAR of
+//! a passed-through device go through that device ([`vfio_export`]).
 
 mod buffer;
 mod device_view;

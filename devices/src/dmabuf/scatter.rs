@@ -1,4 +1,4 @@
-//! The first half of the road: a driver's entries, looked up in the map of memory.
+//! The first half of the path: entries of the driver, looked up in the address space.
 
 use thiserror::Error;
 
@@ -42,7 +42,7 @@ pub enum ScatterError {
         /// What lies there.
         kind: BackingKind,
     },
-    /// An entry lies in other memory than those before it.
+    /// An entry lies in another kind of memory than those before it.
     #[error(
         "entry {index}, {len:#x} bytes at {address:#x}, lies in {kind}, and what is before it in {first}: a \
          buffer is of one memory",
@@ -59,7 +59,7 @@ pub enum ScatterError {
         /// What lies where the first entry is.
         first: BackingKind,
     },
-    /// The entries hold less than what is to lie in them.
+    /// The entries hold fewer bytes than are needed.
     #[error("{have:#x} bytes of memory for {need:#x}")]
     TooShort {
         /// Bytes in all entries.
@@ -69,7 +69,7 @@ pub enum ScatterError {
     },
 }
 
-/// What lies behind a list of entries: ranges of files, in order; entries that continue each other are one.
+/// The ranges of files behind a list of entries, in order. Adjacent ranges are merged.
 #[derive(Clone, Debug, Default)]
 pub struct ScatterList {
     segments: Vec<Segment>,
@@ -77,8 +77,8 @@ pub struct ScatterList {
 }
 
 impl ScatterList {
-    /// Looks up `entries`, which are all in RAM or all in one BAR of a passed-through device, until `size`
-    /// bytes are found; what they hold beyond is left out. Empty entries are skipped.
+    /// Looks up `entries` until `size` bytes are found. All must be in RAM, or all in one BAR of a passed-through
+    /// device. Bytes beyond `size` are ignored, and so are empty entries.
     pub fn resolve(
         map: &AddressSpace,
         entries: impl IntoIterator<Item = MemoryEntry>,

@@ -1,5 +1,4 @@
-//! Linux's udmabuf: a dma-buf out of pages of memfds (`include/uapi/linux/udmabuf.h`,
-//! `drivers/dma-buf/udmabuf.c`).
+//! udmabuf: a dma-buf of pages of memfds (Linux `drivers/dma-buf/udmabuf.c`).
 
 use std::{fs::File, os::fd::OwnedFd};
 
@@ -63,7 +62,7 @@ pub struct Limits {
 }
 
 impl Limits {
-    /// What Linux has before somebody raises it.
+    /// Defaults of Linux.
     const DEFAULT: Self = Self {
         list_limit: 1024,
         size_limit_mb: 64,

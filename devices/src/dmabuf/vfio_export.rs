@@ -1,8 +1,8 @@
-//! Memory of a passed-through device as a dma-buf (`VFIO_DEVICE_FEATURE_DMA_BUF`, Linux
-//! `drivers/vfio/pci/vfio_pci_dmabuf.c`): what another device imports to reach it without a copy.
+//! Memory of a passed-through device as a dma-buf, which another device imports to reach it without a copy
+//! (`VFIO_DEVICE_FEATURE_DMA_BUF`, Linux `drivers/vfio/pci/vfio_pci_dmabuf.c`).
 //!
-//! Such a dma-buf cannot be mapped by the processor; that goes through the device's descriptor. While the
-//! device's memory is off (COMMAND, D3, reset) it is revoked, and works again after.
+//! The processor cannot map such a dma-buf; it maps the descriptor of the device. While the memory of the device is
+//! off (COMMAND, D3, reset) the dma-buf is revoked. It works again afterwards.
 
 use std::{
     io,
@@ -16,8 +16,8 @@ use crate::sys::vfio as ioctls;
 
 pub use crate::sys::vfio::BarRange;
 
-/// The most ranges of one dma-buf: those of a screen of 16K in single pages. Each costs the kernel 24 bytes
-/// that are not accounted for.
+/// The most ranges of one dma-buf: a 16K screen in single pages. Each costs the kernel 24 bytes that are not
+/// accounted for.
 const MAX_RANGES: usize = 1 << 18;
 
 /// Whether an importer may write.
@@ -29,7 +29,8 @@ pub enum Access {
     ReadWrite,
 }
 
-/// Why there is no dma-buf. [`DmaBufError::is_guest_mistake`] tells whose fault it is.
+/// Why there is no dma-buf. [`DmaBufError::is_guest_mistake`] separates requests of the guest from failures of the
+/// host.
 #[derive(Debug, Error)]
 pub enum DmaBufError {
     /// Nothing to export.
@@ -75,7 +76,7 @@ pub enum DmaBufError {
          of it"
     )]
     NoDriverSupport,
-    /// Something else of the host's.
+    /// Another failure of the host.
     #[error("the host cannot export {ranges} ranges of BAR {region} as a dma-buf")]
     Host {
         /// The region.
@@ -89,7 +90,7 @@ pub enum DmaBufError {
 }
 
 impl DmaBufError {
-    /// Whether what was asked for cannot be, rather than that the host cannot.
+    /// Whether the request is invalid, and not the host unable to serve it.
     pub fn is_guest_mistake(&self) -> bool {
         match self {
             DmaBufError::Empty
@@ -104,8 +105,8 @@ impl DmaBufError {
     }
 }
 
-/// Where region `region` starts in the descriptor of its device: a `Backing`'s offset less this is the
-/// offset in the region.
+/// Where region `region` starts in the descriptor of its device. The offset of a `Backing` minus this is the offset
+/// in the region.
 pub fn region_start(device: &impl AsRawFd, region: u32) -> io::Result<u64> {
     ioctls::region(device, region).map(|region| region.start)
 }
@@ -125,14 +126,14 @@ pub fn export(
     export_each(device, region, ranges.iter().copied(), access)
 }
 
-/// The same of ranges that are in no list.
+/// The same for ranges from an iterator.
 pub fn export_each(
     device: &impl AsRawFd,
     region: u32,
     ranges: impl ExactSizeIterator<Item = BarRange> + Clone,
     access: Access,
 ) -> Result<OwnedFd, DmaBufError> {
-    /// The expansion ROM and what follows it are no BARs.
+    /// The expansion ROM and the regions behind it are no BARs.
     const BARS: u32 = 6;
     let count = ranges.len();
     if count == 0 {
@@ -152,8 +153,8 @@ pub fn export_each(
         .map_err(|source| explain(device, region, ranges, source))
 }
 
-/// The kernel checks all that [`check_range`] does, and does not tell one from the other: what it refused is looked at
-/// then.
+/// The kernel makes the same checks as [`check_range`] and returns one error for all. The cause is found here,
+/// after a refusal.
 fn explain(
     device: &impl AsRawFd,
     region: u32,
@@ -196,7 +197,7 @@ fn support_error(source: io::Error, region: u32, ranges: usize) -> DmaBufError {
     match source.raw_os_error() {
         Some(libc::ENOTTY) => DmaBufError::NoKernelSupport,
         Some(libc::EOPNOTSUPP) => DmaBufError::NoDriverSupport,
-        // The region is there and a BAR, so it is one of ports, or its memory could not be claimed.
+        // The region exists and is a BAR: it decodes ports, or its memory could not be claimed.
         Some(libc::EINVAL | libc::ENODEV) => DmaBufError::NotMemory(region),
         _ => DmaBufError::Host {
             region,

@@ -1,5 +1,4 @@
-//! Output of a console: bytes go into a bounded queue and a thread writes them out, so that a slow
-//! reader on the host never holds up a vCPU.
+//! Output of a console: a bounded queue and a thread that writes it out, so that a slow reader never blocks a vCPU.
 
 use std::{
     io::{self, Write},
@@ -37,7 +36,7 @@ struct Queue {
     writing: bool,
 }
 
-/// Owns the writing thread; dropping it waits a bounded time for the rest to be written.
+/// Owns the writing thread. Dropping it waits a bounded time for the rest to be written.
 #[derive(Debug)]
 pub struct OutputThread {
     shared: Arc<Shared>,

@@ -1,4 +1,4 @@
-//! pvpanic: the guest's kernel says that it panicked (QEMU `docs/specs/pvpanic`).
+//! pvpanic: the kernel of the guest reports that it panicked (QEMU `docs/specs/pvpanic`).
 
 use std::sync::atomic::{AtomicU8, Ordering};
 
@@ -10,9 +10,9 @@ const PANICKED: u8 = 1 << 0;
 /// The guest panicked and goes on in its crash kernel.
 const CRASH_LOADED: u8 = 1 << 1;
 
-/// The event register: reads tell the events that are supported, writes report one.
+/// The event register: a read returns the supported events, a write reports one.
 ///
-/// Each is passed on once: a guest that writes for ever keeps nobody busy.
+/// Each is passed on once, so that a guest that writes for ever causes no work.
 pub struct PvPanic {
     requests: RequestSink,
     reported: AtomicU8,

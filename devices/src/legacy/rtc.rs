@@ -1,7 +1,7 @@
-//! MC146818 real-time clock: the time of day in UTC, without alarms and without interrupts.
+//! MC146818 real-time clock: the time of day in UTC, without alarms and interrupts.
 //!
-//! Time registers follow the host's clock plus what the guest has set them to; the other bytes are
-//! plain memory.
+//! Time registers follow the clock of the host plus the offset that the guest has set. The other bytes are plain
+//! memory.
 
 use std::time::{SystemTime, UNIX_EPOCH};
 
@@ -44,7 +44,7 @@ pub struct Rtc(Mutex<State>);
 #[derive(Debug)]
 struct State {
     index: u8,
-    /// What the guest's time is ahead of the host's, in seconds.
+    /// How far the time of the guest is ahead of the host, in seconds.
     ahead: i64,
     /// Time registers as the guest is setting them, while register B's SET is on.
     setting: Option<DateTime>,

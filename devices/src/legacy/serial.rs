@@ -14,7 +14,7 @@ pub const PORTS: u64 = 8;
 
 type Uart = Serial<InterruptLine, Room, Box<dyn Write + Send>>;
 
-/// Tells whoever feeds the port that the guest has read all of its input.
+/// Signals that the guest has read all of its input.
 struct Room(EventFd);
 
 impl SerialEvents for Room {
@@ -47,8 +47,7 @@ impl SerialPort {
         self.0.lock()
     }
 
-    /// Gives input to the guest; what the port has no room for is left to the caller. Returns how many
-    /// bytes it took.
+    /// Gives input to the guest, and returns how many bytes there was room for.
     pub fn input(&self, bytes: &[u8]) -> usize {
         let mut uart = self.uart();
         let bytes = &bytes[..bytes.len().min(uart.fifo_capacity())];

@@ -1,9 +1,8 @@
-//! The one map of what lies at a guest-physical range.
+//! The one map of guest-physical addresses.
 //!
-//! Every range is either answered by a device ([`IoHandler`]) or backed by a range of a file
-//! ([`Backing`]): RAM, a passed-through BAR or a device's shared memory. Whatever is exported or
-//! mapped for DMA asks [`AddressSpace::resolve`] which file and offset that is; nobody finds out by
-//! trying. The map does not make memory slots: who owns the mapping does.
+//! Every range is either answered by a device ([`IoHandler`]) or backed by a range of a file ([`Backing`]): RAM, a
+//! passed-through BAR or shared memory of a device. Exports and DMA mappings ask [`AddressSpace::resolve`] for the
+//! file and offset; nothing is found out by trying. The map makes no memory slots: the owner of the mapping does.
 //!
 //! I/O ports are a second, small instance of the same type.
 
@@ -50,7 +49,7 @@ pub enum BackingKind {
         /// Shared memory id.
         id: u8,
     },
-    /// The renderer's: `file` is a dma-buf of its own. No guest-physical range is of this kind.
+    /// Memory of the renderer: `file` is a dma-buf. No guest-physical range is of this kind.
     Renderer,
 }
 
@@ -64,7 +63,7 @@ impl fmt::Display for BackingKind {
             BackingKind::SharedMemory { device, id } => {
                 write!(f, "shared memory {id} of virtio device {device}")
             }
-            BackingKind::Renderer => f.write_str("memory of the renderer's"),
+            BackingKind::Renderer => f.write_str("memory of the renderer"),
         }
     }
 }
@@ -80,12 +79,12 @@ pub struct Backing {
     pub offset: u64,
 }
 
-/// What the map holds for a range.
+/// The content of a range.
 #[derive(Clone)]
 pub enum Region {
     /// A device answers each access.
     Io(Arc<dyn IoHandler>),
-    /// A file lies there; the guest reaches it through a memory slot.
+    /// A file. The guest reaches it through a memory slot.
     Backed(Backing),
 }
 
@@ -120,14 +119,14 @@ pub enum AddressSpaceError {
         /// Length.
         len: u64,
     },
-    /// Something else lies there.
+    /// Another region lies there.
     #[error("{len:#x} bytes at {gpa:#x} overlap the {other_len:#x} bytes at {other_gpa:#x}")]
     Overlap {
         /// Start of the refused range.
         gpa: u64,
         /// Its length.
         len: u64,
-        /// Start of what lies there.
+        /// Start of the other region.
         other_gpa: u64,
         /// Its length.
         other_len: u64,
@@ -160,15 +159,15 @@ struct Entry {
     region: Region,
 }
 
-/// Who keeps what it looked up wants to know when that is no longer so: a passed-through device's memory comes
-/// and goes as the guest has it.
+/// Follows the map. Memory of a passed-through device comes and goes as the guest switches it, so a kept result of
+/// a lookup can become wrong.
 pub trait MapWatcher: fmt::Debug + Send + Sync {
-    /// Memory has come to lie at `[gpa, gpa + len)`, or lies there no longer. Called on the thread that changed
-    /// the map, with no lock of it held.
+    /// Memory was mapped at `[gpa, gpa + len)`, or is no longer. Called on the thread that changed the map, with no
+    /// lock of it held.
     fn memory_changed(&self, map: &AddressSpace, gpa: u64, len: u64);
 }
 
-/// A map that stays as it is; see [`AddressSpace::view`].
+/// The map, locked for reading; see [`AddressSpace::view`].
 #[derive(Debug)]
 pub struct MapView<'a>(RwLockReadGuard<'a, BTreeMap<u64, Entry>>);
 
@@ -178,7 +177,7 @@ impl MapView<'_> {
         (gpa - start < entry.len).then_some((start, entry))
     }
 
-    /// For many ranges, most of which lie beside each other.
+    /// A walk for many ranges, most of which are adjacent.
     pub fn walk(&self) -> Walk<'_> {
         Walk {
             map: self,
@@ -191,7 +190,7 @@ impl MapView<'_> {
 #[derive(Debug)]
 pub struct Walk<'a> {
     map: &'a MapView<'a>,
-    /// What the last address lay in, where the next one lies as a rule.
+    /// The region of the last address, which usually holds the next one too.
     last: Option<(u64, &'a Entry)>,
 }
 
@@ -209,7 +208,7 @@ pub struct Found<'a> {
 }
 
 impl Found<'_> {
-    /// Adds it to `segments`; one that continues the last there in file and address makes that longer.
+    /// Adds it to `segments`, or extends the last segment if it continues that in file and address.
     pub fn add_to(&self, segments: &mut Vec<Segment>) {
         match segments.last_mut() {
             Some(last)
@@ -233,7 +232,7 @@ impl Found<'_> {
 }
 
 impl<'a> Walk<'a> {
-    /// What lies at an address, of `len` bytes at most; fails where no memory is.
+    /// Looks up at most `len` bytes at an address. Fails where there is no memory.
     pub fn find(&mut self, gpa: u64, len: u64) -> Result<Found<'a>, AddressSpaceError> {
         let end = range_end(gpa, len)?;
         let (start, entry) = match self.last {
@@ -256,7 +255,7 @@ impl<'a> Walk<'a> {
     }
 }
 
-/// The map from guest-physical ranges to what lies there.
+/// The map of guest-physical addresses.
 #[derive(Debug, Default)]
 pub struct AddressSpace {
     /// Keyed by start; entries never overlap.
@@ -265,12 +264,12 @@ pub struct AddressSpace {
 }
 
 impl AddressSpace {
-    /// A map of nothing.
+    /// An empty map.
     pub fn new() -> Self {
         Self::default()
     }
 
-    /// Has `handler` answer accesses to `[gpa, gpa + len)`.
+    /// Lets `handler` answer accesses to `[gpa, gpa + len)`.
     pub fn insert_io(
         &self,
         gpa: u64,
@@ -292,7 +291,7 @@ impl AddressSpace {
         Ok(())
     }
 
-    /// Has `watcher` told of memory that comes and goes from now on, for as long as it is there.
+    /// Lets `watcher` follow changes of memory from now on, until it is dropped.
     pub fn watch(&self, watcher: Weak<dyn MapWatcher>) {
         let mut watchers = self.watchers.write();
         watchers.retain(|watcher| watcher.strong_count() > 0);
@@ -346,13 +345,13 @@ impl AddressSpace {
         Some((start, entry.len, entry.region.clone()))
     }
 
-    /// The map as it is now, for many questions: nobody changes it while the view is there.
+    /// The map for many lookups. Nobody changes it while the view exists.
     pub fn view(&self) -> MapView<'_> {
         MapView(self.entries.read())
     }
 
-    /// Which files and offsets back `[gpa, gpa + len)`, in order; pieces that continue each other
-    /// in one file are one segment. Fails at the first address that is not memory.
+    /// Which files and offsets back `[gpa, gpa + len)`, in order. Adjacent ranges of one file are one segment.
+    /// Fails at the first address that is not memory.
     pub fn resolve(&self, gpa: u64, len: u64) -> Result<Vec<Segment>, AddressSpaceError> {
         let (view, mut segments) = (self.view(), Vec::new());
         let mut walk = view.walk();
@@ -366,7 +365,7 @@ impl AddressSpace {
         Ok(segments)
     }
 
-    /// The guest reads `data.len()` bytes. What no device answers reads as ones, as on a real bus.
+    /// A read by the guest. Bytes that no device answers read as ones, as on a real bus.
     pub fn read(&self, gpa: u64, data: &mut [u8]) {
         match self.handler(gpa, data.len()) {
             Some((handler, offset)) => {
@@ -377,7 +376,7 @@ impl AddressSpace {
         }
     }
 
-    /// The guest writes `data`. What no device takes is lost, as on a real bus.
+    /// A write by the guest. Bytes that no device takes are lost, as on a real bus.
     pub fn write(&self, gpa: u64, data: &[u8]) {
         if let Some((handler, offset)) = self.handler(gpa, data.len()) {
             handler.write(offset, data);

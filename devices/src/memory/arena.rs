@@ -1,13 +1,13 @@
-//! A range of the guest's addresses into which files are mapped as they come and go, in one memory slot.
+//! A range of guest-physical addresses, shown by one memory slot, into which files are mapped and unmapped.
 //!
-//! The range is reserved once, without access. What is mapped lies over the reservation (`MAP_FIXED`), and what
-//! is unmapped gets the reservation back: at every moment each page is the arena's or nobody's, and a guest that
-//! touches a page without a file gets an error from KVM, never somebody else's memory. KVM follows both by itself,
-//! through its notifier of the host's page tables, so that neither waits for a vCPU or a memory slot.
+//! The range is reserved once, without access. A file is mapped over the reservation (`MAP_FIXED`), and unmapping
+//! restores the reservation. So each page is reserved or mapped at every moment. A guest that touches a page
+//! without a file gets an error from KVM. KVM follows both through its notifier of host page tables: neither waits
+//! for a vCPU or a memory slot.
 //!
-//! A page can be nobody's when a file refuses to be mapped: Linux up to 6.11 takes the reservation away before it asks
-//! the file. So the range lies where Linux puts nothing that does not ask for the place ([`Reservation::isolated`]), and no other
-//! mapping can come to lie in it before the reservation is back.
+//! If a file refuses to be mapped, a page can be left unreserved: Linux before 6.12 removes the reservation before
+//! it asks the file. So the range lies where Linux puts no mapping that does not ask for the address
+//! ([`Reservation::isolated`]). No other mapping can come to lie there before the reservation is restored.
 
 use std::{collections::BTreeMap, fs::File, io, mem::ManuallyDrop, ops::Bound, sync::Arc};
 
@@ -39,7 +39,7 @@ pub enum ArenaError {
         /// The arena's size.
         size: u64,
     },
-    /// Something else lies there.
+    /// Another mapping overlaps.
     #[error("{len:#x} bytes at {offset:#x} overlap what is mapped at {other:#x}")]
     Overlap {
         /// Where in the arena.
@@ -49,12 +49,12 @@ pub enum ArenaError {
         /// Where the other mapping starts.
         other: u64,
     },
-    /// The file is shorter than what is to be mapped of it.
+    /// The file is shorter than the mapping.
     #[error("the file has {size:#x} bytes, fewer than the {len:#x} to be mapped")]
     Short {
         /// Length in bytes.
         len: u64,
-        /// The file's.
+        /// Size of the file.
         size: u64,
     },
     /// The process would have more mappings than it may.
@@ -74,9 +74,23 @@ pub enum ArenaError {
         #[source]
         source: io::Error,
     },
-    /// A page is nobody's and cannot be had back: it must not be the guest's any more.
+    /// A page lost its reservation, which cannot be restored: the guest must not reach it any more.
     #[error("the host lost a part of the arena")]
     Lost,
+}
+
+impl ArenaError {
+    /// Whether a limit or a failure of the host is the cause, and not what was asked for.
+    pub fn is_of_host(&self) -> bool {
+        match self {
+            Self::TooMany(_) | Self::Host { .. } | Self::Lost => true,
+            Self::Unaligned { .. }
+            | Self::Bounds { .. }
+            | Self::Overlap { .. }
+            | Self::Short { .. }
+            | Self::NotMapped(_) => false,
+        }
+    }
 }
 
 /// The range and what is mapped in it.
@@ -87,7 +101,7 @@ pub struct Arena {
     len: u64,
     /// Lengths, by offset; never overlapping.
     mapped: BTreeMap<u64, u64>,
-    /// Runs of the reservation between them: to the host's kernel each is a mapping too.
+    /// Runs of the reservation between them. To the host kernel each is a mapping too.
     gaps: usize,
     mappings: Charge,
     lost: bool,
@@ -118,7 +132,7 @@ impl Arena {
         })
     }
 
-    /// Host-virtual address of its start: what a memory slot shows. Nothing else may use it.
+    /// Host-virtual address of its start, for the memory slot. Nothing else may use it.
     pub fn host_address(&self) -> u64 {
         self.reservation.address(0).addr() as u64
     }
@@ -133,7 +147,7 @@ impl Arena {
         self.mapped.is_empty()
     }
 
-    /// Shows the first `len` bytes of `file` at `offset`, to be read, and written if `writable`.
+    /// Maps the first `len` bytes of `file` at `offset`, for reading, and for writing if `writable`.
     pub fn map(
         &mut self,
         offset: u64,
@@ -143,7 +157,7 @@ impl Arena {
     ) -> Result<(), ArenaError> {
         let end = self.check(offset, len)?;
         let gaps = self.gaps - 1 + self.gaps_beside(offset, end);
-        // For dma-bufs too, whose size `fstat` does not tell. Who made the file may have its position.
+        // `fstat` does not report the size of a dma-buf. The exporter of the file may share its position.
         let size = seek(file, SeekFrom::End(0)).map_err(|error| ArenaError::Host {
             action: "find the size of the GPU's memory",
             source: error.into(),
@@ -151,7 +165,7 @@ impl Arena {
         if size < len {
             return Err(ArenaError::Short { len, size });
         }
-        // Never below zero: what is mapped takes the place of one run of the reservation at most.
+        // Never below zero: a mapping replaces one run of the reservation at most.
         let more = 1 + gaps - self.gaps;
         if !self.mappings.grow(more as u64) {
             return Err(ArenaError::TooMany(self.mapped.len()));
@@ -171,7 +185,7 @@ impl Arena {
         Ok(())
     }
 
-    /// Takes away what was mapped at `offset`.
+    /// Unmaps what was mapped at `offset`.
     pub fn unmap(&mut self, offset: u64) -> Result<(), ArenaError> {
         let len = *self
             .mapped
@@ -185,7 +199,7 @@ impl Arena {
         Ok(())
     }
 
-    /// Takes away all that is mapped.
+    /// Unmaps everything.
     pub fn clear(&mut self) -> Result<(), ArenaError> {
         if !self.mapped.is_empty() {
             self.reserve(0, self.len)?;
@@ -196,7 +210,7 @@ impl Arena {
         Ok(())
     }
 
-    /// Whether a mapping can be made; where it ends.
+    /// Checks a mapping, and returns where it ends.
     fn check(&self, offset: u64, len: u64) -> Result<u64, ArenaError> {
         if self.lost {
             return Err(ArenaError::Lost);
@@ -219,7 +233,7 @@ impl Arena {
         }
     }
 
-    /// On how many sides of a range the reservation goes on. Nothing is mapped in it.
+    /// On how many sides of a range the reservation continues. Nothing is mapped in the range.
     fn gaps_beside(&self, offset: u64, end: u64) -> usize {
         let before = self.mapped.range(..offset).next_back();
         let gap_before = before.map_or(offset > 0, |(&start, &len)| start + len < offset);
@@ -227,12 +241,12 @@ impl Arena {
         usize::from(gap_before) + usize::from(gap_after)
     }
 
-    /// Mappings that the host's kernel keeps for it.
+    /// Mappings that the host kernel counts for it.
     fn count(&self) -> u64 {
         (self.mapped.len() + self.gaps) as u64
     }
 
-    /// Puts the reservation back.
+    /// Restores the reservation.
     fn reserve(&mut self, offset: u64, len: u64) -> Result<(), ArenaError> {
         self.reservation.unmap(offset, len).map_err(|_| {
             self.lost = true;

@@ -77,7 +77,7 @@ impl Drop for Charge {
     }
 }
 
-/// Mappings that are left to the rest of the process: it cannot allocate memory without, and would end.
+/// Mappings left to the rest of the process. Without them it cannot allocate memory, and would end.
 const RESERVED_MAPPINGS: u64 = 8192;
 /// Default of `vm.max_map_count` (Linux `include/linux/mm.h`, DEFAULT_MAX_MAP_COUNT).
 const DEFAULT_MAX_MAP_COUNT: u64 = 65530;

@@ -1,4 +1,4 @@
-//! Guest-physical memory: RAM, and the map of what lies where.
+//! Guest-physical memory: RAM, and the map of guest-physical addresses.
 
 mod address_space;
 mod arena;

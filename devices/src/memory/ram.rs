@@ -94,7 +94,7 @@ pub enum RamError {
         #[source]
         source: io::Error,
     },
-    /// The address-space map refused RAM.
+    /// The address space refused RAM.
     #[error("guest memory does not fit the address map")]
     Map(#[from] AddressSpaceError),
 }
@@ -185,7 +185,7 @@ impl GuestRam {
         self.size
     }
 
-    /// The memfd, for those who share it.
+    /// The memory file, for other processes that map it.
     pub fn file(&self) -> &Arc<File> {
         &self.file
     }
@@ -223,7 +223,7 @@ impl GuestRam {
         Ok(())
     }
 
-    /// Gives all pages back to the host: RAM reads as zeroes after. For a machine reset.
+    /// Returns all pages to the host, for a machine reset. RAM reads as zeroes afterwards.
     pub fn clear(&self) -> Result<(), RamError> {
         rustix::fs::fallocate(
             &*self.file,

@@ -9,13 +9,13 @@ use std::sync::{
 use super::{bus::PciBus, function::DevFn};
 use crate::memory::IoHandler;
 
-/// Whether an access of `len` bytes at `offset` is one that a function can be asked for.
+/// Whether a function can be asked for an access of `len` bytes at `offset`.
 fn is_plain(offset: u64, len: usize) -> bool {
     matches!(len, 1 | 2 | 4) && offset % 4 + len as u64 <= 4
 }
 
-/// The memory-mapped window: 4 KiB a function, 1 MiB a bus. Functions have the address map that this is in,
-/// so it must not have the functions.
+/// The memory-mapped window: 4 KiB a function, 1 MiB a bus. Functions hold the address space that contains this
+/// window, so the window must not hold the functions.
 pub struct Ecam(pub Weak<PciBus>);
 
 impl Ecam {
@@ -69,7 +69,7 @@ impl ConfigMechanism1 {
         }
     }
 
-    /// What CONFIG_DATA stands for, if it stands for anything.
+    /// The register that CONFIG_DATA stands for, if any.
     fn target(&self, offset: u64, len: usize) -> Option<(Arc<PciBus>, u8, DevFn, u16)> {
         let within = offset.checked_sub(CONFIG_DATA)?;
         let address = self.address.load(Ordering::Acquire);
@@ -97,7 +97,7 @@ impl IoHandler for ConfigMechanism1 {
         if let Some((root, bus, place, register)) = self.target(offset, data.len()) {
             root.write_config(bus, place, register, data);
         } else if let (0, Ok(address)) = (offset, data.try_into()) {
-            // Only a write of all 32 bits is one to CONFIG_ADDRESS; others are other devices' ports.
+            // Only a write of all 32 bits addresses CONFIG_ADDRESS. Smaller ones address ports of other devices.
             self.address
                 .store(u32::from_le_bytes(address), Ordering::Release);
         }

@@ -1,4 +1,4 @@
-//! Base address registers: sizing, and keeping the address maps in step with what the guest writes.
+//! Base address registers: their size, and the address spaces kept in step with what the guest writes.
 
 use std::{ops::Range, sync::Arc};
 
@@ -8,7 +8,7 @@ use crate::{
     memory::{AddressSpace, AddressSpaceError, Backing, IoHandler, SlotMapping},
 };
 
-/// The number under which a function's expansion ROM goes beside its BARs.
+/// Number of the expansion ROM of a function, beside its BARs.
 pub const ROM_INDEX: usize = 6;
 
 /// What a BAR decodes.
@@ -60,9 +60,9 @@ impl BarKind {
     }
 }
 
-/// A device behind a BAR that wants to know where it lies: doorbells move with it.
+/// A device behind a BAR that follows where it lies: doorbells move with it.
 pub trait BarHandler: IoHandler {
-    /// The BAR starts to be decoded at an address, or stops to be.
+    /// The BAR is decoded at an address from now on, or no longer.
     fn mapped(&self, address: Option<u64>);
 }
 
@@ -91,7 +91,7 @@ pub struct BarMemory {
     pub len: u64,
     /// What it is.
     pub backing: Backing,
-    /// Where it is mapped in this process for as long as the BAR is there.
+    /// Host-virtual address, valid for as long as the BAR exists.
     pub host: u64,
     /// Whether the guest may only read.
     pub readonly: bool,
@@ -122,7 +122,7 @@ pub struct BarReport {
     pub kind: BarKind,
     /// Size in bytes.
     pub size: u64,
-    /// Where it lies in the address map, if it does.
+    /// Where it is decoded, if it is.
     pub address: Option<u64>,
 }
 
@@ -131,11 +131,11 @@ struct Bar {
     kind: BarKind,
     size: u64,
     content: BarContent,
-    /// What of it is in the address map now.
+    /// Its regions in the address space, while it is decoded.
     mapped: Option<Mapped>,
 }
 
-/// A BAR in the address map.
+/// A decoded BAR.
 struct Mapped {
     /// Where it starts.
     address: u64,
@@ -150,7 +150,7 @@ pub struct Bars {
     bars: Vec<Bar>,
     memory: Arc<AddressSpace>,
     ports: Arc<AddressSpace>,
-    /// Whether the function sleeps or is being reset, and so decodes nothing.
+    /// Whether the function is in a low-power state or in reset, and so decodes nothing.
     asleep: bool,
 }
 
@@ -232,19 +232,19 @@ impl Bars {
         }
     }
 
-    /// Has the function decode nothing, whatever its registers say, or again what they say. Takes effect
-    /// with the next [`Bars::withdraw`] or [`Bars::update`].
+    /// Stops or resumes decoding, whatever the registers say. Takes effect with the next [`Bars::withdraw`] or
+    /// [`Bars::update`].
     pub fn set_asleep(&mut self, asleep: bool) {
         self.asleep = asleep;
     }
 
-    /// Where BAR `bar` is to lie.
+    /// Where BAR `bar` is to be decoded.
     fn wanted(&self, bar: &Bar, config: &ConfigSpace) -> Option<u64> {
         bar.wanted(config).filter(|_| !self.asleep)
     }
 
-    /// Takes out of the address maps what the registers no longer decode, and adds nothing: what a device
-    /// of the host's needs before it is told.
+    /// Removes what the registers no longer decode, and adds nothing. A device of the host needs this before it is
+    /// written to.
     pub fn withdraw(&mut self, config: &ConfigSpace) {
         for index in 0..self.bars.len() {
             let wanted = self.wanted(&self.bars[index], config);
@@ -254,9 +254,9 @@ impl Bars {
         }
     }
 
-    /// Brings the address maps in line with the registers. Called after each write to COMMAND or a BAR.
+    /// Makes the address spaces match the registers. Called after each write to COMMAND or a BAR.
     pub fn update(&mut self, config: &ConfigSpace) {
-        // First all that go, so that two BARs can change places.
+        // Removals first, so that two BARs can change places.
         self.withdraw(config);
         for index in 0..self.bars.len() {
             let wanted = self.wanted(&self.bars[index], config);
@@ -268,7 +268,7 @@ impl Bars {
 }
 
 impl Drop for Bars {
-    /// Tells every device that its BARs are gone, and gives their memory slots back.
+    /// Notifies every device that its BARs are gone, and releases their memory slots.
     fn drop(&mut self) {
         for bar in &mut self.bars {
             bar.unmap(&self.memory, &self.ports);
@@ -285,13 +285,13 @@ fn register(index: usize) -> usize {
 }
 
 impl Bar {
-    /// Where it is in the address map.
+    /// Where it is decoded now.
     fn address(&self) -> Option<u64> {
         self.mapped.as_ref().map(|mapped| mapped.address)
     }
 
-    /// Where the registers say it lies, if it is decoded. An address of all ones is the guest asking for
-    /// the size, and 0 is a BAR that nobody has placed.
+    /// Where the registers place it, if it is decoded. All ones ask for the size, and 0 is a BAR without an
+    /// address.
     fn wanted(&self, config: &ConfigSpace) -> Option<u64> {
         let register = register(self.index);
         let low = u64::from(config.u32(register));
@@ -339,7 +339,7 @@ impl Bar {
         }
     }
 
-    /// Adds ranges and what is between them to the map.
+    /// Inserts the memory ranges and the registers between them.
     fn enter(&self, mapped: &mut Mapped, space: &AddressSpace) -> Result<(), AddressSpaceError> {
         let mut end = 0;
         if let BarContent::Memory {
@@ -409,7 +409,7 @@ impl Bar {
     }
 
     fn leave(&self, mapped: Mapped, space: &AddressSpace) {
-        // The guest loses the memory before the map does: nothing else can come to lie there meanwhile.
+        // The guest loses the memory before the address space does: nothing else can be mapped there meanwhile.
         drop(mapped.slots);
         for (gpa, len) in mapped.regions {
             if let Err(error) = space.remove(gpa, len) {

@@ -1,13 +1,13 @@
 //! A PCI Express port: a type 1 bridge to a bus of its own, from the root complex or from a switch. It has no
 //! access control services, so functions below it may reach each other.
 //!
-//! Configuration accesses are routed by the bus numbers that the guest programs. Its windows are kept
-//! for the guest to read back; what functions behind it decode follows from their own BARs alone.
+//! Configuration accesses are routed by the bus numbers that the guest programs. The windows are kept for the guest
+//! to read back, and decide nothing: functions behind the port decode by their own BARs.
 //!
-//! Behind the port is a slot with native hot-plug (PCI Express 5.0, 6.7). What is in it shows on the bus
-//! while the guest has its power on. Putting something in, or asking for it back, presses the attention
-//! button; the guest turns power on, or gives the card up and turns power off, which is when a card that
-//! was asked for leaves.
+//! Behind the port is a slot with native hot-plug (PCI Express 5.0, 6.7). Its card shows on the bus while the guest
+//! has the power of the slot on. Plugging a card and requesting its unplug both press the attention button. The
+//! guest turns power on for a new card. It releases a requested card by turning power off, and the card then
+//! leaves.
 
 use std::{
     ops::RangeInclusive,
@@ -32,7 +32,7 @@ use super::{
 const CLASS_BRIDGE: u32 = 0x06_0400;
 
 const CAP_ID_PCI_EXPRESS: u8 = 0x10;
-/// PCI Express Capabilities Register: version 2, and whether there is a slot.
+/// PCI Express Capabilities Register: version 2, and whether there is a slot (PCI Express 5.0, 7.5.3.2).
 const EXPRESS_VERSION: u16 = 2;
 const EXPRESS_SLOT: u16 = 1 << 8;
 /// Position of Device/Port Type there.
@@ -69,7 +69,7 @@ const SLOT_EVENTS: u16 = 0b1_1111 | LINK_STATE_CHANGED;
 /// Slot Status: Presence Detect State.
 const PRESENCE: u16 = 1 << 6;
 
-/// Slot Control: each event's enable bit is at the event's place in Slot Status, but for the last.
+/// Slot Control: the enable bit of each event is at the place of the event in Slot Status, except for the last.
 const LINK_STATE_CHANGED_ENABLE: u16 = 1 << 12;
 const HOTPLUG_INTERRUPT_ENABLE: u16 = 1 << 5;
 /// Slot Control: Power Indicator Control.
@@ -91,19 +91,19 @@ const MEMORY_UNIT: u64 = 1 << 20;
 /// Low bits of the prefetchable window's registers: 64 bits.
 const PREFETCHABLE_64: u16 = 1;
 
-/// Told the slot's number when a card that was asked for has left, on a vCPU thread; must not block.
+/// Called with the number of the slot when a requested card has left, on a vCPU thread. It must not block.
 pub type EjectSink = Arc<dyn Fn(u8) + Send + Sync>;
 
-/// Why a slot does not do what it is asked for.
+/// Why a slot refuses a request.
 #[derive(Clone, Copy, Debug, Error, PartialEq, Eq)]
 pub enum SlotError {
-    /// Something is in it.
+    /// The slot has a card.
     #[error("slot {0} is in use: take its device out first, or use another")]
     Occupied(u8),
-    /// Nothing is in it.
+    /// The slot has no card.
     #[error("slot {0} is empty")]
     Empty(u8),
-    /// The guest has not done what it was asked for last.
+    /// The guest has not finished the previous request.
     #[error("the guest is still busy with slot {0}: try again in some seconds")]
     Busy(u8),
 }
@@ -113,13 +113,13 @@ struct State {
     msi: Msi,
     /// Where the PCI Express capability is.
     express: usize,
-    /// What is in the slot, whether power is on or off.
+    /// The card in the slot, whether power is on or off.
     card: Vec<Arc<dyn PciFunction>>,
-    /// The guest was asked to give the card up.
+    /// The guest was asked to release the card.
     removing: bool,
-    /// The button was pressed, and nothing was done about it yet: Linux clears the event first.
+    /// The button was pressed, and the guest has not reacted. Linux clears the event first.
     pressed: bool,
-    /// An event is set and enabled: the next interrupt comes when that was not so in between.
+    /// An event is set and enabled. The next interrupt is raised only after this was false in between.
     asserted: bool,
 }
 
@@ -166,13 +166,13 @@ impl PortKind {
 pub struct Port {
     state: Mutex<State>,
     bus: Arc<PciBus>,
-    /// Number of the slot behind it, or 0: what is there cannot come or go.
+    /// Number of the slot behind it, or 0 if there is no slot: then nothing can be plugged or unplugged.
     slot: u8,
     ejected: EjectSink,
 }
 
 impl Port {
-    /// The port of physical slot `slot`, with nothing behind it; with slot 0 there is no slot. It interrupts by
+    /// The port of physical slot `slot`, with nothing behind it. With slot 0 it has no slot. It interrupts by
     /// `vector`.
     pub fn new(kind: PortKind, slot: u8, vector: Arc<dyn MsiVector>, ejected: EjectSink) -> Self {
         let mut config = ConfigSpace::new(1, kind.identity());
@@ -224,24 +224,24 @@ impl Port {
         Ok(place)
     }
 
-    /// Whether nothing is in the slot.
+    /// Whether the slot is empty.
     pub fn is_empty(&self) -> bool {
         self.lock().card.is_empty()
     }
 
-    /// Whether the guest was asked to give up what is in the slot.
+    /// Whether the guest was asked to release the card.
     pub fn is_removing(&self) -> bool {
         self.lock().removing
     }
 
-    /// Puts a function into the slot and tells the guest.
+    /// Puts a function into the slot and signals the guest.
     pub fn plug(&self, function: Arc<dyn PciFunction>) -> Result<(), SlotError> {
         let state = &mut *self.lock();
         if !state.card.is_empty() {
             return Err(SlotError::Occupied(self.slot));
         }
         state.card.push(function);
-        // The button with the card: the guest need not wait for a person to change their mind.
+        // The button is pressed with the card: the guest need not wait for a person to press it.
         state.set_status(
             PRESENCE | PRESENCE_DETECT_CHANGED | ATTENTION_BUTTON_PRESSED,
             0,
@@ -253,7 +253,7 @@ impl Port {
         Ok(())
     }
 
-    /// Asks the guest to give up what is in the slot.
+    /// Asks the guest to release the card.
     pub fn request_unplug(&self) -> Result<(), SlotError> {
         let state = &mut *self.lock();
         if state.card.is_empty() {
@@ -266,7 +266,7 @@ impl Port {
             state.interrupt();
             return Ok(());
         }
-        // A second press would take the first one back.
+        // A second press would cancel the first one.
         let blinks = state.slot_control() & POWER_INDICATOR == POWER_INDICATOR_BLINK;
         if state.pressed || blinks {
             return Err(SlotError::Busy(self.slot));
@@ -278,8 +278,7 @@ impl Port {
         Ok(())
     }
 
-    /// Takes what is in the slot away without asking: the guest finds it gone (PCI Express 5.0, 6.7.1, surprise
-    /// removal).
+    /// Removes the card without asking: the guest finds it gone (PCI Express 5.0, 6.7.1, surprise removal).
     pub fn force_remove(&self) {
         let state = &mut *self.lock();
         if state.card.is_empty() {
@@ -297,7 +296,7 @@ impl Port {
         state.interrupt();
     }
 
-    /// The registers of every bridge.
+    /// Writes to the registers that every bridge has.
     fn write_plain(&self, state: &mut State, offset: usize, data: &[u8]) {
         let in_reset = |state: &State| state.config.u16(reg::BRIDGE_CONTROL) & BUS_RESET != 0;
         let was_in_reset = in_reset(state);
@@ -334,7 +333,7 @@ impl Port {
         self.eject(state);
     }
 
-    /// Takes the card out, if it was asked for.
+    /// Removes the card, if it was asked for.
     fn eject(&self, state: &mut State) {
         if std::mem::take(&mut state.removing) {
             state.card.clear();
@@ -500,7 +499,7 @@ impl PciFunction for Port {
 
     fn place_bar(&self, _index: usize, _address: u64) {}
 
-    /// A reset from above goes on below.
+    /// A reset of the primary bus resets the secondary bus too.
     fn reset(&self) {
         self.bus.reset();
     }

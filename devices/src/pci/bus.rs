@@ -1,5 +1,5 @@
-//! Buses and what is on them: routing of configuration accesses, and the assignment of bus numbers and
-//! addresses that firmware would make.
+//! Buses and the functions on them: routing of configuration accesses, and the bus numbers and addresses that
+//! firmware would assign.
 
 use std::{
     collections::BTreeMap,
@@ -21,7 +21,7 @@ const DEVICES: u8 = 32;
 /// Granularity of bridge windows.
 const WINDOW_UNIT: u64 = 1 << 20;
 
-/// What the windows of an empty slot have room for: any virtio device.
+/// Room in the windows of an empty slot: enough for any virtio device.
 const SLOT_MEMORY32: u64 = 2 << 20;
 const SLOT_MEMORY64: u64 = 64 << 20;
 
@@ -29,7 +29,7 @@ const SLOT_MEMORY64: u64 = 64 << 20;
 #[derive(Debug, Error, PartialEq, Eq)]
 pub enum PciError {
     /// All device numbers are in use.
-    #[error("the PCI bus has {DEVICES} devices already: put some behind a root port with port=N")]
+    #[error("the PCI bus has {DEVICES} devices already: put some behind a root port (port)")]
     Full,
     /// All bus numbers are in use.
     #[error("there are more than 255 PCI buses: use fewer ports")]
@@ -113,7 +113,7 @@ impl PciBus {
 
     /// Takes the function at `place` off the bus.
     pub fn remove(&self, place: DevFn) {
-        // It may wait for threads as it goes, which is not for others to wait for.
+        // Dropping a function may wait for its threads: the lock is released before.
         let node = self.lock().remove(&place);
         drop(node);
     }
@@ -159,16 +159,16 @@ impl PciBus {
             _ => None,
         });
         drop(nodes);
-        // A guest may number buses so that a port leads back up: the bus behind a port is deeper than the
-        // port, so this ends all the same.
+        // A guest may number buses so that a port leads back up. The bus behind a port is deeper than the port, so
+        // this ends.
         if let Some(port) = port {
             let secondary = *port.forwarded_buses().start();
             port.bus().with_function(secondary, bus, place, access);
         }
     }
 
-    /// The guest reads configuration space of a function by its bus number, this bus being number 0.
-    /// Where there is none it reads ones.
+    /// A read of configuration space by the guest, by bus number; this bus is number 0. A missing function reads as
+    /// ones.
     pub fn read_config(&self, bus: u8, place: DevFn, offset: u16, data: &mut [u8]) {
         data.fill(0xff);
         self.with_function(0, bus, place, &mut |function| {
@@ -176,15 +176,14 @@ impl PciBus {
         });
     }
 
-    /// The guest writes configuration space of a function by its bus number.
+    /// A write of configuration space by the guest, by bus number.
     pub fn write_config(&self, bus: u8, place: DevFn, offset: u16, data: &[u8]) {
         self.with_function(0, bus, place, &mut |function| {
             function.write_config(offset, data);
         });
     }
 
-    /// Numbers buses and places BARs and bridge windows, as firmware does before it starts a guest. Gives
-    /// the last bus's number.
+    /// Numbers buses and places BARs and bridge windows, as firmware does. Returns the number of the last bus.
     pub fn assign(&self, windows: &Windows) -> Result<u8, PciError> {
         let mut free = Free::new(windows);
         let mut last = 0;
@@ -237,7 +236,7 @@ impl PciBus {
     }
 }
 
-/// What is left of the windows.
+/// The free parts of the windows.
 struct Free {
     memory32: Range<u64>,
     memory64: Range<u64>,
@@ -258,7 +257,7 @@ impl Free {
         self.memory64.start = self.memory64.start.next_multiple_of(unit);
     }
 
-    /// Leaves room for what may come, as far as there is any.
+    /// Reserves room for a device to be plugged, as far as there is any.
     fn reserve(&mut self, memory32: u64, memory64: u64) {
         let take = |window: &mut Range<u64>, size| {
             window.start = window.start.saturating_add(size).min(window.end);

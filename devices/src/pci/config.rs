@@ -1,4 +1,4 @@
-//! Configuration space: 4 KiB of registers, of which each bit is either fixed or writable.
+//! Configuration space: 4 KiB of registers. Each bit is either fixed or writable.
 
 /// Size of a function's configuration space.
 pub const CONFIG_SPACE_SIZE: usize = 4096;
@@ -48,7 +48,7 @@ const FIRST_CAPABILITY: usize = 0x40;
 /// End of what capabilities may use; extended ones follow.
 const LEGACY_END: usize = 0x100;
 
-/// What kind of function it is.
+/// The identity of a function.
 #[derive(Clone, Copy, Debug)]
 pub struct Identity {
     /// Vendor ID.
@@ -63,7 +63,7 @@ pub struct Identity {
     pub subsystem: (u16, u16),
 }
 
-/// A capability: its id, what follows id and next pointer, and which of those bits the guest may write.
+/// A capability: its id, the bytes behind the next pointer, and which bits of those the guest may write.
 #[derive(Clone, Debug)]
 pub struct Capability {
     /// Capability ID.
@@ -111,7 +111,7 @@ impl ConfigSpace {
         config
     }
 
-    /// Registers as a device of the host's has them, of which the guest may write none yet.
+    /// Registers of a device of the host. The guest may write none yet.
     pub fn from_bytes(bytes: Box<[u8; CONFIG_SPACE_SIZE]>) -> Self {
         Self {
             bytes,

@@ -1,4 +1,4 @@
-//! A function on a PCI bus, and what it is made from.
+//! A PCI function, and what it is made from.
 
 use std::{fmt, sync::Arc};
 
@@ -42,12 +42,12 @@ pub trait PciFunction: Send + Sync {
     /// Puts a BAR at an address. For the machine, before the guest runs.
     fn place_bar(&self, index: usize, address: u64);
 
-    /// Back to how it was made (Conventional Reset, PCI Express 5.0, 6.6.1): nothing is decoded, no
-    /// interrupt is raised, no thread works for it. What cannot be put into a slot need not do anything.
+    /// Conventional Reset (PCI Express 5.0, 6.6.1): nothing is decoded, no interrupt is raised, no thread works for
+    /// it. A function that cannot be put into a slot need not do anything.
     fn reset(&self) {}
 }
 
-/// The machine's parts that a function needs.
+/// The parts of the machine that a function uses.
 #[derive(Clone)]
 pub struct FunctionContext {
     /// Interrupts and doorbells.

@@ -1,4 +1,4 @@
-//! Function 00:00.0: the host bridge, which is there to be seen and does nothing.
+//! Function 00:00.0: the host bridge, which guests expect and which does nothing.
 
 use super::{
     bar::BarKind,

@@ -6,7 +6,7 @@ use super::config::{Capability, ConfigSpace};
 use crate::hypervisor::{MsiMessage, MsiVector};
 
 const CAP_ID_MSI: u8 = 0x05;
-/// Message Control: enable is the guest's.
+/// Message Control: the enable bit, which the guest may write.
 const CONTROL_ENABLE: u16 = 1 << 0;
 /// Message Control: the address has 64 bits.
 const CONTROL_64BIT: u16 = 1 << 7;
@@ -44,7 +44,7 @@ impl Msi {
         offset < self.at + SIZE && self.at < offset + len
     }
 
-    /// Brings the vector in line with the registers.
+    /// Makes the vector match the registers.
     pub fn update(&self, config: &ConfigSpace) {
         let message = MsiMessage {
             address: u64::from(config.u32(self.at + ADDRESS))

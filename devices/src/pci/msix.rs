@@ -1,7 +1,7 @@
 //! MSI-X: the capability, the table and the pending bits (PCI 3.0, 6.8.2).
 //!
-//! A vector that is masked, or whose function is, is detached from the interrupt controller; what its
-//! device signals meanwhile stays in the event descriptor and is the pending bit.
+//! A vector that is masked, alone or with its function, is detached from the interrupt controller. Signals of the
+//! device then stay in the event descriptor, which is the pending bit.
 
 use std::{io, sync::Arc};
 
@@ -18,7 +18,7 @@ pub const PBA_ENTRY: u64 = 8;
 /// The most vectors a function can have.
 const MAX_VECTORS: u16 = 2048;
 
-/// Message Control: function mask and enable are the guest's.
+/// Message Control: function mask and enable, which the guest may write.
 const CONTROL_FUNCTION_MASK: u16 = 1 << 14;
 const CONTROL_ENABLE: u16 = 1 << 15;
 /// Vector Control: the only bit with a meaning.
@@ -110,7 +110,7 @@ impl Msix {
         self.enabled
     }
 
-    /// The vectors that the guest is listening to.
+    /// The vectors that are not masked.
     pub fn unmasked(&self) -> impl Iterator<Item = u16> + '_ {
         (0..)
             .zip(&self.entries)
@@ -126,7 +126,7 @@ impl Msix {
         }
     }
 
-    /// Back to how it was made: all vectors masked, no messages.
+    /// Reset: all vectors masked, no messages.
     pub fn reset(&mut self) {
         for entry in &mut self.entries {
             entry.message = MsiMessage::default();

@@ -1,8 +1,8 @@
-//! What a descriptor from another process is, as far as its memory goes.
+//! The kind of memory behind a descriptor from another process.
 
 use std::{fs::File, io};
 
-/// What `fstatfs` says of each kind.
+/// `f_type` of `fstatfs` for each kind.
 const DMA_BUF_MAGIC: u64 = 0x444d_4142;
 const TMPFS_MAGIC: u64 = 0x0102_1994;
 const HUGETLBFS_MAGIC: u64 = 0x9584_58f6;
@@ -19,7 +19,7 @@ pub enum FileKind {
 }
 
 impl FileKind {
-    /// Finds out.
+    /// The kind of `file`.
     pub fn of(file: &File) -> io::Result<Self> {
         Ok(match rustix::fs::fstatfs(file)?.f_type as u64 {
             DMA_BUF_MAGIC => Self::DmaBuf,

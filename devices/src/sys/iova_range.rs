@@ -4,7 +4,8 @@ use std::ops::RangeInclusive;
 
 use zerocopy::{FromBytes, Immutable, KnownLayout};
 
-/// The most IOVA ranges that are asked for: a host has one more than it has reserved windows, a handful.
+/// The most IOVA ranges that are asked for. A host has one more than it has reserved windows, of which there are a
+/// handful.
 pub(super) const MAX_IOVA_RANGES: usize = 256;
 
 /// `struct iommu_iova_range` and `struct vfio_iova_range`: the last address is in the range.

@@ -1,5 +1,4 @@
-//! Memory files (memfd) of a size that stays: shared with other processes, none of which can shrink them
-//! while somebody has them mapped.
+//! Memory files (memfd) of a fixed size. No process that shares one can shrink it while another has it mapped.
 
 use std::{fs::File, io, os::fd::OwnedFd, sync::Arc};
 
@@ -28,7 +27,7 @@ pub fn mapped(name: &str, size: u64) -> io::Result<(Arc<File>, MmapRegion)> {
     Ok((file, mapping))
 }
 
-/// A memory file that nobody can write to but by the mapping that comes with it.
+/// A memory file that can only be written through the mapping returned with it.
 pub fn read_only(name: &str, size: u64) -> io::Result<(OwnedFd, MmapRegion)> {
     let file = sized(name, size, MemfdFlags::empty())?;
     let mapping = map(FileOffset::new(file.try_clone()?, 0), size)?;

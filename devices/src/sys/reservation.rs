@@ -153,7 +153,7 @@ impl Drop for Reservation {
         if self.len == 0 {
             return;
         }
-        // SAFETY: the range belongs to this value. Who was given addresses in it is gone before it is.
+        // SAFETY: the range belongs to this value. Users of its addresses are dropped before it.
         if let Err(error) = unsafe { munmap(self.start, self.len) } {
             tracing::error!(%error, "cannot unmap reserved addresses");
         }

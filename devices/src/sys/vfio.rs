@@ -104,7 +104,7 @@ pub fn reset(device: &impl AsRawFd) -> io::Result<()> {
     check(unsafe { ioctl(device, VFIO_DEVICE_RESET()) }).map(drop)
 }
 
-/// What the kernel tells of a region.
+/// A region, as the kernel describes it.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct RegionInfo {
     /// Its number.
@@ -115,7 +115,7 @@ pub struct RegionInfo {
     pub size: u64,
     /// Whether it can be written.
     pub writable: bool,
-    /// What of it can be mapped: offset in the region and length.
+    /// Areas that can be mapped: offset in the region and length.
     pub mappable: Vec<(u64, u64)>,
 }
 
@@ -269,7 +269,7 @@ pub(super) fn u32_at(bytes: &[u8], at: usize) -> Option<u32> {
 /// `struct vfio_info_cap_header` that starts at `first`.
 pub(super) fn capability(answer: &[u8], first: u32, id: u32) -> Option<&[u8]> {
     let mut at = first as usize;
-    // The chain is the kernel's; a bound all the same.
+    // The kernel makes the chain; it is bounded all the same.
     for _ in 0..16 {
         if at == 0 {
             break;

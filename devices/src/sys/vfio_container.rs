@@ -1,5 +1,5 @@
-//! The ioctls on VFIO's container and groups, one typed function each (Linux `include/uapi/linux/vfio.h`).
-//! vfio-ioctls has them for nodes that it opens itself only.
+//! Ioctls on VFIO containers and groups, one typed function each (Linux `include/uapi/linux/vfio.h`). vfio-ioctls
+//! has them only for nodes that it opens itself.
 
 use std::{
     ffi::CStr,
@@ -40,7 +40,7 @@ ioctl_io_nr!(VFIO_IOMMU_GET_INFO, VFIO_TYPE as u32, VFIO_BASE + 12);
 ioctl_io_nr!(VFIO_IOMMU_MAP_DMA, VFIO_TYPE as u32, VFIO_BASE + 13);
 ioctl_io_nr!(VFIO_IOMMU_UNMAP_DMA, VFIO_TYPE as u32, VFIO_BASE + 14);
 
-/// Whether the file is a container that can translate as Fanlight needs it. What is none gives an error.
+/// Whether the file is a container of the type that is used (VFIO_TYPE1v2_IOMMU). Other files give an error.
 pub fn is_container(file: &File) -> io::Result<bool> {
     // SAFETY: VFIO_GET_API_VERSION takes no argument.
     let version = check(unsafe { ioctl(file, VFIO_GET_API_VERSION()) })?;
@@ -50,7 +50,7 @@ pub fn is_container(file: &File) -> io::Result<bool> {
     Ok(version as u32 == VFIO_API_VERSION && has_type1 == 1)
 }
 
-/// Has a container translate for the groups that it has.
+/// Enables translation for the groups of a container.
 pub fn set_iommu(container: &File) -> io::Result<()> {
     // SAFETY: VFIO_SET_IOMMU takes a number.
     check(unsafe { ioctl_with_val(container, VFIO_SET_IOMMU(), VFIO_TYPE1v2_IOMMU.into()) })
@@ -68,8 +68,7 @@ struct Type1Info {
     pad: u32,
 }
 
-/// The addresses that a container can map, with the groups that it has now. Empty if the kernel does not
-/// tell.
+/// The addresses that a container can map, with the groups that it has now. Empty if the kernel does not list them.
 pub fn iova_ranges(container: &File) -> io::Result<Vec<RangeInclusive<u64>>> {
     const LEN: usize = size_of::<Type1Info>() + MAX_IOVA_RANGES * size_of::<IovaRange>();
     let info = Type1Info {
@@ -126,7 +125,7 @@ pub unsafe fn map(container: &File, iova: u64, size: u64, host: *mut u8) -> io::
     check(unsafe { ioctl_with_ref(container, VFIO_IOMMU_MAP_DMA(), &request) }).map(drop)
 }
 
-/// Unmaps what was mapped there; how many bytes that were.
+/// Unmaps a range, and returns how many bytes were mapped.
 pub fn unmap(container: &File, iova: u64, size: u64) -> io::Result<u64> {
     let mut request = vfio_iommu_type1_dma_unmap {
         argsz: size_of::<vfio_iommu_type1_dma_unmap>() as u32,
@@ -139,7 +138,7 @@ pub fn unmap(container: &File, iova: u64, size: u64) -> io::Result<u64> {
     Ok(request.size)
 }
 
-/// A group's `VFIO_GROUP_FLAGS_*`. What is no group gives an error.
+/// `VFIO_GROUP_FLAGS_*` of a group. Other files give an error.
 pub fn group_flags(group: &File) -> io::Result<u32> {
     let mut status = vfio_group_status {
         argsz: size_of::<vfio_group_status>() as u32,
@@ -157,7 +156,7 @@ pub fn set_container(group: &File, container: &File) -> io::Result<()> {
     check(unsafe { ioctl_with_ref(group, VFIO_GROUP_SET_CONTAINER(), &number) }).map(drop)
 }
 
-/// Takes a group out of its container, which it can be when none of its devices is open.
+/// Removes a group from its container. None of its devices may be open.
 pub fn unset_container(group: &File) -> io::Result<()> {
     // SAFETY: VFIO_GROUP_UNSET_CONTAINER takes no argument.
     check(unsafe { ioctl(group, VFIO_GROUP_UNSET_CONTAINER()) }).map(drop)

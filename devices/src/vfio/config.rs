@@ -1,9 +1,9 @@
-//! Configuration space of a passed-through function: the device's own, but for what the guest must not
-//! see and what Fanlight answers itself.
+//! Configuration space of a passed-through function: registers of the device, except those that the guest must not
+//! see and those that are emulated.
 //!
-//! BARs, the ROM's, MSI and MSI-X are registers of ours: the device's hold the host's addresses. SR-IOV,
-//! ARI and resizable BARs, which would change what the host gave away, are taken out of the list of
-//! extended capabilities, as is what needs an IOMMU in the guest.
+//! BARs, the ROM, MSI and MSI-X are emulated: the registers of the device hold addresses of the host. SR-IOV, ARI
+//! and resizable BARs would change what the host assigned. They are hidden from the list of extended capabilities,
+//! as is what needs an IOMMU in the guest.
 
 use crate::pci::{
     COMMAND_BUS_MASTER, COMMAND_INTX_DISABLE, COMMAND_IO, COMMAND_MEMORY, CONFIG_SPACE_SIZE,
@@ -72,7 +72,7 @@ pub struct MsixCapability {
     pub pba: (u32, u64),
 }
 
-/// What the guest wants of MSI.
+/// The state of MSI that the guest has set.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct MsiSetting {
     /// How many vectors are on; none if MSI is off.
@@ -83,12 +83,12 @@ pub struct MsiSetting {
     pub data: u16,
 }
 
-/// What a write means beyond the bytes themselves.
+/// Effects of a write beyond the bytes themselves.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub struct Consequences {
-    /// Bytes that the device is to be given, with their offsets.
+    /// Bytes to forward to the device, with their offsets.
     pub forward: Vec<(usize, Vec<u8>)>,
-    /// The device resets itself on that.
+    /// The write makes the device reset itself.
     pub resets: bool,
     /// MSI's registers may have changed.
     pub msi: bool,
@@ -98,13 +98,13 @@ pub struct Consequences {
 
 /// Configuration space as the guest sees it.
 pub struct VirtualConfig {
-    /// Registers that are ours, and a copy of COMMAND, by which BARs are decoded.
+    /// The emulated registers, and a copy of COMMAND, by which BARs are decoded.
     pub space: ConfigSpace,
-    /// How `space` was before the guest changed it.
+    /// `space` before the guest changed it.
     kept: Option<ConfigSpace>,
-    /// Which bytes the guest is answered from `space`.
+    /// Which bytes are read from `space`.
     ours: Box<[bool; CONFIG_SPACE_SIZE]>,
-    /// The state that the guest put the function into; D0 is 0.
+    /// PowerState, as the guest set it; D0 is 0.
     power_state: u16,
     power: Option<usize>,
     express: Option<usize>,
@@ -115,7 +115,7 @@ pub struct VirtualConfig {
 }
 
 impl VirtualConfig {
-    /// Takes the device's registers as they are after a reset. `pin` is whether its INTx can be used.
+    /// Takes the registers of the device as they are after a reset. `pin` says whether its INTx can be used.
     pub fn new(device: Box<[u8; CONFIG_SPACE_SIZE]>, pin: bool) -> Self {
         let capabilities = capabilities(&device[..]);
         let find = |id| {
@@ -151,7 +151,7 @@ impl VirtualConfig {
         self.kept = Some(self.space.clone());
     }
 
-    /// Sets the registers back to how they were kept.
+    /// Restores the registers of [`VirtualConfig::keep`].
     pub fn reset(&mut self) {
         if let Some(kept) = &self.kept {
             self.space = kept.clone();
@@ -170,11 +170,11 @@ impl VirtualConfig {
         self.space.set(reg::COMMAND, &[0; 2]);
         self.space
             .set_writable(reg::COMMAND, &command.to_le_bytes());
-        // Other functions of the device are not there.
+        // Other functions of the device are not passed through with it.
         let kind = self.space.u16(reg::HEADER_TYPE) as u8 & !HEADER_MULTI_FUNCTION;
         self.space.set(reg::HEADER_TYPE, &[kind]);
         self.own(reg::HEADER_TYPE, 1);
-        // BARs that are there are set up by who knows their sizes.
+        // BARs are added by the caller, who knows their sizes.
         self.space.set(reg::BASE_ADDRESS_0, &[0; 24]);
         self.own(reg::BASE_ADDRESS_0, 24);
         self.space.set(reg::EXPANSION_ROM, &[0; 4]);
@@ -193,12 +193,12 @@ impl VirtualConfig {
         pin.checked_sub(1).filter(|pin| *pin < 4)
     }
 
-    /// Takes the pin away.
+    /// Removes the pin.
     pub fn remove_pin(&mut self) {
         self.space.set(reg::INTERRUPT_PIN, &[0]);
     }
 
-    /// MSI without masks for single vectors: those a device need not have, and drivers do without.
+    /// MSI without per-vector masking, which is optional and which drivers do without.
     fn set_up_msi(&mut self) {
         let Some(at) = self.msi else { return };
         let control = self.space.u16(at + MSI_CONTROL) & (MSI_CAPABLE | MSI_64BIT);
@@ -220,7 +220,7 @@ impl VirtualConfig {
         }
     }
 
-    /// Takes [`HIDDEN`] out of the list of extended capabilities.
+    /// Removes [`HIDDEN`] from the list of extended capabilities.
     fn hide_extended(&mut self) {
         let mut shown: Option<usize> = None;
         for at in extended_capabilities(&self.space) {
@@ -235,7 +235,7 @@ impl VirtualConfig {
                         let next = header & 0xfff0_0000;
                         self.space.set(previous, &(kept | next).to_le_bytes());
                     }
-                    // The first must be there, for the others to be found: it becomes one of no kind.
+                    // The first must stay, so that the others are found: it gets the id of no capability.
                     None => {
                         self.space.set(at, &(header & 0xfff0_0000).to_le_bytes());
                         shown = Some(at);
@@ -248,7 +248,7 @@ impl VirtualConfig {
         }
     }
 
-    /// Replaces what of `data`, which the device answered for `offset`, is ours to answer.
+    /// Replaces the emulated bytes of `data`, which the device returned for `offset`.
     pub fn overlay(&self, offset: usize, data: &mut [u8]) {
         let mut own = vec![0xff; data.len()];
         self.space.read(offset, &mut own);
@@ -260,7 +260,7 @@ impl VirtualConfig {
         }
     }
 
-    /// The guest writes: changes what is ours and tells what else there is to do.
+    /// A write by the guest: changes the emulated registers, and returns the further effects.
     pub fn write(&mut self, offset: usize, data: &[u8]) -> Consequences {
         self.space.write(offset, data);
         let mut consequences = Consequences::default();
@@ -297,12 +297,12 @@ impl VirtualConfig {
         consequences
     }
 
-    /// Whether the guest has put the function to sleep, in which it decodes nothing.
+    /// Whether the guest has put the function into a low-power state, in which it decodes nothing.
     pub fn asleep(&self) -> bool {
         self.power_state != 0
     }
 
-    /// What the guest wants of MSI now. `None` without the capability.
+    /// The state of MSI now. `None` without the capability.
     pub fn msi(&self) -> Option<MsiSetting> {
         let at = self.msi?;
         let control = self.space.u16(at + MSI_CONTROL);

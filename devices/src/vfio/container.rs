@@ -1,4 +1,4 @@
-//! VFIO's older interface: a container that translates for groups of devices.
+//! The legacy interface of VFIO: a container that translates for groups of devices.
 
 use std::{
     ffi::CString,
@@ -17,18 +17,18 @@ use super::{
 };
 use crate::{sync::Mutex, sys::vfio_container as calls};
 
-/// The node.
+/// Device node of the container.
 const CONTAINER: &str = "/dev/vfio/vfio";
 
 /// A container.
 #[derive(Debug)]
 pub struct Container {
     file: File,
-    /// Those that devices are open of: two devices of one group share it.
+    /// The open groups: two devices of one group share it.
     groups: Mutex<Vec<Weak<Group>>>,
 }
 
-/// A group in a container. Dropping takes it out.
+/// A group in a container. Dropping removes it from the container.
 #[derive(Debug)]
 pub struct Group {
     number: u32,
@@ -36,7 +36,7 @@ pub struct Group {
 }
 
 impl Container {
-    /// Takes `node`, or opens one.
+    /// Uses `node`, or opens the device node.
     pub(super) fn open(node: Option<File>) -> Result<Self, VfioError> {
         let given = node.is_some();
         let file = match node {
@@ -135,7 +135,7 @@ impl Container {
         calls::set_container(&file, &self.file)
             .map_err(|source| failure(address, "put its group into VFIO's container", source))?;
         let group = Group { number, file };
-        // One that answers has been told by an earlier group, or by who handed it over.
+        // If the container lists ranges, an earlier group or the caller has enabled translation.
         if calls::iova_ranges(&self.file).is_err() {
             calls::set_iommu(&self.file).map_err(|source| match source.raw_os_error() {
                 Some(libc::EPERM) => VfioError::UnsafeInterrupts,
@@ -167,8 +167,8 @@ impl Container {
 
 impl Drop for Group {
     fn drop(&mut self) {
-        // Somebody else may have the group open, and would keep it in the container. One whose device is still open
-        // elsewhere leaves when that closes.
+        // If another process has the group open, it would keep it in the container. If its device is still open
+        // elsewhere, the group leaves when that closes.
         if let Err(error) = calls::unset_container(&self.file) {
             tracing::debug!(%error, group = self.number, "a group stays in its container for now");
         }

@@ -1,4 +1,4 @@
-//! What can go wrong with a passed-through device, told apart by whose matter it is.
+//! Why a device cannot be passed through, with what to do about it.
 
 use std::{io, ops::RangeInclusive, path::PathBuf};
 
@@ -10,13 +10,13 @@ use crate::{dmabuf::vfio_export::DmaBufError, pci::MsixError};
 /// iommufd's device node.
 pub(super) const IOMMUFD: &str = "/dev/iommu";
 
-/// Why a device of the host's cannot be passed through.
+/// Why a device of the host cannot be passed through.
 #[derive(Debug, Error)]
 pub enum VfioError {
-    /// Nothing is there.
+    /// There is no such device.
     #[error("{0}: the host has no such PCI device; `fanlight vfio list` shows those it has")]
     NoDevice(PciAddress),
-    /// Another driver has it.
+    /// It is bound to another driver.
     #[error(
         "{address}: {}, not to {VFIO_PCI}; give it to user space with `fanlight vfio bind {address}` as root",
         match driver { Some(driver) => format!("bound to {driver}"), None => "bound to no driver".into() }
@@ -33,7 +33,7 @@ pub enum VfioError {
          hosts boot with intel_iommu=on"
     )]
     NoIommu(PciAddress),
-    /// Neighbours in its group are the host's.
+    /// Other devices of its group are in use by the host.
     #[error(
         "{address}: shares IOMMU group {group} with {others}, which the host uses; bind those to \
          {VFIO_PCI} or to no driver, or move the device to another slot"
@@ -46,7 +46,7 @@ pub enum VfioError {
         /// The others, with their drivers.
         others: String,
     },
-    /// Somebody has it open.
+    /// Another process has it open.
     #[error("{0}: in use by another process; a device can be given to one guest at a time")]
     Busy(PciAddress),
     /// A device node may not be opened.
@@ -60,19 +60,19 @@ pub enum VfioError {
         /// What to do.
         hint: &'static str,
     },
-    /// A descriptor of something else.
-    #[error("iommu: not VFIO's container; give the open /dev/vfio/vfio, or leave it away")]
+    /// The descriptor is not a container.
+    #[error("the descriptor is not a VFIO container; give the open /dev/vfio/vfio, or none")]
     NotAContainer,
-    /// A descriptor of something else.
+    /// The descriptor is not a group.
     #[error("{0}: the group that was given is none; give its open node in /dev/vfio")]
     NotAGroup(PciAddress),
-    /// Another device's group.
+    /// The descriptor is the group of another device.
     #[error(
         "{0}: not in the group that was given; `fanlight vfio list` and the link iommu_group in its \
          directory in sysfs tell its group"
     )]
     NotInGroup(PciAddress),
-    /// Somebody has begun to use the group.
+    /// The group is in use already.
     #[error("{0}: its group is in a container already; hand it over as it was opened")]
     GroupInContainer(PciAddress),
     /// No interrupt remapping.
@@ -110,7 +110,7 @@ pub enum VfioError {
         /// What it can.
         allowed: Vec<RangeInclusive<u64>>,
     },
-    /// The device's own description of itself makes no sense.
+    /// The description that the device gives of itself is invalid.
     #[error("{address}: {what}; the device is broken or asleep: reset it or the host")]
     Broken {
         /// The device.
@@ -181,20 +181,20 @@ pub fn errno(error: &(dyn std::error::Error + 'static)) -> Option<i32> {
     None
 }
 
-/// Why a node of VFIO's could not be opened.
+/// The error for a VFIO device node that cannot be opened.
 pub(super) fn node_error(path: &str, source: io::Error) -> VfioError {
     match source.kind() {
         io::ErrorKind::PermissionDenied => VfioError::Permission(path.into()),
         io::ErrorKind::NotFound if path == IOMMUFD => VfioError::NoNode {
             path: path.into(),
-            hint: "this kernel has no iommufd; leave iommufd=on away, or use one built with CONFIG_IOMMUFD",
+            hint: "this kernel has no iommufd; do not set it, or use a kernel built with CONFIG_IOMMUFD",
         },
         io::ErrorKind::NotFound => VfioError::NoNode {
             path: path.into(),
             hint: "load VFIO with `modprobe vfio-pci`",
         },
         _ => VfioError::Host {
-            action: "open a device node of VFIO's",
+            action: "open a VFIO device node",
             source,
         },
     }

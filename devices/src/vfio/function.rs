@@ -37,8 +37,8 @@ const BAR_TYPE: u32 = 0b110;
 const BAR_TYPE_64: u32 = 0b100;
 const BAR_PREFETCHABLE: u32 = 0b1000;
 
-/// What the guest's accesses change. BARs go before interrupts: while they can be reached, so must the
-/// vectors be.
+/// What accesses of the guest change. BARs are dropped before interrupts: vectors must exist while BARs can be
+/// reached.
 struct State {
     bars: Bars,
     interrupts: Interrupts,
@@ -52,8 +52,8 @@ pub struct VfioFunction {
     _added: Option<AddedDevice>,
 }
 
-/// A region behind a BAR, as far as the guest does not reach it directly. The function owns its BARs, so
-/// this must not own the function.
+/// The part of a BAR that the guest does not reach directly. The function owns its BARs, so this must not own the
+/// function.
 struct Registers {
     function: Weak<VfioFunction>,
     device: Arc<HostDevice>,
@@ -65,7 +65,7 @@ struct Registers {
 }
 
 impl VfioFunction {
-    /// Resets `device` and makes a function of it. `number` is the machine's for the device.
+    /// Resets `device` and makes a function of it. `number` is the number of the device in the machine.
     pub fn new(
         device: Arc<HostDevice>,
         number: u32,
@@ -138,12 +138,12 @@ impl VfioFunction {
         Ok(function)
     }
 
-    /// Its BARs as they are now.
+    /// Its BARs now.
     pub fn report(&self) -> Vec<BarReport> {
         self.lock().bars.report()
     }
 
-    /// Whether a driver lets the device do DMA.
+    /// Whether a driver has enabled DMA (bus mastering).
     pub fn is_enabled(&self) -> bool {
         self.lock().config.space.command() & COMMAND_BUS_MASTER != 0
     }
@@ -162,7 +162,7 @@ impl VfioFunction {
             .level_irq(gsi)
             .and_then(|line| interrupts.connect_intx(line));
         if let Err(error) = connected {
-            // Virtual functions tell of pins that they have not: none is what the specification wants.
+            // Virtual functions report pins that they lack; the specification wants no pin.
             tracing::info!(%error, address = %self.device.address, "the device has no INTx");
             config.remove_pin();
         }
@@ -172,7 +172,7 @@ impl VfioFunction {
         self.state.lock()
     }
 
-    /// Has the device answer nothing and reach nothing.
+    /// Stops decoding and DMA.
     fn stop(&self) {
         let command = reg::COMMAND as u64;
         if let Err(error) = self
@@ -304,14 +304,14 @@ impl PciFunction for VfioFunction {
             .device
             .read(VFIO_PCI_CONFIG_REGION_INDEX, offset.into(), data);
         if read.is_err() {
-            // As a function without that register, or one that is gone.
+            // As a function without that register, or one that is gone, would answer.
             data.fill(if offset < 0x100 { 0xff } else { 0 });
         }
         state.config.overlay(offset.into(), data);
     }
 
-    /// What takes memory away from the device's users comes before the device is told, what gives it back
-    /// after: the guest would otherwise reach into memory that is off, which is an error of KVM's.
+    /// What removes memory is applied before the device is written to, and what adds memory afterwards. The guest
+    /// would otherwise reach into memory that is off, and KVM reports that as an error.
     fn write_config(&self, offset: u16, data: &[u8]) {
         let state = &mut *self.lock();
         let Consequences {
@@ -397,7 +397,7 @@ impl IoHandler for Registers {
 }
 
 impl BarHandler for Registers {
-    /// Called with the function's state locked: touches only what is the BAR's own.
+    /// Called with the state of the function locked: touches only the BAR itself.
     fn mapped(&self, address: Option<u64>) {
         if let Some(peer) = &self.peer {
             peer.moved(address);
@@ -406,7 +406,7 @@ impl BarHandler for Registers {
 }
 
 impl Drop for VfioFunction {
-    /// The device reaches no memory of this machine's after: the next one's may lie there.
+    /// Ends all DMA to this machine: the memory of the next one may lie at the same addresses.
     fn drop(&mut self) {
         let state = self.state.get_mut();
         state.bars.set_asleep(true);

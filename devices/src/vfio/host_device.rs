@@ -1,4 +1,4 @@
-//! A device of the host's that is open: its regions, its interrupts, its reset.
+//! An open device of the host: its regions, its interrupts, its reset.
 
 use std::{
     fs::File,
@@ -33,18 +33,18 @@ pub const REGIONS: u32 = VFIO_PCI_CONFIG_REGION_INDEX + 1;
 pub struct HostDevice {
     /// Where it is on the host.
     pub address: PciAddress,
-    /// What bounds its DMA.
+    /// The IOMMU address space that bounds its DMA.
     pub iommu: Arc<Iommu>,
     owner: ManuallyDrop<Owner>,
     /// The device's descriptor, for mappings, exports and accesses.
     file: ManuallyDrop<Arc<File>>,
     /// Regions, by number.
     regions: Vec<RegionInfo>,
-    /// Signalled when the host wants the device back.
+    /// Signalled when the host requests the device back.
     request: EventFd,
 }
 
-/// What keeps a device ours.
+/// What keeps the device open.
 enum Owner {
     /// Its node, bound to iommufd.
     Node(VfioDevice),
@@ -59,8 +59,8 @@ impl std::fmt::Debug for HostDevice {
 }
 
 impl HostDevice {
-    /// Opens `function` and puts it into the address space `iommu`. `node` is what somebody has opened
-    /// already: its node in `/dev/vfio/devices` for an address space of iommufd's, its group's for a container.
+    /// Opens `function` in the address space `iommu`. `node` is an open descriptor, if there is one: the device
+    /// node for iommufd, the group for a container.
     pub fn open(
         function: &HostFunction,
         iommu: Arc<Iommu>,
@@ -83,7 +83,7 @@ impl HostDevice {
                 (Owner::Group(group), device)
             }
         };
-        // What the kernel refuses is not there.
+        // A region that the kernel refuses does not exist.
         let region = |index| {
             let none = RegionInfo {
                 index,
@@ -102,7 +102,7 @@ impl HostDevice {
                 source,
             })?,
         };
-        // Devices of old kernels cannot be asked for; they are taken when they are.
+        // Old kernels cannot request a device: they remove it without.
         if let Err(error) =
             ioctls::trigger_events(&open, VFIO_PCI_REQ_IRQ_INDEX, 0, &[Some(&open.request)])
         {
@@ -132,12 +132,12 @@ impl HostDevice {
         &self.file
     }
 
-    /// Signalled when the host wants the device back: its driver is being unbound, or it vanishes.
+    /// Signalled when the host requests the device back: its driver is being unbound, or it is being removed.
     pub fn request(&self) -> &EventFd {
         &self.request
     }
 
-    /// Whether the host has asked for the device since the last call.
+    /// Whether the host has requested the device since the last call.
     pub fn take_request(&self) -> bool {
         self.request.read().is_ok()
     }
@@ -200,8 +200,8 @@ impl AsFd for HostDevice {
 }
 
 impl Drop for HostDevice {
-    /// vfio-ioctls panics where it cannot detach a device, as when it no longer wakes up. Such a device is only closed;
-    /// the kernel does the rest, and what vfio-ioctls keeps of it stays until the process ends.
+    /// vfio-ioctls panics if it cannot detach a device, as when the device no longer wakes up. Such a device is
+    /// only closed: the kernel does the rest. What vfio-ioctls keeps of it stays until the process ends.
     fn drop(&mut self) {
         let in_order = match &*self.owner {
             Owner::Node(device) => device.detach_hwpt().is_ok(),
@@ -232,7 +232,7 @@ fn duplicate(device: &VfioDevice) -> Result<File, VfioError> {
 }
 
 impl HostFunction {
-    /// Tells what a person can mend before the kernel says only EINVAL.
+    /// Checks what the user can fix, before the kernel only says EINVAL.
     pub fn check_usable(&self) -> Result<(), VfioError> {
         let driver = self.driver();
         if driver.as_deref() != Some(VFIO_PCI) {
@@ -248,7 +248,7 @@ impl HostFunction {
     }
 }
 
-/// What the libraries' error means for a person.
+/// The error of the library, with what to do about it.
 fn open_error(function: &HostFunction, error: vfio_ioctls::VfioError) -> VfioError {
     use vfio_ioctls::VfioError as Library;
     let address = function.address;
@@ -274,7 +274,7 @@ fn open_error(function: &HostFunction, error: vfio_ioctls::VfioError) -> VfioErr
         Library::InvalidVfioDev => {
             return VfioError::NoNode {
                 path: "/dev/vfio/devices".into(),
-                hint: "this kernel has no VFIO device nodes; leave iommufd=on away, or use one built with \
+                hint: "this kernel has no VFIO device nodes; do not set iommufd, or use a kernel built with \
                        CONFIG_VFIO_DEVICE_CDEV",
             };
         }

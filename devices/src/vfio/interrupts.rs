@@ -1,8 +1,8 @@
-//! Interrupts of a passed-through function: the device signals an event descriptor that KVM turns into
-//! the guest's interrupt, with no exit and no thread of ours between.
+//! Interrupts of a passed-through function. The device signals an event descriptor that KVM turns into the
+//! interrupt of the guest, without an exit and without a thread in between.
 //!
-//! The host's vectors are taken as the guest begins to listen to them, so that a device with many costs
-//! what it uses.
+//! Host vectors are allocated when the guest unmasks them, so that a device with many vectors costs only those in
+//! use.
 
 use std::{io, sync::Arc};
 
@@ -37,7 +37,7 @@ pub struct Interrupts {
 }
 
 impl Interrupts {
-    /// Everything off. `msix` is how many vectors the capability tells of, if there is one.
+    /// All interrupts off. `msix` is the number of vectors in the capability, if there is one.
     pub fn new(
         device: Arc<HostDevice>,
         hypervisor: &dyn Hypervisor,
@@ -63,8 +63,8 @@ impl Interrupts {
         })
     }
 
-    /// Connects INTx to `line`, masked and unmasked by kernel and KVM alone. The device's drivers may have
-    /// use for it until they switch to messages.
+    /// Connects INTx to `line`. The kernel and KVM mask and unmask it. Drivers may use it until they switch to
+    /// messages.
     pub fn connect_intx(&mut self, line: LevelIrq) -> io::Result<()> {
         self.start_intx(&line)?;
         self.intx = Some(line);
@@ -77,7 +77,7 @@ impl Interrupts {
         ioctls::unmask_event(device, VFIO_PCI_INTX_IRQ_INDEX, &line.resample)
     }
 
-    /// VFIO has one kind of interrupt on at a time: INTx makes room for messages.
+    /// VFIO has one kind of interrupt on at a time: INTx is switched off for messages.
     fn stop_intx(&self) {
         if self.intx.is_some() && self.connected.is_empty() && self.msi_on == 0 {
             self.disable(VFIO_PCI_INTX_IRQ_INDEX);
@@ -94,7 +94,7 @@ impl Interrupts {
         }
     }
 
-    /// The guest wrote MSI-X's Message Control or its table: brings the device in line.
+    /// The guest wrote MSI-X Message Control or the table: makes the device match.
     pub fn update_msix(&mut self) {
         let Some(msix) = &self.msix else { return };
         match (msix.is_enabled(), self.connected.is_empty()) {
@@ -141,7 +141,7 @@ impl Interrupts {
         }
     }
 
-    /// The guest wrote MSI's registers: brings vectors and device in line.
+    /// The guest wrote MSI registers: makes the vectors and the device match.
     pub fn update_msi(&mut self, setting: MsiSetting) {
         let wanted = setting.vectors.min(self.msi.len() as u16);
         for (index, vector) in (0..wanted).zip(&self.msi) {
@@ -181,7 +181,7 @@ impl Interrupts {
         self.resume_intx();
     }
 
-    /// Everything off, as at first.
+    /// Reset: all interrupts off.
     pub fn reset(&mut self) {
         if let Some(msix) = &mut self.msix {
             msix.reset();

@@ -1,6 +1,6 @@
-//! What translates and bounds the devices' DMA: iommufd, or VFIO's older container, behind one type.
+//! The I/O address space that translates and bounds DMA of devices: iommufd, or the VFIO container.
 //!
-//! A device sees memory at its guest-physical address, so that the guest's drivers need not know.
+//! A device sees memory at guest-physical addresses, so that drivers of the guest need no change.
 
 use std::{fs::File, io, ops::RangeInclusive, os::fd::AsRawFd, path::Path, sync::Arc};
 
@@ -34,7 +34,7 @@ impl std::fmt::Debug for Iommu {
     }
 }
 
-/// A host mapping of a file that devices are to reach.
+/// A host mapping of a file range, for DMA.
 #[derive(Clone, Copy, Debug)]
 pub struct MappedFile<'a> {
     /// The file.
@@ -48,9 +48,8 @@ pub struct MappedFile<'a> {
 }
 
 impl Iommu {
-    /// Opens an empty address space for `devices`. Without a wish it is iommufd's where the host has that
-    /// for all of them.
-    /// `node` is iommufd's or the container's, if somebody has opened it already.
+    /// Opens an empty address space for `devices`. If `iommufd` is `None`, it is used where the host has it for all
+    /// of them. `node` is an open descriptor of iommufd or of the container, if there is one.
     pub fn open(
         devices: &[HostFunction],
         iommufd: Option<bool>,
@@ -91,7 +90,7 @@ impl Iommu {
         })
     }
 
-    /// Of how many bits every address can be mapped, but for reserved windows.
+    /// The number of bits of which every address can be mapped, except for reserved windows.
     pub fn address_bits(&self) -> Result<u8, VfioError> {
         let allowed = self.allowed()?;
         let highest = allowed.iter().map(|range| *range.end()).max();
@@ -100,7 +99,7 @@ impl Iommu {
             .map_or(64, |end| end.ilog2() as u8))
     }
 
-    /// Maps guest RAM, all of it, where the guest sees it.
+    /// Maps all of guest RAM at its guest-physical addresses.
     pub fn map_ram(self: &Arc<Self>, mem: &GuestMemory) -> Result<Vec<DmaMapping>, VfioError> {
         let allowed = self.allowed()?;
         let size = mem.iter().map(|region| region.len()).sum();
@@ -143,7 +142,7 @@ impl Iommu {
         Ok(mappings)
     }
 
-    /// Maps memory at `iova`: through its file where the kernel can, which needs no mapping of ours.
+    /// Maps memory at `iova`, through its file where the kernel can: that needs no mapping in this process.
     fn map_memory(self: &Arc<Self>, iova: u64, source: MappedFile<'_>) -> io::Result<DmaMapping> {
         if let Iommu::Iommufd(_) = &**self {
             match self.map_file(iova, source.file, source.offset, source.len) {
@@ -152,7 +151,7 @@ impl Iommu {
                 result => return result,
             }
         }
-        // SAFETY: guest memory, which only ever is accessed as the guest's, by volatile accesses.
+        // SAFETY: guest memory, which is only ever accessed by volatile accesses.
         unsafe { self.map_address(iova, source.host, source.len) }
     }
 
@@ -264,7 +263,7 @@ fn open_iommufd(node: Option<File>) -> Result<VfioIommufd, VfioError> {
     })
 }
 
-/// The system's error behind one of the libraries'.
+/// The system error behind an error of the libraries.
 fn system_error(error: &(dyn std::error::Error + 'static)) -> io::Error {
     match errno(error) {
         Some(number) => io::Error::from_raw_os_error(number),

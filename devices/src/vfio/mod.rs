@@ -1,8 +1,8 @@
-//! Passthrough of PCI devices of the host's, by VFIO (Linux `Documentation/driver-api/vfio.rst`).
+//! Passthrough of PCI devices by VFIO (Linux `Documentation/driver-api/vfio.rst`).
 //!
-//! [`HostDevice`] is the device as the host has it, kept over resets of the machine; [`VfioFunction`] is
-//! the PCI function that the guest sees of it, made anew for each life. [`Iommu`] bounds what the devices
-//! reach: guest RAM, each other's memory where the guest sees it, and what [`crate::dma`] has of other devices'.
+//! [`HostDevice`] is the open device, kept over resets of the machine. [`VfioFunction`] is the PCI function that
+//! the guest sees, made anew after each reset. [`Iommu`] bounds what the devices reach: guest RAM, BARs of each
+//! other, and the blobs of [`crate::dma`].
 
 mod config;
 mod container;

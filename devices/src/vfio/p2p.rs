@@ -1,8 +1,8 @@
-//! Memory of passed-through devices in reach of each other: each part of a BAR that the guest reaches
-//! directly is mapped for DMA while it is decoded, at the address at which the guest sees it.
+//! Peer-to-peer DMA: each directly mapped part of a BAR is mapped for DMA while it is decoded, at its
+//! guest-physical address.
 //!
-//! iommufd takes a dma-buf of the part, the container its mapping. A host that can do neither has devices
-//! that cannot reach each other, and works otherwise.
+//! iommufd maps a dma-buf of the part, the container its host mapping. If the host can do neither, devices cannot
+//! reach each other; all else works.
 
 use std::{
     ops::Range,
@@ -40,12 +40,12 @@ pub struct PeerMemory {
     chunks: Vec<Chunk>,
     mapping: Arc<RegionMapping>,
     mapped: Mutex<Vec<DmaMapping>>,
-    /// Whether a failure was told: it will be the same each time.
+    /// Whether a failure was logged: it will be the same each time.
     told: AtomicBool,
 }
 
 impl PeerMemory {
-    /// Gets `parts` of a BAR ready, which are mapped in `mapping`.
+    /// Prepares `parts` of a BAR, which are mapped in `mapping`.
     pub fn new(
         device: Arc<HostDevice>,
         bar: u32,
@@ -63,7 +63,7 @@ impl PeerMemory {
         for range in parts {
             let dmabuf = match &*memory.device.iommu {
                 Iommu::Container(_) => None,
-                // One range a dma-buf: iommufd takes no others.
+                // One range a dma-buf: iommufd takes no more.
                 Iommu::Iommufd(_) => match memory.export(range) {
                     Some(dmabuf) => Some(dmabuf),
                     None => continue,
@@ -91,7 +91,7 @@ impl PeerMemory {
         }
     }
 
-    /// Says once that other devices cannot reach this one.
+    /// Logs once that other devices cannot reach this one.
     fn tell(&self, error: &dyn std::error::Error) {
         if !self.told.swap(true, Ordering::Relaxed) {
             tracing::info!(

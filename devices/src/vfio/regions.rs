@@ -1,5 +1,4 @@
-//! BARs of the host's device mapped into this process, and which parts of them the guest reaches without
-//! an exit.
+//! BARs of a host device mapped into this process, and the parts of them that the guest reaches without an exit.
 
 use std::{fs::File, io, ops::Range, sync::Arc};
 
@@ -7,14 +6,14 @@ use fanlight_arch::layout::PAGE_SIZE;
 
 use crate::sys::{reservation::Reservation, vfio::RegionInfo};
 
-/// The largest page that a processor maps: a BAR is aligned so in this process that the kernel can use
-/// huge pages for it (Linux `drivers/vfio/pci/vfio_pci_core.c`, huge faults).
+/// The largest page that a processor maps. A BAR is aligned to its size or to this, so that the kernel can use huge
+/// pages for it (Linux `drivers/vfio/pci/vfio_pci_core.c`, huge faults).
 const MAX_ALIGN: u64 = 1 << 30;
 
-/// A region's mappable parts, mapped at their offsets within one reservation.
+/// The mappable parts of a region, mapped at their offsets within one reservation.
 ///
-/// Nobody in this process reads or writes there: it is for memory slots and the IOMMU. What is not
-/// mappable stays without access.
+/// Nobody in this process reads or writes there: it is for memory slots and the IOMMU. The rest stays without
+/// access.
 #[derive(Debug)]
 pub struct RegionMapping {
     reservation: Reservation,
@@ -48,8 +47,8 @@ impl RegionMapping {
     }
 }
 
-/// What of a region the guest may reach directly: whole pages of what is mappable, without `trapped`.
-/// In order, not overlapping, not adjoining.
+/// The parts of a region that the guest may reach directly: whole mappable pages, without `trapped`. In order, not
+/// overlapping, not adjoining.
 pub fn direct_parts(region: &RegionInfo, trapped: &[Range<u64>]) -> Vec<Range<u64>> {
     let mut parts: Vec<Range<u64>> = region
         .mappable

@@ -22,7 +22,7 @@ pub struct PciAddress {
     function: u8,
 }
 
-/// Not a place of a function.
+/// The text is no PCI address.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error("{0:?} is not a PCI address: write it like 0000:03:00.1, as `fanlight vfio list` shows it")]
 pub struct PciAddressError(String);
@@ -30,7 +30,7 @@ pub struct PciAddressError(String);
 impl FromStr for PciAddress {
     type Err = PciAddressError;
 
-    /// With or without the domain, which then is 0.
+    /// The domain may be left out, and is 0 then.
     fn from_str(text: &str) -> Result<Self, PciAddressError> {
         let parse = || {
             let (rest, function) = text.rsplit_once('.')?;
@@ -65,7 +65,7 @@ impl fmt::Display for PciAddress {
     }
 }
 
-/// A function of the host's in sysfs.
+/// A PCI function of the host, in sysfs.
 #[derive(Clone, Debug)]
 pub struct HostFunction {
     /// Where it is.
@@ -120,7 +120,7 @@ impl HostFunction {
         Ok(functions)
     }
 
-    /// The content of one of its files, without white space around it.
+    /// The content of an attribute, without surrounding white space.
     pub fn attribute(&self, name: &str) -> io::Result<String> {
         Ok(fs::read_to_string(self.path.join(name))?.trim().into())
     }
@@ -131,7 +131,7 @@ impl HostFunction {
         u32::from_str_radix(text.trim_start_matches("0x"), 16).ok()
     }
 
-    /// The last part of where one of its links leads.
+    /// The last component of the target of a link.
     fn link(&self, name: &str) -> Option<String> {
         let target = fs::read_link(self.path.join(name)).ok()?;
         Some(target.file_name()?.to_str()?.into())
@@ -147,7 +147,7 @@ impl HostFunction {
         self.link("iommu_group")?.parse().ok()
     }
 
-    /// Everything in its IOMMU group, itself among it.
+    /// All functions of its IOMMU group, itself included.
     pub fn group_members(&self) -> io::Result<Vec<Self>> {
         Self::in_dir(&self.path.join("iommu_group/devices"))
     }
@@ -170,16 +170,16 @@ impl HostFunction {
             .collect()
     }
 
-    /// Its character device of VFIO, where the kernel has such.
+    /// Its VFIO character device, if the kernel makes one.
     pub fn character_device(&self) -> Option<PathBuf> {
         let entry = fs::read_dir(self.path.join("vfio-dev")).ok()?.next()?;
         Some(Path::new("/dev/vfio/devices").join(entry.ok()?.file_name()))
     }
 }
 
-/// The devices that keep a group from being given to user space, with their drivers.
+/// The devices that keep a group from user space, with their drivers.
 pub fn others_in_group(function: &HostFunction) -> String {
-    /// Bridges are no danger to their groups (Linux `drivers/pci/pcie/portdrv.c`, driver_managed_dma).
+    /// Drivers that do no harm to a group (Linux `drivers/pci/pcie/portdrv.c`, driver_managed_dma).
     const HARMLESS: [&str; 2] = [VFIO_PCI, "pcieport"];
     let members = function.group_members().unwrap_or_default();
     let others: Vec<_> = members

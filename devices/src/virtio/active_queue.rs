@@ -17,7 +17,7 @@ pub struct ActiveQueue {
     pub kick: EventFd,
     /// The queue's MSI-X vector; `None` when the driver chose NO_VECTOR or MSI-X is off.
     pub vector: Option<Arc<dyn MsiVector>>,
-    /// Counts what passes.
+    /// Counts requests and bytes.
     pub counters: Arc<QueueCounters>,
 }
 

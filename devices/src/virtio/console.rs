@@ -22,7 +22,7 @@ const QUEUE_SIZES: &[u16] = &[64, 64];
 const RECEIVE_QUEUE: u16 = 0;
 const TRANSMIT_QUEUE: u16 = 1;
 
-/// Input that waits for the guest: about what a person types or pastes; a program waits for room.
+/// Input that waits for the guest: about what a person types or pastes. A program waits for room.
 const INPUT_CAPACITY: usize = 64 << 10;
 /// The most output taken from one request at a time.
 const OUTPUT_CHUNK: u64 = 64 << 10;
@@ -37,7 +37,7 @@ struct Config {
     emerg_wr: little_endian::U32,
 }
 
-/// What the device, its thread and the host's side share.
+/// State that the device, its thread and its handle share.
 #[derive(Debug)]
 struct Shared {
     input: Mutex<VecDeque<u8>>,
@@ -52,7 +52,7 @@ fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock()
 }
 
-/// The host's side of a console.
+/// The host side of a console.
 #[derive(Clone, Debug)]
 pub struct ConsoleHandle(Arc<Shared>);
 

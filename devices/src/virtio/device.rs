@@ -10,9 +10,9 @@ use crate::GuestMemory;
 
 /// Virtio device as its transport sees it (Virtio 1.3, chapter 2).
 ///
-/// All calls come from one thread at a time, some of them from vCPU threads: none may block on
-/// host input or output. Work on queues happens on threads of the device's own, started by
-/// [`activate`](VirtioDevice::activate) and joined by [`reset`](VirtioDevice::reset).
+/// Calls come from one thread at a time, some of them from vCPU threads: none may block on host input or output.
+/// Queues are served by threads of the device, which [`activate`](VirtioDevice::activate) starts and
+/// [`reset`](VirtioDevice::reset) joins.
 pub trait VirtioDevice: Send + fmt::Debug {
     /// Virtio device id (Virtio 1.3, chapter 5).
     fn device_id(&self) -> u32;
@@ -33,7 +33,7 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// Writes device configuration. Writes to read-only fields are ignored.
     fn write_config(&mut self, offset: u64, data: &[u8]);
 
-    /// Memory that the device shares with its driver, for as long as the device is there.
+    /// Memory that the device shares with its driver, for the life of the device.
     fn shared_memory(&self) -> Option<SharedMemory> {
         None
     }
@@ -41,7 +41,7 @@ pub trait VirtioDevice: Send + fmt::Debug {
     /// DRIVER_OK: the queues are live. A queue that the driver did not enable is `None`.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError>;
 
-    /// Back to the state before activation: threads joined, queues dropped. Idempotent; must not fail.
+    /// The state before activation: threads joined, queues dropped. Idempotent; must not fail.
     fn reset(&mut self);
 }
 
@@ -54,7 +54,7 @@ pub struct Activation {
     pub features: u64,
     /// One entry for each queue of [`VirtioDevice::queue_sizes`].
     pub queues: Vec<Option<ActiveQueue>>,
-    /// Tells the driver of configuration changes and the transport of a broken device.
+    /// Signals configuration changes to the driver, and a broken device to the transport.
     pub status: DeviceStatus,
 }
 
@@ -72,8 +72,7 @@ impl Activation {
     }
 }
 
-/// Reads `data.len()` bytes at `offset` of a device's configuration structure; what lies beyond it stays
-/// as it is.
+/// Reads `data.len()` bytes at `offset` of a configuration structure. Bytes beyond it are left as they are.
 pub fn read_bytes(structure: &[u8], offset: u64, data: &mut [u8]) {
     let from = usize::try_from(offset)
         .ok()

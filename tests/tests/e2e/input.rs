@@ -129,7 +129,7 @@ fn disks(assets: &Assets) -> Result<()> {
         "path=/nowhere".into(),
         "disk disk0: /nowhere: cannot open it",
     )?;
-    refuse(format!("path={}", qcow2.display()), "say format=qcow2")?;
+    refuse(format!("path={}", qcow2.display()), "set format to qcow2")?;
     refuse(
         format!("path={},format=qcow2", raw.display()),
         "not a qcow2 image",

@@ -25,11 +25,11 @@ const VIRTIO_BLK_F_WRITE_ZEROES: u64 = 1 << 14;
 
 /// Requests in flight on a queue.
 const QUEUE_SIZE: u16 = 256;
-/// A queue for each vCPU is of use up to about here.
+/// More queues than about this many vCPUs bring no gain.
 const MAX_QUEUES: u16 = 16;
 /// Data buffers of one request: what a queue holds, less header and status.
 const SEG_MAX: u32 = QUEUE_SIZE as u32 - 2;
-/// Alignment that saves the image's metadata work.
+/// Alignment that avoids updates of image metadata.
 const DISCARD_ALIGNMENT: u32 = (64 << 10) / SECTOR_SIZE as u32;
 
 /// Device configuration (`struct virtio_blk_config`).
@@ -65,8 +65,7 @@ pub struct Block {
 }
 
 impl Block {
-    /// A disk of `image`. `serial` is what the driver reads as its identity; `queues` is how many it
-    /// could use.
+    /// A disk of `image`. `serial` is the identity that the driver reads; `queues` is how many it could use.
     pub fn new(image: Arc<DiskImage>, serial: String, queues: u32) -> Self {
         let queues = (queues.clamp(1, u32::from(MAX_QUEUES))) as u16;
         let config = Config {
@@ -132,7 +131,7 @@ impl VirtioDevice for Block {
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
         let mut queues = vec![activation.take_queue(0)?];
-        // A driver with fewer processors than the device has queues leaves the rest alone.
+        // A driver with fewer processors than there are queues leaves the rest disabled.
         queues.extend(
             (1..self.queue_sizes.len() as u16)
                 .filter_map(|index| activation.take_optional_queue(index)),

@@ -28,7 +28,7 @@ use vm_memory::VolatileSlice;
 
 use crate::sync::RwLock;
 
-/// Sectors are the protocol's unit, whatever the image's.
+/// Unit of the protocol, whatever the sector size of the image.
 pub const SECTOR_SIZE: u64 = 512;
 /// First bytes of a qcow2 image.
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
@@ -46,7 +46,7 @@ pub enum DiskFormat {
 #[derive(Debug, Error)]
 pub enum DiskError {
     /// The file cannot be opened.
-    #[error("{}: cannot open it{}", path.display(), if *writable { " for writing; for a disk that is only read say readonly=on" } else { "" })]
+    #[error("{}: cannot open it{}", path.display(), if *writable { " for writing; for a disk that the guest only reads, set readonly" } else { "" })]
     Open {
         /// The image.
         path: PathBuf,
@@ -60,10 +60,10 @@ pub enum DiskError {
     #[error("{}: in use by another process; stop that first, or give each its own image", .0.display())]
     InUse(PathBuf),
     /// The file looks like another format than the default.
-    #[error("{}: this is a qcow2 image: say format=qcow2, or format=raw to give the guest the file's own bytes", .0.display())]
+    #[error("{}: this is a qcow2 image: set format to qcow2, or to raw to give the guest the bytes of the file", .0.display())]
     Ambiguous(PathBuf),
     /// The file is not of the format that was named.
-    #[error("{}: not a qcow2 image; say format=raw", .0.display())]
+    #[error("{}: not a qcow2 image; set format to raw", .0.display())]
     NotQcow2(PathBuf),
     /// The image needs something that is not supported, or is damaged.
     #[error("{}: cannot use this qcow2 image; `qemu-img check` says if it is damaged, and images with backing or data files must be converted first", path.display())]
@@ -94,9 +94,9 @@ pub struct DiskImage {
 }
 
 impl DiskImage {
-    /// Opens and locks an image. Without a format it is raw, but not if it looks like a qcow2 image: that
-    /// is a mistake of the user's, while deciding by the content would let a guest that writes such a
-    /// header into its raw disk read other files of the host's at its next start.
+    /// Opens and locks an image. Without a format it is raw, unless it looks like qcow2: that is refused as a
+    /// mistake of the user. Detecting the format would let a guest write a qcow2 header into its raw disk, and so
+    /// read other files of the host at its next start.
     pub fn open(
         path: &Path,
         readonly: bool,
@@ -105,7 +105,7 @@ impl DiskImage {
         let file = OpenOptions::new()
             .read(true)
             .write(!readonly)
-            // Of a FIFO nobody else may ever open the other end.
+            // Opening a FIFO would wait until another process opens its other end.
             .custom_flags(libc::O_NONBLOCK)
             .open(path)
             .map_err(|source| DiskError::Open {
@@ -175,8 +175,8 @@ impl DiskImage {
         self.size.load(Ordering::Acquire)
     }
 
-    /// Makes the disk `size` bytes large, which must be whole sectors and not less than it has. Of a block
-    /// device the new size must be there.
+    /// Grows the disk to `size` bytes: whole sectors, and not less than it has. A block device must have that size
+    /// already.
     pub fn grow(&self, size: u64) -> io::Result<()> {
         let invalid = |text| io::Error::new(ErrorKind::InvalidInput, text);
         if self.readonly {
@@ -190,7 +190,7 @@ impl DiskImage {
             return Err(invalid("it cannot be made smaller"));
         }
         access.resize_grow(size, PreallocateMode::None)?;
-        // The image's header is part of what was promised.
+        // The header of the image must be on the disk before this returns.
         access.flush()?;
         self.size.store(access.size(), Ordering::Release);
         Ok(())
@@ -224,7 +224,7 @@ impl DiskImage {
         access.sync()
     }
 
-    /// Makes a range read as zeroes; gives its space back if `unmap`.
+    /// Makes a range read as zeroes, and releases its space if `unmap`.
     pub fn write_zeroes(&self, offset: u64, len: u64, unmap: bool) -> io::Result<()> {
         if unmap {
             let mut access = self.access.write();
@@ -236,7 +236,7 @@ impl DiskImage {
         self.access().write_zeroes(offset, len)
     }
 
-    /// Gives a range's space back; what it reads as after is undefined. Only a hint.
+    /// Releases the space of a range, whose content is undefined then. Only a hint.
     pub fn discard(&self, offset: u64, len: u64) -> io::Result<()> {
         let mut access = self.access.write();
         match access.discard_to_any(offset, len) {
@@ -246,8 +246,8 @@ impl DiskImage {
     }
 }
 
-/// Takes an open-file-description lock on the whole file: shared for a reader, else exclusive. It
-/// conflicts with Fanlight's and with QEMU's, which locks single bytes.
+/// Takes an open-file-description lock on the whole file: shared for a reader, else exclusive. It conflicts with
+/// other Fanlight processes and with QEMU, which locks single bytes.
 fn lock(file: &File, readonly: bool) -> io::Result<()> {
     let kind = if readonly {
         libc::F_RDLCK

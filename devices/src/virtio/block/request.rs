@@ -8,8 +8,7 @@ use crate::{
     virtio::{Buffers, QueueError, Request},
 };
 
-/// The most sectors that one discard or write-zeroes may name: a host would take long over more, and the
-/// driver splits.
+/// The most sectors of one discard or write-zeroes: more would take the host long, and drivers split.
 pub const MAX_RANGE_SECTORS: u32 = (1 << 30) / SECTOR_SIZE as u32;
 /// Ranges in one such request.
 pub const MAX_RANGES: u32 = 16;

@@ -185,7 +185,7 @@ impl State {
         Ok(Response::OK)
     }
 
-    /// A blob on screen has other memory, or none: the driver does not set the scanout again.
+    /// The memory of a shown blob changed: the driver does not set the scanout again.
     pub(super) fn memory_changed(&mut self, id: u32) {
         if let Ok(resource) = self.resources.get(id)
             && matches!(resource.kind, ResourceKind::Blob(_))
@@ -300,7 +300,7 @@ impl State {
                 self.statistics.transferred_bytes +=
                     transfer(mem, image, area, command.offset.get())?;
             }
-            // Linux transfers blobs too; their pixels are where they belong.
+            // Linux transfers blobs too; their pixels are in place already.
             ResourceKind::Blob(_) => {}
             ResourceKind::Host(_) => return Err(CommandError::Resource(command.resource_id.get())),
         }
@@ -313,7 +313,7 @@ impl State {
         let mut shown = self.scanouts.iter().flatten();
         let fits = match &self.resources.get(id)?.kind {
             ResourceKind::Image(image) => flushed.is_within(image.width, image.height),
-            // Others have a size in pixels only where they are shown.
+            // Other resources have a size in pixels only where they are shown.
             ResourceKind::Blob(_) | ResourceKind::Host(_) => {
                 let fits = |s: &Scanout| flushed.is_within(s.layout.width, s.layout.height);
                 let mut shown = shown.by_ref().filter(|s| s.resource == id).peekable();
@@ -343,7 +343,7 @@ impl State {
 /// A random UUID (RFC 9562, version 4).
 fn random_uuid() -> Result<[u8; 16], CommandError> {
     let mut uuid = [0; 16];
-    // As few bytes as these come whole.
+    // So few bytes are returned whole.
     getrandom(&mut uuid, GetRandomFlags::empty())
         .map_err(|error| CommandError::Host(error.into()))?;
     uuid[6] = uuid[6] & 0x0f | 0x40;

@@ -1,4 +1,4 @@
-//! Cursors: one for each output, drawn by whoever shows the output.
+//! Cursors: one for each output, drawn by the viewer of the output.
 
 use std::sync::Arc;
 
@@ -57,7 +57,7 @@ impl CursorImage {
 /// An output's cursor.
 #[derive(Clone, Debug, Default)]
 pub struct Cursor {
-    /// Where its image's upper left corner is, from the output's left edge.
+    /// Where the upper left corner of its image is, from the left edge of the output.
     pub x: i32,
     /// The same from the upper edge.
     pub y: i32,

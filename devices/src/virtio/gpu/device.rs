@@ -103,7 +103,7 @@ impl VirtioDevice for Gpu {
     }
 
     fn activate(&mut self, mut activation: Activation) -> Result<(), ActivateError> {
-        // A driver that does not take 3D has none.
+        // A driver that does not negotiate 3D gets no renderer.
         let wanted = activation.features & VIRTIO_GPU_F_VIRGL != 0;
         let rendering = self.rendering.as_ref().filter(|_| wanted);
         let renderer = rendering.map(Renderer::start).transpose();

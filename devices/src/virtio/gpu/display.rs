@@ -1,5 +1,5 @@
-//! The host's side of the outputs: looked at, changed, watched, by any number of threads, whether or not a
-//! guest drives them. It outlives the device: a machine's reset gives it another one.
+//! The host side of the outputs: read, changed and followed by any number of threads, whether or not a guest drives
+//! them. It outlives the device: a reset of the machine makes another device for it.
 
 use std::{
     io,
@@ -26,7 +26,7 @@ use crate::{
     memory::{AddressSpace, MapWatcher, Quota},
 };
 
-/// What a display is made of.
+/// Configuration of a display.
 #[derive(Clone, Debug)]
 pub struct DisplayConfig {
     /// The outputs that are plugged in at first, at most [`OUTPUTS`].
@@ -37,7 +37,7 @@ pub struct DisplayConfig {
     pub max_resource_memory: u64,
 }
 
-/// Why the display does not do what it was asked.
+/// Why the display refuses a request.
 #[derive(Debug, Error)]
 pub enum DisplayError {
     /// There is no such output.
@@ -55,7 +55,7 @@ pub enum DisplayError {
     /// The guest shows nothing there.
     #[error("the guest shows nothing on output {0}")]
     Dark(usize),
-    /// What the guest shows is not there for the moment.
+    /// What the guest shows is off for the moment.
     #[error(
         "what output {0} shows is memory of a passed-through device that is off: the guest resets the device, has \
          it asleep, or has switched its memory off"
@@ -76,11 +76,11 @@ pub struct OutputInfo {
     pub index: usize,
     /// Size and whether it is plugged in.
     pub output: Output,
-    /// What of a resource the guest shows on it: its size in pixels is what the guest chose.
+    /// The part of a resource that the guest shows on it, in pixels.
     pub shown: Option<Area>,
 }
 
-/// A resource in a dma-buf.
+/// A resource as a dma-buf.
 #[derive(Debug)]
 pub struct ExportedResource {
     /// The dma-buf.
@@ -89,7 +89,7 @@ pub struct ExportedResource {
     pub size: u64,
     /// Where the pixels live.
     pub location: Location,
-    /// The identity that the guest knows it by, if it asked for one.
+    /// The UUID that the guest asked for, if it did.
     pub uuid: Option<[u8; 16]>,
 }
 
@@ -98,7 +98,7 @@ pub(super) struct Shared {
     pub state: SharedState,
     exporter: Arc<Exporter>,
     copies: Arc<Quota>,
-    /// Signalled when a watcher releases something or leaves.
+    /// Signalled when a subscriber releases a flush or is dropped.
     pub released: EventFd,
 }
 
@@ -119,7 +119,7 @@ impl MapWatcher for Shared {
     }
 }
 
-/// The host's side of the outputs.
+/// The host side of the outputs.
 #[derive(Clone, Debug)]
 pub struct DisplayHandle(pub(super) Arc<Shared>);
 
@@ -152,7 +152,7 @@ impl DisplayHandle {
             .collect()
     }
 
-    /// Plugs an output in with a size, resizes it, or pulls it. The guest is told, and does what it likes.
+    /// Connects an output with a size, resizes or disconnects it. The guest is notified, and decides itself.
     pub fn set_output(&self, index: usize, mode: Option<Mode>) -> Result<(), DisplayError> {
         if let Some(mode) = mode.filter(|mode| !mode.is_valid()) {
             return Err(DisplayError::BadMode(mode));
@@ -197,7 +197,7 @@ impl DisplayHandle {
         })
     }
 
-    /// Has the display follow what happens to memory of passed-through devices in `map`.
+    /// Lets the display follow memory of passed-through devices in `map`.
     pub(super) fn follow(&self, map: &AddressSpace) {
         let shared: Weak<Shared> = Arc::downgrade(&self.0);
         map.watch(shared);
@@ -208,7 +208,7 @@ impl DisplayHandle {
         Ok(self.lit(output)?.read()?)
     }
 
-    /// A dma-buf with what an output shows.
+    /// A dma-buf of what an output shows.
     pub fn export_scanout(&self, output: usize) -> Result<ExportedFrame, DisplayError> {
         Ok(self.export(&self.lit(output)?)?)
     }
@@ -218,7 +218,7 @@ impl DisplayHandle {
         frame.export(&self.0.exporter)
     }
 
-    /// A copy of a frame of which there is no dma-buf.
+    /// A copy of a frame, for viewers that can use no dma-buf of it.
     pub fn copy(&self, frame: Frame) -> Result<FrameCopy, FrameError> {
         FrameCopy::new(frame, &self.0.copies)
     }
@@ -249,7 +249,7 @@ impl DisplayHandle {
         cursor.cloned().ok_or(DisplayError::NoOutput(output))
     }
 
-    /// What the device did so far.
+    /// Statistics of the device so far.
     pub fn statistics(&self) -> Statistics {
         let state = self.0.state.lock();
         Statistics {

@@ -1,4 +1,4 @@
-//! What happens on a display, for those who follow it.
+//! Events of a display, for those who follow it.
 
 use std::{
     io,
@@ -14,8 +14,8 @@ use super::{
 };
 
 impl DisplayHandle {
-    /// Starts to watch, with everything as it is now as the first news. Who `paces` holds the guest's fenced
-    /// flushes back, for a short time at most, until it releases them.
+    /// Subscribes. The first events tell the whole present state. A subscriber that `paces` delays fenced flushes
+    /// of the guest until it releases them, for [`super::MAX_FENCE_DELAY`] at most.
     pub fn subscribe(&self, paces: bool) -> io::Result<DisplaySubscriber> {
         let subscriber = Arc::new(Subscriber::new(EventFd::new(EFD_NONBLOCK)?, paces));
         self.0.state.lock().subscribers.add(&subscriber);
@@ -31,13 +31,14 @@ impl DisplayHandle {
 pub enum DisplayEvent {
     /// Outputs were plugged in, pulled or resized: see [`DisplayHandle::outputs`].
     Outputs,
-    /// An output shows another image, or the same in other memory, or none.
+    /// An output shows another resource, or the same in other memory, or none.
     Scanout {
         /// The output.
         output: usize,
         /// What it shows.
         frame: Option<Frame>,
-        /// Whether it shows something that is not there for the moment: see [`Gone`](super::display::DisplayError::Gone).
+        /// Whether it shows memory that is off for the moment: see
+        /// [`DisplayError::Gone`](super::DisplayError::Gone).
         gone: bool,
     },
     /// The guest drew.
@@ -49,33 +50,33 @@ pub enum DisplayEvent {
         /// To be given to [`DisplaySubscriber::release`].
         serial: u64,
     },
-    /// A cursor looks different.
+    /// The image of a cursor changed.
     CursorImage {
         /// The output.
         output: usize,
         /// What it looks like; nothing while it is hidden.
         image: Option<Arc<CursorImage>>,
     },
-    /// A cursor is elsewhere.
+    /// A cursor moved.
     CursorPosition {
         /// The output.
         output: usize,
-        /// Where its image's upper left corner is, from the left.
+        /// Where the upper left corner of its image is, from the left.
         x: i32,
         /// The same from the top.
         y: i32,
     },
 }
 
-/// One watcher's view of a display. Dropping ends it.
+/// The events of a display for one subscriber. Dropping unsubscribes.
 #[derive(Debug)]
 pub struct DisplaySubscriber {
-    /// Goes first.
+    /// Dropped first.
     subscriber: Arc<Subscriber>,
     display: WakingHandle,
 }
 
-/// Wakes the device when dropped: nobody waits for a watcher that has gone.
+/// Wakes the device when dropped: nobody waits for a subscriber that has gone.
 #[derive(Debug)]
 struct WakingHandle(DisplayHandle);
 
@@ -86,7 +87,7 @@ impl Drop for WakingHandle {
 }
 
 impl DisplaySubscriber {
-    /// What happened since the last call, as it is now. Nothing that was overtaken is told.
+    /// What happened since the last call, merged: events that were superseded are left out.
     pub fn events(&self) -> Vec<DisplayEvent> {
         let update = self.subscriber.take();
         let mut events = Vec::new();
@@ -124,12 +125,12 @@ impl DisplaySubscriber {
         events
     }
 
-    /// Has the next [`Self::events`] tell once more what each output shows.
+    /// Makes the next [`Self::events`] tell again what each output shows.
     pub fn repeat_scanouts(&self) {
         self.subscriber.repeat_scanouts();
     }
 
-    /// The watcher is done with everything up to the damage of this serial.
+    /// The subscriber is done with all damage up to this serial.
     pub fn release(&self, serial: u64) {
         self.subscriber.release(serial);
         self.display.0.0.wake_device();
@@ -137,9 +138,9 @@ impl DisplaySubscriber {
 }
 
 impl AsFd for DisplaySubscriber {
-    /// Readable while there is news.
+    /// Readable while there are events.
     fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the event descriptor is open for as long as the borrow of the watch that owns it.
+        // SAFETY: the event descriptor is open for as long as the borrow of the subscriber that owns it.
         unsafe { BorrowedFd::borrow_raw(self.subscriber.ready.as_raw_fd()) }
     }
 }

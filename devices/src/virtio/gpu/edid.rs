@@ -267,7 +267,7 @@ fn aspect(mode: Mode) -> u8 {
     u8::try_from(long * 100 / short - 100).unwrap_or(u8::MAX)
 }
 
-/// An extension block of one DisplayID section: who made the output, and one timing.
+/// An extension block of one DisplayID section: the maker of the output, and one timing.
 fn displayid(timing: &Timing, index: usize) -> [u8; BLOCK] {
     const HEAD: usize = 5;
     let mut data = Vec::with_capacity(BLOCK);

@@ -10,7 +10,7 @@ use crate::{
     memory::ArenaError,
 };
 
-/// Why a command is refused. All but the last two are the driver's mistakes.
+/// Why a command is refused.
 #[derive(Debug, Error)]
 pub enum CommandError {
     /// The request holds less than the command.
@@ -52,10 +52,10 @@ pub enum CommandError {
     /// The renderer has ended, and takes no more until the driver resets the device.
     #[error("the renderer has ended")]
     NoRenderer,
-    /// The renderer would not.
+    /// The renderer refused the command.
     #[error("the renderer refused it")]
     Renderer,
-    /// The renderer has as many descriptors as it may.
+    /// The renderer has no descriptor left.
     #[error(
         "the renderer has no descriptor left for a blob: raise the limit on open files (ulimit -Hn) that Fanlight \
          is started with"
@@ -64,17 +64,28 @@ pub enum CommandError {
 }
 
 impl CommandError {
-    /// Whether a limit of the host's is why, which its owner can raise.
+    /// Whether a limit of the host is the cause, which its owner can raise.
     pub fn is_of_host(&self) -> bool {
-        matches!(
-            self,
-            Self::Host(_)
-                | Self::RendererFiles
-                | Self::Map(ArenaError::Host { .. } | ArenaError::TooMany(_))
-        )
+        match self {
+            Self::Host(_) | Self::RendererFiles => true,
+            // A lost arena stops the process before anybody asks.
+            Self::Map(error) => error.is_of_host(),
+            Self::Truncated
+            | Self::Unknown(_)
+            | Self::Scanout(_)
+            | Self::Resource(_)
+            | Self::Parameter(_)
+            | Self::Memory(_)
+            | Self::Backing(_)
+            | Self::OutOfMemory(_)
+            | Self::Buffer(_)
+            | Self::Context(_)
+            | Self::NoRenderer
+            | Self::Renderer => false,
+        }
     }
 
-    /// The specification's error (5.7.6.7).
+    /// The error of the specification (5.7.6.7).
     pub fn response(&self) -> u32 {
         match self {
             Self::Truncated | Self::Parameter(_) | Self::Memory(_) => {
@@ -86,9 +97,7 @@ impl CommandError {
             | Self::NoRenderer
             | Self::Renderer => VIRTIO_GPU_RESP_ERR_UNSPEC,
             Self::Context(_) => VIRTIO_GPU_RESP_ERR_INVALID_CONTEXT_ID,
-            Self::Map(ArenaError::Host { .. } | ArenaError::TooMany(_) | ArenaError::Lost) => {
-                VIRTIO_GPU_RESP_ERR_OUT_OF_MEMORY
-            }
+            Self::Map(error) if error.is_of_host() => VIRTIO_GPU_RESP_ERR_OUT_OF_MEMORY,
             Self::Map(_) => VIRTIO_GPU_RESP_ERR_INVALID_PARAMETER,
             Self::Scanout(_) => VIRTIO_GPU_RESP_ERR_INVALID_SCANOUT_ID,
             Self::Resource(_) => VIRTIO_GPU_RESP_ERR_INVALID_RESOURCE_ID,

@@ -1,5 +1,5 @@
-//! Pixel formats: the device's, which are named by bytes in memory, and DRM's, named by bits of a
-//! little-endian word (`include/uapi/drm/drm_fourcc.h`).
+//! Pixel formats. The device names them by bytes in memory, DRM by bits of a little-endian word
+//! (`include/uapi/drm/drm_fourcc.h`).
 
 use super::protocol::*;
 
@@ -64,7 +64,7 @@ pub const FORMATS: [Format; 8] = [
 impl Format {
     /// Bytes of a pixel, in every format.
     pub const BYTES: u32 = 4;
-    /// What cursors without a format of their own have.
+    /// Format of cursors that have none.
     pub const CURSOR: Self = FORMATS[0];
 
     /// The format that the driver names.

@@ -1,4 +1,4 @@
-//! What an output shows, as memory that others read or import.
+//! A frame: what an output shows, and its dma-buf.
 
 use std::{io, os::fd::OwnedFd, sync::Arc};
 
@@ -24,7 +24,7 @@ pub struct Frame {
     pub surface: Arc<Surface>,
 }
 
-/// What a descriptor of an image is.
+/// What the descriptor of a frame is.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum FrameMemory {
     /// A dma-buf with the pixels themselves.
@@ -33,7 +33,7 @@ pub enum FrameMemory {
     Shared,
 }
 
-/// An image that others can look at.
+/// A frame as a descriptor, for a viewer.
 #[derive(Debug)]
 pub struct ExportedFrame {
     /// Its memory.
@@ -56,7 +56,7 @@ pub struct ExportedFrame {
     pub location: Location,
 }
 
-/// Why a frame does not come out.
+/// Why a frame cannot be exported, read or copied.
 #[derive(Debug, thiserror::Error)]
 pub enum FrameError {
     /// There is no dma-buf of it.
@@ -90,7 +90,7 @@ impl Frame {
             + u64::from(self.area.x) * u64::from(Format::BYTES)
     }
 
-    /// A dma-buf with what is shown; the same one for everybody, until the driver takes the memory away.
+    /// A dma-buf of the frame. All callers share it, until the driver detaches the memory.
     pub fn export(&self, exporter: &Exporter) -> Result<ExportedFrame, FrameError> {
         let dmabuf = self.surface.buffer.dmabuf(exporter)?;
         Ok(ExportedFrame {
@@ -106,7 +106,7 @@ impl Frame {
         })
     }
 
-    /// What reads several rows.
+    /// A reader for several rows.
     pub(super) fn rows(&self) -> Rows<'_> {
         Rows {
             frame: self,
@@ -140,7 +140,7 @@ pub(super) struct Rows<'a> {
 }
 
 impl Rows<'_> {
-    /// Reads pixels of one row, from `x` on. Both count from the corner of what is shown.
+    /// Reads pixels of one row, from `x` on. Both count from the corner of the frame.
     pub(super) fn read(&self, x: u32, y: u32, to: &mut [u8]) -> Result<(), FrameError> {
         let row = u64::from(y) * u64::from(self.frame.layout.stride);
         let at = self.frame.offset() + row + u64::from(x) * u64::from(Format::BYTES);

@@ -15,10 +15,10 @@ use crate::{
     sys::memfd,
 };
 
-/// Memory for all copies of a display's frames: eight of an 8K screen.
+/// Memory for all copied frames of a display: eight of an 8K screen.
 pub const MAX_COPIES: u64 = 1 << 30;
 
-/// A copy of a frame, as of when it was last brought up to date. Others can only read it.
+/// A copy of a frame, as of its last update. Viewers can only read it.
 #[derive(Debug)]
 pub struct FrameCopy {
     frame: Frame,
@@ -28,7 +28,7 @@ pub struct FrameCopy {
 }
 
 impl FrameCopy {
-    /// Copies a frame into memory on the account of `quota`.
+    /// Copies a frame into memory charged to `quota`.
     pub(super) fn new(frame: Frame, quota: &Arc<Quota>) -> Result<Self, FrameError> {
         let size = row(&frame) as u64 * u64::from(frame.area.height);
         let charge = quota
@@ -45,7 +45,7 @@ impl FrameCopy {
         Ok(copy)
     }
 
-    /// Takes another frame into the same memory. `None`: it is of another size or format.
+    /// Copies another frame into the same memory. `None`: its size or format differs.
     pub fn replace(&mut self, frame: &Frame) -> Option<Result<(), FrameError>> {
         let shape = |frame: &Frame| {
             let Area { width, height, .. } = frame.area;
@@ -66,7 +66,7 @@ impl FrameCopy {
         }
     }
 
-    /// Copies what of the frame lies in `areas`, which count from its corner, again.
+    /// Copies `areas` of the frame again. They count from its corner.
     pub fn update(&self, areas: &[Area]) -> Result<(), FrameError> {
         let row_len = row(&self.frame);
         let rows = self.frame.rows();
@@ -88,7 +88,7 @@ impl FrameCopy {
         Ok(())
     }
 
-    /// The memory, for one who looks at it.
+    /// A descriptor of the memory, for a viewer.
     pub fn image(&self) -> Result<ExportedFrame, FrameError> {
         Ok(ExportedFrame {
             fd: self.file.try_clone().map_err(FrameError::Duplicate)?,

@@ -1,11 +1,15 @@
-//! GPU device (Virtio 1.4, 5.7): 2D, with blobs of guest memory that leave as dma-bufs, and 3D for a renderer.
+//! GPU device (Virtio 1.4, 5.7): 2D, blobs of guest memory that are exported as dma-bufs, and 3D through a
+//! renderer.
 //!
-//! `protocol` is the wire, `commands` what each command does, `resources` what the driver has us remember,
-//! [`Frame`] the way out, [`DisplayHandle`] the host's side, `render` the way to a renderer. Without one there
-//! is no VIRGL: Linux imports other devices' dma-bufs only into a device without it.
+//! Files depend on each other in this order: `protocol`, `format`, `geometry`, `output`, `edid`, `error` →
+//! `resource` → `scanout`, `frame`, `frame_copy` → `subscriber` → `state` → `commands` → `render` → `display` →
+//! `queues`, `device`.
 //!
-//! One thread serves both queues; it and the host's side share one state behind a lock that is held for the
-//! time of a command.
+//! Without a renderer there is no VIRGL feature: Linux imports dma-bufs of other devices only into a device without
+//! it.
+//!
+//! One thread serves both queues. It shares one state with the host side, behind a lock that is held for the time
+//! of a command.
 
 mod commands;
 mod cursor;

@@ -1,4 +1,4 @@
-//! Outputs: which are plugged in, how large they are, and where they stand.
+//! Outputs: which are connected, their size, and where they are placed.
 
 use super::protocol::VIRTIO_GPU_MAX_SCANOUTS;
 
@@ -19,7 +19,7 @@ impl Mode {
     pub const MIN: u32 = 32;
     /// The largest width and height: above what any driver draws, and every size in bytes fits 32 bits.
     pub const MAX: u32 = 16384;
-    /// What an output has of which nothing was said.
+    /// Mode of an output that was never configured.
     pub const DEFAULT: Self = Self {
         width: 1280,
         height: 800,

@@ -26,7 +26,7 @@ use crate::{
     virtio::{ActivateError, Activation, Buffers, DeviceQueue, QueueError, QueueHandler, Request},
 };
 
-/// A fenced answer that waits for those who show the frame.
+/// A fenced response that is deferred until subscribers release the frame.
 #[derive(Debug)]
 struct DeferredResponse {
     head: u16,
@@ -41,17 +41,17 @@ pub struct Queues {
     display: DisplayHandle,
     map: Arc<AddressSpace>,
     renderer: Option<Renderer>,
-    /// In the order in which they came; no more than the control queue has room for.
+    /// In the order of the requests; no more than the control queue has room for.
     deferred: Vec<DeferredResponse>,
     timer: OwnedFd,
-    /// Whether a failure of the host's has been logged. The driver could have many.
+    /// Whether a failure of the host has been logged. The driver could cause many.
     logged: bool,
 }
 
 const CONTROL: usize = 0;
 const RELEASED: usize = 1;
 const TIMER: usize = 2;
-/// The cursor queue if there is one, completion the renderer.
+/// The cursor queue if there is one, then the renderer.
 const CURSOR: usize = 3;
 
 impl Queues {
@@ -71,7 +71,7 @@ impl Queues {
         })?;
         Ok(Self {
             control: activation.take_queue(CONTROL_QUEUE)?,
-            // Firmware's drivers, such as EDK2's, have no use for cursors.
+            // Drivers of firmware, such as EDK2, do not set up the cursor queue.
             cursor: activation.take_optional_queue(CURSOR_QUEUE),
             display: display.clone(),
             map: map.clone(),
@@ -108,7 +108,7 @@ impl QueueHandler for Queues {
                 self.send_deferred()
             }
             TIMER => {
-                // It may have been set again since it went off.
+                // The timer may have been set again since it expired.
                 let _ = rustix::io::read(&self.timer, &mut [0; 8]);
                 self.send_deferred()
             }
@@ -128,7 +128,7 @@ impl Queues {
                 };
                 self.serve(request)?;
             }
-            // What waits for the renderer's answer is looked at when it comes.
+            // Further requests are taken when the renderer has replied.
             if self.renderer.as_ref().is_some_and(|r| !r.is_idle())
                 || !self.control.set_notification(true)?
             {
@@ -175,7 +175,7 @@ impl Queues {
                 return self.finish(pending, Ok(answer));
             }
             Ok(CommandOutcome::Ask(call, completion)) => (*call, completion),
-            // A fence needs an answer.
+            // A fence needs a reply.
             Ok(CommandOutcome::DoneAndForward(call, answer)) if pending.fence.number != 0 => {
                 (*call, Completion::Respond(answer))
             }
@@ -200,7 +200,7 @@ impl Queues {
         }
     }
 
-    /// Writes the answer to a request, and gives it back now or when its fence is passed.
+    /// Writes the response to a request, and returns the request now or when its fence is passed.
     fn finish(
         &mut self,
         pending: PendingRequest,
@@ -249,8 +249,8 @@ impl Queues {
     }
 
     fn receive_from_renderer(&mut self) -> Result<(), QueueError> {
-        while let Some(heard) = self.renderer.as_mut().and_then(|r| r.receive()) {
-            match heard {
+        while let Some(event) = self.renderer.as_mut().and_then(|r| r.receive()) {
+            match event {
                 RendererEvent::Replied(pending, completion, reply) => {
                     let answer = reply.and_then(|reply| self.complete(completion, reply));
                     self.finish(pending, answer)?;
@@ -269,7 +269,7 @@ impl Queues {
         Ok(())
     }
 
-    /// What is left to do of a command once the renderer has replied.
+    /// Completes a command after the reply of the renderer.
     fn complete(&mut self, completion: Completion, reply: Reply) -> Result<Response, CommandError> {
         let renderer = self.renderer.as_mut().ok_or(CommandError::NoRenderer)?;
         renderer.finish(completion, reply, &self.display.0.state)
@@ -289,7 +289,7 @@ impl Queues {
         })
     }
 
-    /// Responses what nobody, or nobody in time, waits with.
+    /// Sends the deferred responses whose fences are signalled or have expired.
     fn send_deferred(&mut self) -> Result<(), QueueError> {
         let now = Instant::now();
         while let Some(first) = self.deferred.first() {
@@ -309,7 +309,7 @@ impl Queues {
             return Ok(());
         };
         let left = first.until.saturating_duration_since(Instant::now());
-        // Nothing at all would disarm it.
+        // Zero would disarm it.
         let left = left.max(Duration::from_millis(1));
         let once = Itimerspec {
             it_interval: Timespec::default(),
@@ -327,8 +327,8 @@ impl Queues {
     }
 }
 
-/// Reads a command, has it carried out and writes the response (5.7.6.7). How many bytes that were, and
-/// what holds the response back.
+/// Reads a command, executes it and writes the response (5.7.6.7). Returns the number of bytes written, and the
+/// fence that defers the response.
 fn answer(
     mem: &crate::GuestMemory,
     request: Request,
@@ -339,14 +339,14 @@ fn answer(
         mem,
         buffers: request.readable,
     };
-    // Without a header there is no fence to speak of either.
+    // Without a header there is no fence either.
     let header = input.take::<CtrlHdr>();
     let fence = header.as_ref().map_or(CtrlHdr::default(), fence_of);
     let answer = header.and_then(|header| execute(&header, &mut input));
     respond(mem, fence, &request.writable, answer, logged)
 }
 
-/// What of a request's header its response repeats.
+/// The fields of a request header that the response repeats.
 fn fence_of(header: &CtrlHdr) -> CtrlHdr {
     let flags = VIRTIO_GPU_FLAG_FENCE | VIRTIO_GPU_FLAG_INFO_RING_IDX;
     CtrlHdr {
@@ -369,7 +369,7 @@ fn respond(
             error if error.is_of_host() && !std::mem::replace(logged, true) => {
                 tracing::warn!(error = %crate::error_line(&error), "no memory for the guest's GPU");
             }
-            // Rare, and logged by nobody else: Linux's driver does not read the answer.
+            // Rare, and worth a line: the driver of Linux does not read the response.
             CommandError::Memory(_) => {
                 tracing::info!(
                     "refused memory of the guest's GPU driver: {}",

@@ -4,14 +4,14 @@ use zerocopy::{Immutable, IntoBytes};
 
 use super::{error::CommandError, protocol::VIRTIO_GPU_RESP_OK_NODATA, subscriber::FlushFence};
 
-/// What goes back to the driver, behind the header.
+/// A response to the driver, without its header.
 #[derive(Debug)]
 pub struct Response {
     /// Type of the response.
     pub type_: u32,
     /// What follows the header.
     pub body: Vec<u8>,
-    /// Who must be done with what is on screen before a fenced answer is given.
+    /// The subscribers that must release the flush before a fenced response is sent.
     pub fence: Option<FlushFence>,
 }
 

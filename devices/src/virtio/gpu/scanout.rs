@@ -14,7 +14,7 @@ pub struct Scanout {
 }
 
 impl Scanout {
-    /// What of a flushed rectangle is on the output, in the output's own coordinates.
+    /// The part of a flushed rectangle that the output shows, in coordinates of the output.
     pub fn damage(&self, flushed: &Area) -> Option<Area> {
         let visible = flushed.intersection(&self.area)?;
         Some(visible.relative_to(&self.area))
@@ -24,11 +24,11 @@ impl Scanout {
 /// Where pixels live.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Location {
-    /// In the guest's RAM: what the guest writes is there at once.
+    /// In guest RAM: writes of the guest are visible at once.
     GuestRam,
-    /// In memory of a passed-through device's, where it may draw too.
+    /// In memory of a passed-through device, which may draw there too.
     Device,
-    /// In memory of Fanlight's, as of the guest's last transfer, or of its renderer's, where it draws.
+    /// In memory of this process, as of the last transfer, or in memory of its renderer.
     Host,
 }
 

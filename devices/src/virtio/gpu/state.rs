@@ -1,4 +1,4 @@
-//! What the driver did and what the host decided, behind one lock.
+//! State of the device and of its outputs, behind one lock.
 
 use std::sync::MutexGuard;
 
@@ -14,26 +14,26 @@ use super::{
 };
 use crate::{sync::Mutex, virtio::DeviceStatus};
 
-/// What the device did.
+/// Counters of the device.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Statistics {
     /// RESOURCE_FLUSH commands.
     pub flushes: u64,
     /// Pixels that TRANSFER_TO_HOST_2D copied, in bytes.
     pub transferred_bytes: u64,
-    /// Host memory that the guest's resources hold, in bytes.
+    /// Host memory that resources of the guest hold, in bytes.
     pub resource_memory: u64,
 }
 
-/// What the driver has asked since outputs changed. It clears the event after it has asked, so one that
-/// came while it was asking would be lost.
+/// Which display information the driver has not read since it changed. The driver clears the event after it has
+/// read, so a change in between would be lost.
 #[derive(Debug, Default)]
 pub struct StaleDisplayInfo {
     /// Display information is out of date.
     display_info: bool,
-    /// So is the EDID of these outputs.
+    /// The EDIDs of these outputs are out of date.
     edids: [bool; OUTPUTS],
-    /// Whether it asked for anything since it was last told again.
+    /// Whether the driver read any of it since the last event.
     read: bool,
 }
 
@@ -95,9 +95,9 @@ pub struct State {
     pub features: u64,
     /// `events_read` of the configuration.
     pub events: u32,
-    /// What of the outputs the driver has heard.
+    /// Display information that the driver has not read.
     pub stale_info: StaleDisplayInfo,
-    /// The way to the driver, while there is one.
+    /// Signals the driver, while there is one.
     pub status: Option<DeviceStatus>,
 }
 
@@ -109,8 +109,8 @@ impl State {
         }
     }
 
-    /// The driver wrote `events_clear`. What it has not heard of stays, and it is told again; one that has
-    /// not asked meanwhile does not care.
+    /// The driver wrote `events_clear`. Unread information is signalled again, unless the driver has read nothing
+    /// since the last event.
     pub fn clear_events(&mut self, events: u32) {
         let edids = self.features & VIRTIO_GPU_F_EDID != 0;
         let stale = self.stale_info.display_info || edids && self.stale_info.edids.contains(&true);
@@ -125,7 +125,7 @@ impl State {
         }
     }
 
-    /// Forgets what the driver did.
+    /// Device reset: everything that the driver set.
     pub fn reset(&mut self) {
         self.resources.clear();
         for output in 0..OUTPUTS {
@@ -140,7 +140,7 @@ impl State {
         self.status = None;
     }
 
-    /// Whether an output shows memory of a passed-through device that is not there now.
+    /// Whether an output shows memory of a passed-through device that is off now.
     pub fn is_gone(&self, output: usize) -> bool {
         let scanout = self.scanouts.get(output).copied().flatten();
         let resource = scanout.and_then(|scanout| self.resources.get(scanout.resource).ok());

@@ -1,8 +1,8 @@
-//! Those who look at outputs, and what they have not heard of yet.
+//! Subscribers of a display, and the updates that each has not read.
 //!
-//! What happened is merged, not queued: a subscriber that does not listen costs as much as one that does. A
-//! subscriber may pace the guest: a fenced flush is answered when it has released what it shows, or after
-//! [`MAX_FENCE_DELAY`]; who lets that pass paces nobody until it has caught up.
+//! Updates are merged, not queued: a subscriber that does not read costs no more than one that does. A subscriber
+//! may pace the guest: a fenced flush is then answered when it releases the flush, or after [`MAX_FENCE_DELAY`]. A
+//! subscriber that exceeds that paces nothing until it has caught up.
 
 use std::{
     mem,
@@ -18,10 +18,10 @@ use crate::sync::Mutex;
 
 /// The longest that subscribers delay a fence. Linux waits 50 ms for one.
 pub const MAX_FENCE_DELAY: Duration = Duration::from_millis(40);
-/// Rectangles that are kept apart; more become one.
+/// Rectangles that are kept apart; more are merged into one.
 const MAX_DAMAGE: usize = 16;
 
-/// What a subscriber has not heard of one output.
+/// Unread changes of one output.
 #[derive(Clone, Debug, Default)]
 pub struct OutputUpdate {
     pub scanout: bool,
@@ -30,23 +30,23 @@ pub struct OutputUpdate {
     pub cursor_position: bool,
 }
 
-/// What a subscriber has not heard of.
+/// Unread changes of a display.
 #[derive(Debug, Default)]
 pub struct DisplayUpdate {
     pub modes: bool,
     pub outputs: [OutputUpdate; OUTPUTS],
-    /// Number of the last flush that is in it.
+    /// Number of the last flush in it.
     pub serial: u64,
 }
 
 #[derive(Debug, Default)]
 struct Inner {
     update: DisplayUpdate,
-    /// The last flush that it is done with.
+    /// The last flush that it has released.
     released: u64,
-    /// The last flush that it was told of.
+    /// The last flush that it has read.
     told: u64,
-    /// It let a fence wait for too long, and paces nothing until it has caught up.
+    /// It let a fence expire, and paces nothing until it has caught up.
     lagging: bool,
 }
 
@@ -54,13 +54,13 @@ struct Inner {
 #[derive(Debug)]
 pub struct Subscriber {
     inner: Mutex<Inner>,
-    /// Readable while there is update.
+    /// Readable while there is an update.
     pub ready: EventFd,
     paces: bool,
 }
 
 impl Subscriber {
-    /// A subscriber that has heard of nothing.
+    /// A subscriber that has read nothing.
     pub fn new(ready: EventFd, paces: bool) -> Self {
         let everything = OutputUpdate {
             scanout: true,
@@ -91,7 +91,7 @@ impl Subscriber {
         }
     }
 
-    /// What happened since the last call.
+    /// The update since the last call.
     pub fn take(&self) -> DisplayUpdate {
         let _ = self.ready.read();
         let mut inner = self.lock();
@@ -99,7 +99,7 @@ impl Subscriber {
         mem::take(&mut inner.update)
     }
 
-    /// What all outputs show is update again.
+    /// Marks what all outputs show as changed.
     pub fn repeat_scanouts(&self) {
         self.change(|inner| {
             for changes in &mut inner.update.outputs {
@@ -157,7 +157,7 @@ impl Subscribers {
         }
     }
 
-    /// An output was plugged in, pulled or resized.
+    /// An output was connected, disconnected or resized.
     pub fn outputs(&self) {
         self.each(|subscriber| subscriber.change(|inner| inner.update.modes = true));
     }
@@ -173,21 +173,21 @@ impl Subscribers {
         });
     }
 
-    /// An output's cursor looks different.
+    /// The image of a cursor changed.
     pub fn cursor_image(&self, output: usize) {
         self.each(|subscriber| {
             subscriber.change(|inner| inner.update.outputs[output].cursor_image = true)
         });
     }
 
-    /// An output's cursor is elsewhere.
+    /// A cursor moved.
     pub fn cursor_position(&self, output: usize) {
         self.each(|subscriber| {
             subscriber.change(|inner| inner.update.outputs[output].cursor_position = true)
         });
     }
 
-    /// A flush is about to be told of.
+    /// The fence of the next flush.
     pub fn next_flush(&mut self) -> FlushFence {
         self.serial += 1;
         FlushFence {
@@ -196,7 +196,7 @@ impl Subscribers {
         }
     }
 
-    /// Something of an output was drawn; `fence` learns who must release it.
+    /// A part of an output was drawn. Adds to `fence` the subscribers that must release it.
     pub fn flushed(&self, output: usize, area: Area, fence: &mut FlushFence) {
         self.each(|subscriber| {
             if subscriber.flushed(output, area, fence.serial) {
@@ -206,7 +206,7 @@ impl Subscribers {
     }
 }
 
-/// Those who must release a flush before its fence is signalled.
+/// A fence that is signalled when pacing subscribers have released a flush.
 #[derive(Debug)]
 pub struct FlushFence {
     serial: u64,
@@ -214,7 +214,7 @@ pub struct FlushFence {
 }
 
 impl FlushFence {
-    /// Whether nobody is waited for any more. Who has gone is not waited for.
+    /// Whether no subscriber delays it any more. One that was dropped does not.
     pub fn is_signalled(&self) -> bool {
         let waiting = |subscriber: &Weak<Subscriber>| {
             subscriber
@@ -224,7 +224,7 @@ impl FlushFence {
         !self.subscribers.iter().any(waiting)
     }
 
-    /// Waits for nobody any more: who is not done lags.
+    /// Stops waiting: subscribers that have not released the flush lag.
     pub fn expire(&self) {
         for subscriber in self.subscribers.iter().filter_map(Weak::upgrade) {
             let mut inner = subscriber.lock();

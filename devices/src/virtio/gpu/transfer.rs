@@ -5,8 +5,8 @@ use vm_memory::{GuestAddress, GuestMemoryBackend, VolatileMemory};
 use super::{error::CommandError, format::Format, geometry::Area, resource::Image};
 use crate::{GuestMemory, memory::Segment};
 
-/// Copies `area` of the image from its backing, where it starts at `offset` and rows are as long as the
-/// image's. Returns how many bytes that was.
+/// Copies `area` of the image from its backing. It starts at `offset` there, with rows as long as those of the
+/// image. Returns the bytes copied.
 pub fn transfer(
     mem: &GuestMemory,
     image: &Image,
@@ -46,7 +46,7 @@ pub fn transfer(
     Ok(row * u64::from(area.height))
 }
 
-/// A list of segments that is read from front to back.
+/// A list of segments, read from front to back.
 struct Source<'a> {
     mem: &'a GuestMemory,
     /// What is left.

@@ -69,7 +69,7 @@ impl fmt::Debug for Net {
 /// Why there is no vhost-net though it was asked for.
 #[derive(Debug, Error)]
 #[error(
-    "vhost=on: cannot use /dev/vhost-net; load it with `modprobe vhost_net`, and see that you may write it"
+    "cannot use /dev/vhost-net; load it with `modprobe vhost_net`, and check that this user may write it"
 )]
 pub struct VhostNetError(#[source] io::Error);
 

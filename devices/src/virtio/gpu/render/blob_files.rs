@@ -1,12 +1,12 @@
-//! Descriptors of blobs' memory that are at hand.
+//! A cache of descriptors of blob memory.
 //!
-//! The renderer sends a blob's memory when it has made it, for Linux's driver shows it at once, and again when it is
-//! asked to. What is shown stays without its descriptor; but drivers that show the same few blobs again and again need
-//! not ask for each.
+//! The renderer sends the memory of a blob when it has made it, since the driver of Linux maps it at once, and
+//! again on request. A mapped blob needs no descriptor. The cache saves the request for drivers that map the same
+//! few blobs again and again.
 
 use std::{collections::VecDeque, fs::File};
 
-/// A blob's memory.
+/// Memory of a blob.
 #[derive(Debug)]
 pub struct BlobFile {
     /// The memory.
@@ -15,15 +15,16 @@ pub struct BlobFile {
     pub cache: u32,
 }
 
-/// So many are kept of a GPU's: a process may have a thousand files, or a few thousand.
+/// Descriptors that are kept: a process may have a thousand files, or a few thousand.
 pub const MOST: usize = 64;
 
-/// The memory of the blobs that were made or asked for last; the newest is last.
+/// The memory of the blobs that were made or requested last; the newest is last.
 #[derive(Debug, Default)]
 pub struct BlobFiles(VecDeque<(u32, BlobFile)>);
 
 impl BlobFiles {
-    /// Keeps the memory of blob `id`, of which there is none yet, and lets that go which nobody has asked for longest.
+    /// Keeps the memory of blob `id`, which must not be kept already. Drops the one that was not used for the
+    /// longest time.
     pub fn keep(&mut self, id: u32, memory: BlobFile) {
         if self.0.len() == MOST {
             self.0.pop_front();
@@ -39,12 +40,12 @@ impl BlobFiles {
         self.0.back().map(|(_, memory)| memory)
     }
 
-    /// Lets the memory of blob `id` go, which is there no longer.
+    /// Drops the memory of blob `id`, which no longer exists.
     pub fn forget(&mut self, id: u32) {
         self.0.retain(|(other, _)| *other != id);
     }
 
-    /// Lets all go.
+    /// Drops everything.
     pub fn clear(&mut self) {
         self.0.clear();
     }

@@ -1,4 +1,4 @@
-//! Commands that are, or may be, the renderer's: checked here, carried out there.
+//! Commands for the renderer: checked by the device, carried out by the renderer.
 
 use std::fs::File;
 
@@ -23,11 +23,11 @@ use fanlight_arch::layout::PAGE_SIZE;
 
 /// Contexts at a time: the renderer may have a process for each.
 const MAX_CONTEXTS: usize = 1 << 10;
-/// The longest command stream. Mesa's are of some hundred KiB.
+/// The longest command stream. Those of Mesa have some hundred KiB.
 const MAX_STREAM: u64 = 64 << 20;
 
 impl Renderer {
-    /// Looks at a command of the control queue; one that has nothing to do with the renderer is left to
+    /// Executes a command of the control queue, by the renderer if it concerns it, else by
     /// `State::control`.
     pub fn command(
         &mut self,
@@ -72,7 +72,7 @@ impl Renderer {
         }
     }
 
-    /// What is left to do of a command once the renderer has done it.
+    /// Completes a command that the renderer has carried out.
     pub fn finish(
         &mut self,
         completion: Completion,
@@ -91,7 +91,7 @@ impl Renderer {
             Completion::Created { id, kind } => {
                 let entered = state.resources.create_host(id, kind);
                 if entered.is_err() {
-                    // Lest the renderer keep what nobody can name.
+                    // The driver cannot name the resource, so the renderer must not keep it.
                     let what = ResourceId {
                         resource_id: id.into(),
                         padding: 0.into(),
@@ -127,7 +127,8 @@ impl Renderer {
         }
     }
 
-    /// What the renderer sent of a blob. If this process may not open more files, those that are at hand make room.
+    /// The memory of a blob that the renderer sent. If this process may not open more files, the cached descriptors
+    /// make room.
     fn memory_of(&mut self, reply: Reply) -> Result<File, CommandError> {
         if reply.lost_file {
             self.files.clear();
@@ -205,7 +206,7 @@ impl Renderer {
         {
             return Err(CommandError::Parameter("kind of a context"));
         }
-        // Known from now on: one that the renderer refuses is refused by it ever after.
+        // Recorded now: a context that the renderer refuses fails there ever after.
         self.contexts.insert(id);
         later(
             Request::new(VIRTIO_GPU_CMD_CTX_CREATE, id, &command),
@@ -213,8 +214,8 @@ impl Renderer {
         )
     }
 
-    /// What it made stays where it is shown: Linux's driver shows a blob until nobody has it, and a picture that a program
-    /// gave to another one outlives the program.
+    /// Blobs of the context stay mapped. The driver of Linux maps a blob until nobody has it, and a frame that one
+    /// program gave to another outlives the first.
     fn destroy_context(&mut self, id: u32) -> Result<CommandOutcome, CommandError> {
         if self.is_gone() {
             return Ok(Response::OK.into());
@@ -241,12 +242,12 @@ impl Renderer {
         self.check_context(ctx_id)?;
         let state = context.state.lock();
         match state.resources.get(command.resource_id.get())?.kind {
-            // The library has no answer to it.
+            // virglrenderer reports no result.
             ResourceKind::Host(_) => {
                 let call = Request::new(type_, ctx_id, &command);
                 Ok(CommandOutcome::DoneAndForward(Box::new(call), Response::OK))
             }
-            // Linux attaches whatever a program opens. The renderer has no use for what it does not know.
+            // Linux attaches whatever a program opens. The renderer needs only its own resources.
             ResourceKind::Image(_) | ResourceKind::Blob(_) => Ok(Response::OK.into()),
         }
     }
@@ -327,7 +328,7 @@ impl Renderer {
         if host.mapped.is_some() {
             return Err(CommandError::Backing("is shown already"));
         }
-        // Place and length are checked where they are mapped.
+        // Offset and length are checked by the mapping.
         let offset = command.offset.get();
         if let Some(memory) = self.files.get(id) {
             let region = &self.rendering.memory;
@@ -408,7 +409,7 @@ impl Renderer {
     }
 }
 
-/// Shows a blob's memory to the guest.
+/// Maps the memory of a blob into the host-visible region.
 fn show(
     region: &HostMemory,
     state: &mut State,

@@ -1,4 +1,4 @@
-//! What becomes of a command: done at once, or once the renderer has replied.
+//! Results of a command: done at once, or completed by a reply of the renderer.
 
 use super::{
     super::{
@@ -9,37 +9,37 @@ use super::{
 };
 use crate::{memory::AddressSpace, virtio::Buffers};
 
-/// What comes after the renderer's answer.
+/// How a command is completed when the renderer has replied.
 #[derive(Debug)]
 pub enum Completion {
-    /// That is all.
+    /// It succeeded.
     Ok,
-    /// An answer that was there before.
+    /// With a response that was made before.
     Respond(Response),
-    /// The content of a capability set.
+    /// The reply is the content of a capability set.
     Capset,
     /// The resource exists.
     Created { id: u32, kind: HostKind },
-    /// The blob's memory came.
+    /// The reply has the memory of the blob, which is mapped.
     Map { id: u32, offset: u64 },
-    /// The resource has guest memory, or has it no longer.
+    /// The resource has guest memory, or has lost it.
     Backed { id: u32, backed: bool },
-    /// The pixels came.
+    /// The pixels were read back.
     Flush(ResourceFlush),
-    /// The memory came of a blob that an output is to show.
+    /// The reply has the memory of a blob that an output is to show.
     Scanout(SetScanoutBlob),
-    /// The memory came of a texture that an output is to show, or there is none.
+    /// The reply has the memory of a texture that an output is to show, or has none.
     Texture(SetScanout),
 }
 
-/// What became of a command.
+/// The result of a command.
 #[derive(Debug)]
 pub enum CommandOutcome {
     /// It is done.
     Done(Response),
-    /// It is the renderer's.
+    /// The renderer is asked.
     Ask(Box<Request>, Completion),
-    /// It is done, and the renderer is told.
+    /// It is done, and forwarded to the renderer without a reply.
     DoneAndForward(Box<Request>, Response),
 }
 
@@ -49,37 +49,37 @@ impl From<Response> for CommandOutcome {
     }
 }
 
-/// A request of the driver's that the device has taken.
+/// A request of the driver that the device has taken.
 #[derive(Debug)]
 pub struct PendingRequest {
     pub head: u16,
     pub writable: Buffers,
-    /// The header of its answer, but for the type.
+    /// The header of its response, except for the type.
     pub header: CtrlHdr,
-    /// Where in the order of fences it is.
+    /// Its position in the order of fences.
     pub fence: FencePosition,
 }
 
-/// What the renderer said that concerns the driver.
+/// What the renderer did that concerns the driver.
 #[derive(Debug)]
 pub enum RendererEvent {
-    /// A request is done.
+    /// It replied to the request in flight.
     Replied(PendingRequest, Completion, Result<Reply, CommandError>),
-    /// Requests whose answers are written can go back: head and length of each.
+    /// Fences passed: requests whose responses are written can be returned. Head and length of each.
     FencesPassed(Vec<(u16, u32)>),
-    /// The renderer is no more: what it was asked for last, and all that waited for a fence.
+    /// It ended: the request in flight, and all responses that awaited a fence.
     Ended(
         Option<(PendingRequest, Result<Response, CommandError>)>,
         Vec<(u16, u32)>,
     ),
 }
 
-/// Has the renderer asked, and the command finished by `completion`.
+/// A command that the renderer is asked to carry out, completed by `completion`.
 pub fn later(call: Request, completion: Completion) -> Result<CommandOutcome, CommandError> {
     Ok(CommandOutcome::Ask(Box::new(call), completion))
 }
 
-/// What commands are looked up in.
+/// What commands operate on.
 pub struct CommandContext<'a> {
     pub state: &'a SharedState,
     pub map: &'a AddressSpace,

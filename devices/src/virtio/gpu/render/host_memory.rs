@@ -1,9 +1,9 @@
-//! The host-visible region: where blobs of the renderer's are shown to the guest.
+//! The host-visible region, in which the guest sees blobs of the renderer.
 //!
-//! One memory slot shows the whole [`Arena`], and mapping a blob changes the host's page tables only. With a
-//! slot for each blob instead, which is there to compare, KVM stops every vCPU for each.
+//! One memory slot shows the whole [`Arena`], so that mapping a blob changes host page tables only. The
+//! alternative, a slot for each blob, exists for comparison: KVM stops every vCPU for each slot.
 //!
-//! Passed-through devices reach what the guest may share with them, and nothing else of the region.
+//! Passed-through devices reach shareable blobs, and nothing else of the region.
 
 use std::{
     collections::BTreeMap,
@@ -25,18 +25,18 @@ use crate::{
 /// `VIRTIO_GPU_SHM_ID_HOST_VISIBLE` (Virtio 1.4, 5.7.6.1).
 const HOST_VISIBLE: u8 = 1;
 
-/// Memory slots of a region without one of its own.
+/// Memory slots of blobs, if the region has none of its own.
 #[derive(Debug, Default)]
 struct Slots {
-    /// By offset: length, and the slot while the region is somewhere.
+    /// By offset: length, and the slot while the region is decoded.
     blobs: BTreeMap<u64, (u64, Option<MappedSlot>)>,
 }
 
 #[derive(Debug)]
 struct State {
-    /// Where the guest has put the region.
+    /// Where the guest has placed the region.
     address: Option<u64>,
-    /// Blobs that passed-through devices reach, by offset. They and slots go before the memory that they show.
+    /// Blobs that passed-through devices reach, by offset. These and slots are dropped before the memory.
     shared: BTreeMap<u64, SharedBlob>,
     slots: Option<Slots>,
     arena: Arena,
@@ -83,7 +83,7 @@ impl HostMemory {
         let ranges = if state.slots.is_some() {
             Vec::new()
         } else {
-            // The map wants a file, and what lies there is of many: one that holds nothing.
+            // The address space wants a file. The region consists of many, so it gets an empty one.
             let nothing = memfd::empty("fanlight-hostmem")?;
             let backing = Backing {
                 kind: BackingKind::SharedMemory {
@@ -112,7 +112,7 @@ impl HostMemory {
         })
     }
 
-    /// Shows the first `len` bytes of `file` at `offset`, to passed-through devices too if it is `shareable`.
+    /// Maps the first `len` bytes of `file` at `offset`. Passed-through devices reach it too if it is `shareable`.
     pub fn map(
         &self,
         offset: u64,
@@ -150,7 +150,8 @@ impl HostMemory {
             };
         }
         if shareable {
-            // SAFETY: taken out of reach before it is unmapped. The region is the guest's alone.
+            // SAFETY: the blob is removed from `shared` before it is unmapped, and only the guest accesses the
+            // region.
             let source = unsafe { DmaMemory::new(file, arena.host_address() + offset) };
             let at = address.map(|address| address + offset);
             if let Some(blob) = self.reach.add(at, len, source) {
@@ -160,7 +161,7 @@ impl HostMemory {
         Ok(())
     }
 
-    /// Takes away what is shown at `offset`.
+    /// Unmaps the blob at `offset`. Its DMA mapping is withdrawn first.
     pub fn unmap(&self, offset: u64) -> Result<(), ArenaError> {
         let State {
             shared,
@@ -175,7 +176,7 @@ impl HostMemory {
         arena.unmap(offset).inspect_err(stop_if_lost)
     }
 
-    /// Takes all away.
+    /// Unmaps all blobs.
     pub fn clear(&self) {
         let State {
             shared,
@@ -193,8 +194,8 @@ impl HostMemory {
     }
 }
 
-/// A page that the guest sees is nobody's, and there is no way to have it back: nothing of the machine may go on, lest
-/// something come to lie there.
+/// A page that the guest reaches lost its reservation, which cannot be restored. The process ends at once, before
+/// another mapping can come to lie there.
 fn stop_if_lost(error: &ArenaError) {
     if matches!(error, ArenaError::Lost) {
         tracing::error!(%error, "the guest might come to see the host's memory: stopping at once");
@@ -203,7 +204,7 @@ fn stop_if_lost(error: &ArenaError) {
 }
 
 impl IoHandler for HostMemory {
-    /// Where no blob has a slot.
+    /// Accesses where no blob has a slot.
     fn read(&self, _: u64, _: &mut [u8]) {}
     fn write(&self, _: u64, _: &[u8]) {}
 }
@@ -212,7 +213,7 @@ impl BarHandler for HostMemory {
     fn mapped(&self, address: Option<u64>) {
         let state = &mut *self.lock();
         state.address = address;
-        // First all that go: a region may move by less than its size.
+        // All are withdrawn first: a region may move by less than its size.
         for blob in state.shared.values() {
             blob.moved(None);
         }
@@ -234,7 +235,7 @@ impl BarHandler for HostMemory {
                 };
                 match self.hypervisor.map_slot(mapping) {
                     Ok(mapped) => *slot = Some(mapped),
-                    Err(error) => tracing::warn!(%error, "a blob of the GPU's is not shown"),
+                    Err(error) => tracing::warn!(%error, "a GPU blob is not mapped for the guest"),
                 }
             }
         }

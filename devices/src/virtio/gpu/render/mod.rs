@@ -1,12 +1,12 @@
-//! 3D (Virtio 1.4, 5.7.6.9): commands for a renderer in a process of its own, which alone hands the guest's
-//! command streams to code that is not Rust's.
+//! 3D (Virtio 1.4, 5.7.6.9): a renderer in a process of its own carries out the commands. Only there do command
+//! streams of the guest reach code that is not written in Rust.
 //!
-//! The device checks what a command names, sends it on, and takes no other from the control queue until the
-//! renderer has answered; its thread never waits for it, so that a renderer that hangs holds up the guest's
-//! 3D and nothing else. Fences are passed when the renderer says so, in any order between rings.
+//! The device checks what a command names and sends it on. It takes no other command from the control queue until
+//! the renderer has replied. Its thread never waits for a reply, so a renderer that hangs delays the 3D of the
+//! guest and nothing else. Fences pass when the renderer says so, in any order between rings.
 //!
-//! A renderer that ends is not started again while the driver lives: its contexts are lost, and all that
-//! needs it is answered with an error. The next driver gets a new one.
+//! A renderer that ended is not started again while the driver lives. Its contexts are lost, and commands that need
+//! it fail. The next driver gets a new one.
 
 mod blob_files;
 mod commands;

@@ -1,4 +1,4 @@
-//! What of the renderer's outputs show: textures and blobs.
+//! Textures and blobs of the renderer on outputs.
 
 use std::fs::File;
 
@@ -26,7 +26,7 @@ use super::{
 };
 
 impl Renderer {
-    /// A texture's own memory is in_flight for when an output is to show it for the first time.
+    /// The memory of a texture is requested when an output is to show it for the first time.
     pub(super) fn set_scanout(
         &self,
         command: &SetScanout,
@@ -50,8 +50,8 @@ impl Renderer {
         Ok(state.set_scanout_2d(command)?.into())
     }
 
-    /// The memory of a blob of the renderer's is in_flight for when an output is to show it for the first time, unless it is
-    /// at hand.
+    /// The memory of a blob is requested when an output is to show it for the first time, unless its descriptor is
+    /// cached.
     pub(super) fn set_scanout_blob(
         &mut self,
         command: &SetScanoutBlob,
@@ -79,8 +79,8 @@ impl Renderer {
         }
     }
 
-    /// A texture on an output is finished first, and read back if it is not its own memory that is shown. Without a
-    /// renderer the picture stays as it is.
+    /// A shown texture is finished before its flush, and read back if its own memory is not what outputs show.
+    /// Without a renderer the last frame stays.
     pub(super) fn flush(
         &mut self,
         command: ResourceFlush,
@@ -139,7 +139,7 @@ fn on_outputs(state: &State) -> Vec<u32> {
     shown.map(|scanout: &Scanout| scanout.resource).collect()
 }
 
-/// What of a flushed rectangle lies in the image and is on some output.
+/// The part of a flushed rectangle that some output shows.
 fn visible(state: &State, id: u32, flushed: &Area) -> Option<Area> {
     let shown = state.scanouts.iter().flatten();
     let shown = shown.filter(|scanout: &&Scanout| scanout.resource == id);
@@ -158,7 +158,7 @@ pub(super) fn show_blob(
     state.set_scanout_blob(command)
 }
 
-/// A texture whose own memory cannot be shown is copied each time that it is flushed.
+/// A texture whose own memory cannot be shown is copied at each flush.
 pub(super) fn show_texture(
     state: &mut State,
     command: &SetScanout,

@@ -1,10 +1,10 @@
-//! How the device gets a renderer: a process that somebody else starts.
+//! How the device gets a renderer: the machine starts the process.
 
 use std::{fmt, io, os::fd::OwnedFd, sync::Arc};
 
 use super::{host_memory::HostMemory, wire::CapsetInfo};
 
-/// A renderer that was started. It need not be ready.
+/// A renderer that was started. It may not be ready yet.
 pub struct Connection {
     /// Packets of [`super::wire`].
     pub socket: OwnedFd,
@@ -21,10 +21,10 @@ pub trait StartRenderer: Send + Sync + fmt::Debug {
 /// What a GPU needs to draw in 3D.
 #[derive(Clone, Debug)]
 pub struct Rendering {
-    /// Where renderers come from.
+    /// Starts renderers.
     pub starter: Arc<dyn StartRenderer>,
-    /// What they can do.
+    /// Their capability sets.
     pub capsets: Vec<CapsetInfo>,
-    /// Where blobs are shown.
+    /// The region in which blobs are mapped.
     pub memory: Arc<HostMemory>,
 }

@@ -1,4 +1,4 @@
-//! The device's end of the socket to one renderer: what was in_flight, and which fences are awaited.
+//! The connection to one renderer: the request in flight, and the fences that are awaited.
 
 use std::{
     collections::BTreeSet,
@@ -23,11 +23,11 @@ use super::{
 struct InFlight {
     pending: PendingRequest,
     completion: Completion,
-    /// Its fence was unanswered of before its answer.
+    /// Its fence was reported before its reply.
     passed: bool,
 }
 
-/// An answer that waits for a fence.
+/// A response that awaits a fence.
 #[derive(Debug)]
 struct Fenced {
     at: FencePosition,
@@ -35,22 +35,22 @@ struct Fenced {
     written: u32,
 }
 
-/// Calls on their way that are not answered: far fewer than a socket takes.
+/// Requests on their way without a reply: far fewer than a socket holds.
 pub const MAX_UNANSWERED: usize = 32;
 
-/// The device's side of one renderer.
+/// The device side of one renderer.
 pub struct Renderer {
     pub(super) rendering: Rendering,
-    /// Stays open after the renderer has ended: it is waited on.
+    /// Stays open after the renderer has ended: the worker waits on it.
     socket: OwnedFd,
     pub(super) process: Option<Box<dyn Send>>,
     pub(super) contexts: BTreeSet<u32>,
     in_flight: Option<InFlight>,
     fences: Vec<Fenced>,
-    /// Of the last fence.
+    /// Number of the last fence.
     number: u32,
     pub(super) files: BlobFiles,
-    /// Calls that went without an answer since the last one that has one.
+    /// Requests without a reply, since the last one with a reply.
     unanswered: usize,
 }
 
@@ -79,7 +79,7 @@ impl Renderer {
         self.in_flight.is_none()
     }
 
-    /// Where a request stands in the order of fences. One that has no ring stands in that of the device.
+    /// The position of a request in the order of fences. Without a ring it is in the order of the device.
     pub fn fence(&mut self, header: &CtrlHdr) -> Result<FencePosition, CommandError> {
         let flags = header.flags.get();
         if flags & VIRTIO_GPU_FLAG_FENCE == 0 {
@@ -89,7 +89,7 @@ impl Renderer {
         if of_ring && header.ring_idx >= VIRTIO_GPU_MAX_RINGS {
             return Err(CommandError::Parameter("ring"));
         }
-        // Skips 0, which is none; answers wait no longer than a queue is.
+        // Skips 0, which means no fence. No response waits for longer than a queue of numbers.
         self.number = self.number.checked_add(1).unwrap_or(1);
         let (context, ring) = if of_ring {
             (header.ctx_id.get(), header.ring_idx.into())
@@ -104,17 +104,17 @@ impl Renderer {
         })
     }
 
-    /// Whether an earlier request of the device's own order waits: Linux takes a fence for all before it.
+    /// Whether an earlier request of the same order waits: to Linux a fence covers all before it.
     pub fn must_wait_for_fence(&self, at: &FencePosition) -> bool {
         at.number != 0 && self.fences.iter().any(|fenced| same_order(&fenced.at, at))
     }
 
-    /// A call that only asks for a fence.
+    /// A request for a fence only.
     pub fn fence_only() -> Request {
         Request::new(REQUEST_FENCE, 0, &[0_u8; 0])
     }
 
-    /// Sends a command on that needs no answer; gives it back if it must have one, lest the socket be full.
+    /// Forwards a command that needs no reply. Returns it if it must have one, so that the socket does not fill.
     pub fn send_unanswered(&mut self, call: Box<Request>) -> Result<(), Box<Request>> {
         if self.unanswered >= MAX_UNANSWERED {
             return Err(call);
@@ -123,13 +123,13 @@ impl Renderer {
         let mut call = call;
         call.head.unanswered = 1;
         if let Err(error) = call.send(&self.socket) {
-            // RendererEvent of when the socket is.
+            // An ended renderer is noticed when the socket is read.
             tracing::debug!(%error, "cannot tell the renderer");
         }
         Ok(())
     }
 
-    /// Sends a command on. The request comes back by [`Renderer::receive`], or at once.
+    /// Sends a command. The request comes back by [`Renderer::receive`], or at once.
     pub fn ask(
         &mut self,
         mut call: Request,
@@ -157,12 +157,12 @@ impl Renderer {
         }
     }
 
-    /// Has the answer of a request wait for its fence.
+    /// Lets a response wait for its fence.
     pub fn wait(&mut self, at: FencePosition, head: u16, written: u32) {
         self.fences.push(Fenced { at, head, written });
     }
 
-    /// Takes what the renderer says; `None` if that is nothing now.
+    /// The next event of the renderer; `None` if there is none now.
     pub fn receive(&mut self) -> Option<RendererEvent> {
         self.process.as_ref()?;
         loop {
@@ -174,9 +174,9 @@ impl Renderer {
             match reply.head.what {
                 REPLY_READY => {}
                 REPLY_FENCE => {
-                    let heard = self.passed(&reply.head.fence);
-                    if !heard.is_empty() {
-                        return Some(RendererEvent::FencesPassed(heard));
+                    let passed = self.passed(&reply.head.fence);
+                    if !passed.is_empty() {
+                        return Some(RendererEvent::FencesPassed(passed));
                     }
                 }
                 REPLY_DONE if self.in_flight.is_some() => return self.done(reply),
@@ -185,7 +185,7 @@ impl Renderer {
         }
     }
 
-    /// Answers that waited for this fence or, in its order, an earlier one.
+    /// Responses that awaited this fence or an earlier one of its order.
     fn passed(&mut self, at: &FencePosition) -> Vec<(u16, u32)> {
         let is_past = |other: &FencePosition| {
             same_order(other, at) && at.number.wrapping_sub(other.number) <= u32::MAX / 2
@@ -216,7 +216,7 @@ impl Renderer {
         Some(RendererEvent::Replied(pending, completion, result))
     }
 
-    /// The renderer is no more: all that waits for it is answered.
+    /// The renderer has ended: everything that waits for it is completed.
     fn died(&mut self) -> RendererEvent {
         self.process = None;
         self.contexts.clear();
@@ -229,7 +229,14 @@ impl Renderer {
             pending.fence = FencePosition::default();
             let answer = match in_flight.completion {
                 Completion::Respond(answer) => Ok(answer),
-                _ => Err(CommandError::NoRenderer),
+                Completion::Ok
+                | Completion::Capset
+                | Completion::Created { .. }
+                | Completion::Map { .. }
+                | Completion::Backed { .. }
+                | Completion::Flush(_)
+                | Completion::Scanout(_)
+                | Completion::Texture(_) => Err(CommandError::NoRenderer),
             };
             (pending, answer)
         });

@@ -1,8 +1,8 @@
-//! What device and renderer say to each other: packets on a socket, with descriptors beside them. Both ends
-//! are of one program, so numbers are as the processor has them.
+//! Protocol between the device and the renderer: packets on a socket, with descriptors. Both ends are one program,
+//! so numbers have the byte order of the processor.
 //!
-//! The body of a call is the command's own structure (`protocol`), as the device has checked it. Behind it
-//! come ranges of guest RAM: offsets in its memfd.
+//! The body of a request is the structure of the command (`protocol`), as the device has checked it. Ranges of
+//! guest RAM follow, as offsets in its memfd.
 
 use std::{
     fs::File,
@@ -20,35 +20,35 @@ use rustix::{
 };
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
-/// The longest packet. Capability sets are of some thousand bytes at most.
+/// The longest packet. Capability sets have some thousand bytes at most.
 const MAX_PACKET: usize = 16 << 10;
-/// Ranges beyond so many travel in a file.
+/// More ranges than this travel in a file.
 const MAX_RANGES: usize = 900;
 
-/// What a call asks for, besides the numbers of commands.
+/// Kinds of requests, besides the numbers of commands. This one asks for the memory of a blob.
 pub const REQUEST_EXPORT: u32 = 1;
-/// Copies a rectangle of a resource's pixels into the file that comes along.
+/// Copies a rectangle of a resource into the file that comes with the request.
 pub const REQUEST_READ_BACK: u32 = 2;
-/// Begin: see [`Start`].
+/// Starts the renderer: see [`Start`].
 pub const REQUEST_START: u32 = 4;
-/// Only the fence.
+/// Only a fence.
 pub const REQUEST_FENCE: u32 = 3;
-/// A texture's memory as a dma-buf, with its [`TextureLayout`]; without either if it cannot be had, or its rows are not one
-/// behind the other.
+/// The memory of a texture as a dma-buf, with its [`TextureLayout`]. Neither if it cannot be exported or is not
+/// linear.
 pub const REQUEST_EXPORT_TEXTURE: u32 = 5;
 
-/// The renderer is there: the data are [`CapsetInfo`]s.
+/// The renderer is ready: the data are [`CapsetInfo`]s.
 pub const REPLY_READY: u32 = 1;
-/// There is no renderer: the data are text for people.
+/// There is no renderer: the data are an error message.
 pub const REPLY_FAILED: u32 = 2;
-/// The answer to the call before.
+/// The reply to a request.
 pub const REPLY_DONE: u32 = 3;
 /// A fence was passed.
 pub const REPLY_FENCE: u32 = 4;
 
-/// The call failed.
+/// The request failed.
 pub const FAILED: u32 = 1;
-/// The call failed, and no descriptor is left, which may be why.
+/// The request failed, and no descriptor is left, which may be the cause.
 pub const FAILED_NO_FILES: u32 = 2;
 
 /// A range of guest RAM.
@@ -63,7 +63,7 @@ pub struct RamRange {
     pub len: u64,
 }
 
-/// A capability set that there is.
+/// A capability set that the renderer has.
 #[derive(
     Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout, PartialEq, Eq,
 )]
@@ -77,7 +77,7 @@ pub struct CapsetInfo {
     pub max_size: u32,
 }
 
-/// How a texture lies in its memory.
+/// The layout of a texture in its memory.
 #[derive(
     Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout, PartialEq, Eq,
 )]
@@ -91,7 +91,7 @@ pub struct TextureLayout {
     pub offset: u32,
 }
 
-/// What [`REQUEST_READ_BACK`] is about.
+/// Body of [`REQUEST_READ_BACK`].
 #[derive(Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout)]
 #[repr(C)]
 pub struct ReadBack {
@@ -113,23 +113,23 @@ pub struct ReadBack {
     pub size: u64,
 }
 
-/// A place in the order of fences.
+/// A position in the order of fences.
 #[derive(
     Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout, PartialEq, Eq,
 )]
 #[repr(C)]
 pub struct FencePosition {
-    /// Whether `context` and `ring` count: without, it is the order of the device's own.
+    /// Whether `context` and `ring` count. If not, it is in the order of the device.
     pub of_ring: u32,
     /// The context.
     pub context: u32,
     /// The ring of that context.
     pub ring: u32,
-    /// Its number, which grows; 0 is no fence at all.
+    /// A number that grows; 0 means no fence.
     pub number: u32,
 }
 
-/// The head of a call.
+/// The header of a request.
 #[derive(Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout)]
 #[repr(C)]
 pub struct RequestHeader {
@@ -137,19 +137,19 @@ pub struct RequestHeader {
     pub what: u32,
     /// `ctx_id` of the command.
     pub context: u32,
-    /// What is to be told once all before it is done.
+    /// The fence to report once everything before it is done.
     pub fence: FencePosition,
-    /// How long the body is.
+    /// Length of the body.
     pub body: u32,
-    /// How many ranges follow.
+    /// Number of ranges that follow.
     pub ranges: u32,
-    /// Whether they are in the file that comes along.
+    /// Whether they are in the file that comes with the request.
     pub in_file: u32,
-    /// Whether it is not answered. It has no fence then.
+    /// Whether it gets no reply. It has no fence then.
     pub unanswered: u32,
 }
 
-/// The first call: what the renderer is to do, with guest RAM's memfd.
+/// The first request: which APIs the renderer is to offer. The memfd of guest RAM comes with it.
 #[derive(
     Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout, PartialEq, Eq,
 )]
@@ -161,10 +161,10 @@ pub struct Start {
     pub venus: u32,
 }
 
-/// What a renderer is asked.
+/// A request to the renderer.
 #[derive(Debug, Default)]
 pub struct Request {
-    /// Its head; lengths are filled in when it is sent.
+    /// Its header; lengths are filled in when it is sent.
     pub head: RequestHeader,
     /// The command.
     pub body: Vec<u8>,
@@ -175,7 +175,7 @@ pub struct Request {
 }
 
 impl Request {
-    /// A call with a command as its body.
+    /// A request with a command as its body.
     pub fn new(what: u32, context: u32, body: &(impl IntoBytes + Immutable)) -> Self {
         Self {
             head: RequestHeader {
@@ -210,7 +210,7 @@ impl Request {
         send(socket, &packet, file.map(AsFd::as_fd))
     }
 
-    /// Takes one packet; nothing once the other end has gone.
+    /// Receives one packet; `None` once the other end is closed.
     pub fn receive(socket: impl AsFd, flags: RecvFlags) -> io::Result<Option<Self>> {
         let Some(Packet {
             bytes: packet,
@@ -242,36 +242,36 @@ impl Request {
     }
 }
 
-/// The head of what a renderer says.
+/// The header of a reply.
 #[derive(Clone, Copy, Debug, Default, FromBytes, Immutable, IntoBytes, KnownLayout)]
 #[repr(C)]
 pub struct ReplyHeader {
     /// One of the above.
     pub what: u32,
-    /// Whether the call failed, and why.
+    /// Whether the request failed, and why.
     pub failed: u32,
     /// Which fence was passed.
     pub fence: FencePosition,
-    /// A number that belongs to the answer.
+    /// A number that belongs to the reply.
     pub value: u32,
     pad: u32,
 }
 
-/// What a renderer says.
+/// A reply of the renderer, or an event.
 #[derive(Debug, Default)]
 pub struct Reply {
-    /// Its head.
+    /// Its header.
     pub head: ReplyHeader,
-    /// What belongs to it.
+    /// Data of the reply.
     pub data: Vec<u8>,
-    /// A blob's memory.
+    /// Memory of a blob.
     pub file: Option<File>,
-    /// It came, and this process may not open more files.
+    /// A file came with it, and this process may not open more.
     pub lost_file: bool,
 }
 
 impl Reply {
-    /// Something with nothing but its kind.
+    /// A reply of a kind, without data.
     pub fn of(what: u32) -> Self {
         let head = ReplyHeader {
             what,
@@ -289,7 +289,7 @@ impl Reply {
         send(socket, &packet, self.file.as_ref().map(AsFd::as_fd))
     }
 
-    /// Takes one packet; nothing once the other end has gone.
+    /// Receives one packet; `None` once the other end is closed.
     pub fn receive(socket: impl AsFd, flags: RecvFlags) -> io::Result<Option<Self>> {
         let Some(packet) = receive(socket, flags)? else {
             return Ok(None);
@@ -325,11 +325,11 @@ fn send(socket: impl AsFd, packet: &[u8], file: Option<BorrowedFd<'_>>) -> io::R
     }
 }
 
-/// What came at once.
+/// One packet, as received.
 struct Packet {
     bytes: Vec<u8>,
     file: Option<File>,
-    /// There was one that this process may not open.
+    /// A descriptor was dropped because this process may not open more.
     lost_file: bool,
 }
 

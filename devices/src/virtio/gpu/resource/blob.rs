@@ -1,5 +1,5 @@
-//! What lies behind a blob: RAM, which stays where it is, or memory of a passed-through device, which goes away
-//! while the guest has the device's memory off, resets it or has it asleep, and comes back.
+//! Memory behind a blob: RAM, or memory of a passed-through device. The latter goes while the guest has it off,
+//! resets the device or has it in a low-power state, and comes back.
 
 use std::{
     fs::File,
@@ -31,17 +31,16 @@ pub enum BlobMemory {
     Ram(Arc<Surface>),
     /// Memory of a passed-through device.
     Device {
-        /// What the driver named, as it was when it did.
+        /// The ranges that the driver named, as they were then.
         ranges: Vec<BlobRange>,
         /// The memory while all of it is there.
         surface: Option<Arc<Surface>>,
-        /// The guest pays for what it named.
+        /// The guest is charged for what it named.
         charge: Arc<Charge>,
     },
 }
 
-/// A range of guest-physical memory and what lay there. It does not keep the device open: one that was taken out
-/// is to go.
+/// A range of guest-physical memory and its backing. It does not keep the device open, which may be unplugged.
 #[derive(Debug)]
 pub struct BlobRange {
     gpa: u64,
@@ -65,11 +64,11 @@ impl From<&Segment> for BlobRange {
 
 impl BlobRange {
     fn overlaps(&self, gpa: u64, len: u64) -> bool {
-        // Both are in the map or were, so neither is empty or passes the end of the addresses.
+        // Both are or were in the address space, so neither is empty or passes its end.
         self.gpa <= gpa + (len - 1) && gpa <= self.gpa + (self.len - 1)
     }
 
-    /// The piece that it is, if the same still lies there.
+    /// The piece of a file, if the same backing still lies there.
     fn find(&self, map: &AddressSpace) -> Option<Piece> {
         let segments = map.resolve(self.gpa, self.len).ok()?;
         let [segment] = &*segments else { return None };
@@ -87,7 +86,7 @@ impl BlobRange {
 }
 
 impl BlobMemory {
-    /// Of what was looked up.
+    /// Memory of ranges that were looked up.
     pub fn new(memory: ScatterList, charge: Arc<Charge>) -> Self {
         let segments = memory.segments();
         let in_device = segments
@@ -105,7 +104,7 @@ impl BlobMemory {
         }
     }
 
-    /// What is there now.
+    /// The memory now.
     pub fn surface(&self) -> Option<&Arc<Surface>> {
         match self {
             Self::Detached => None,
@@ -114,20 +113,20 @@ impl BlobMemory {
         }
     }
 
-    /// Whether the driver has taken it away.
+    /// Whether the driver has detached it.
     pub fn is_detached(&self) -> bool {
         matches!(self, Self::Detached)
     }
 
-    /// Whether the driver has it, and it is not there.
+    /// Whether it is attached, and off.
     pub fn is_gone(&self) -> bool {
         matches!(self, Self::Device { surface: None, .. })
     }
 
-    /// Memory has come to `[gpa, gpa + len)` or left it. Whether that changes what is there.
+    /// Memory was mapped at `[gpa, gpa + len)` or removed. Returns whether that changes the blob.
     ///
-    /// What comes back is a new buffer, and gets a new dma-buf: who imported the old one may have it mapped where
-    /// nothing will ever be again (iommufd does).
+    /// Memory that comes back is a new buffer, and gets a new dma-buf. An importer of the old one may have it
+    /// mapped where nothing will ever be again (iommufd does).
     pub fn changed(&mut self, map: &AddressSpace, gpa: u64, len: u64) -> bool {
         let Self::Device {
             ranges,

@@ -1,11 +1,11 @@
-//! Resources whose content is the renderer's.
+//! Resources of the renderer, which holds their content.
 
 use std::{fs::File, sync::Arc};
 
 use super::surface::Surface;
 use crate::{memory::Charge, virtio::gpu::geometry::Layout};
 
-/// What a resource of the renderer's is.
+/// Kind of a resource of the renderer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum HostKind {
     /// RESOURCE_CREATE_3D.
@@ -14,7 +14,7 @@ pub enum HostKind {
         width: u32,
         /// Rows.
         height: u32,
-        /// Number of its format: the renderer knows more of them than outputs do.
+        /// Number of its format. The renderer knows more formats than outputs do.
         format: u32,
     },
     /// RESOURCE_CREATE_BLOB of HOST3D.
@@ -26,7 +26,7 @@ pub enum HostKind {
     },
 }
 
-/// A resource whose content is the renderer's.
+/// A resource of the renderer.
 #[derive(Debug)]
 pub struct HostResource {
     /// What it is.
@@ -35,32 +35,32 @@ pub struct HostResource {
     pub mapped: Option<u64>,
     /// Whether it has guest memory.
     pub backed: bool,
-    /// A texture's pixels, if it was on an output lately.
+    /// Pixels of a texture, if an output showed it recently.
     pub shown: Option<Shown>,
-    /// Whether the renderer was asked for a texture's own memory, and has none.
+    /// Whether the renderer was asked for the memory of a texture, and has none to export.
     pub no_export: bool,
-    /// A blob's own memory, if it was on an output lately.
+    /// Memory of a blob, if an output showed it recently.
     pub pixels: Option<Arc<Surface>>,
     pub(super) _charge: Charge,
 }
 
-/// A texture's own memory, or a copy of its pixels as of the last flush.
+/// Memory of a texture that outputs show: its own, or a copy as of the last flush.
 #[derive(Debug)]
 pub struct Shown {
     /// How they lie there.
     pub layout: Layout,
     /// The memory.
     pub surface: Arc<Surface>,
-    /// Where the renderer is to write what is flushed.
+    /// Where the renderer writes what is flushed.
     pub copy: CopyTo,
 }
 
-/// Where a texture's pixels are read back to when they are flushed.
+/// Where a texture is read back to when it is flushed.
 #[derive(Clone, Debug)]
 pub enum CopyTo {
     /// The memory that outputs show.
     Shown(Arc<File>),
-    /// A page of nobody's: reading a pixel is what has the renderer finish, and outputs show the texture's own memory.
+    /// A scratch page. Reading one pixel makes the renderer finish; outputs show the memory of the texture itself.
     Nowhere(Arc<File>),
 }
 

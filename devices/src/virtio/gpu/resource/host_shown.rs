@@ -30,12 +30,12 @@ pub struct ExportedLayout {
     pub offset: u32,
 }
 
-/// Blobs and textures of which outputs can show the memory, each of which is a descriptor or two of this process's.
-/// Programs that draw take turns with two or three.
+/// Blobs and textures whose memory outputs can show. Each costs a descriptor or two; programs alternate between two
+/// or three.
 const MAX_PIXELS: usize = 64;
 
 impl Resources {
-    /// Has outputs show a blob's memory, which is a dma-buf or a memory file.
+    /// Lets outputs show the memory of a blob, which is a dma-buf or a memory file.
     pub fn show_blob(
         &mut self,
         id: u32,
@@ -54,7 +54,7 @@ impl Resources {
         Ok(())
     }
 
-    /// Has outputs show a texture's own memory.
+    /// Lets outputs show the memory of a texture.
     pub fn show_texture(
         &mut self,
         id: u32,
@@ -94,7 +94,7 @@ impl Resources {
         Ok(())
     }
 
-    /// Memory of the renderer's for outputs to show. What is on no output makes room.
+    /// Memory of the renderer for outputs to show. Memory on no output makes room.
     fn renderer_memory(
         &mut self,
         file: File,
@@ -130,7 +130,7 @@ impl Resources {
         Ok(Surface::new(vec![piece], Arc::new(charge)))
     }
 
-    /// Gives a texture memory for what outputs show of it, unless it shows its own; how it lies there.
+    /// Gives a texture memory to be copied to, unless outputs show its own. Returns the layout.
     pub fn show(&mut self, id: u32) -> Result<Layout, CommandError> {
         let host = self.host_mut(id)?;
         if let Some(shown) = &host.shown {

@@ -41,7 +41,7 @@ pub struct ImageBacking {
 }
 
 impl Image {
-    /// RESOURCE_CREATE_2D: `charge` takes so many bytes on the account of the guest.
+    /// RESOURCE_CREATE_2D. `charge` charges bytes to the guest.
     pub fn new(
         format: Format,
         width: u32,

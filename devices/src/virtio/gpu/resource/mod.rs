@@ -1,4 +1,4 @@
-//! What the driver has the device remember: 2D resources, blobs and resources of the renderer.
+//! Resources of the driver: 2D resources, blobs and resources of the renderer.
 
 mod blob;
 mod host;

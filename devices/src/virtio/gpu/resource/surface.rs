@@ -7,12 +7,12 @@ use crate::{
     memory::Charge,
 };
 
-/// Rows of memory of the device start at multiples of this: what the strictest GPUs import.
+/// Alignment of rows: what the strictest GPUs import.
 pub const ROW_ALIGNMENT: u32 = 256;
 
 /// What a resource costs besides its pixels and entries.
 pub const RESOURCE_COST: u64 = 1 << 10;
-/// Memory with pixels, on the account of the guest that has it.
+/// Memory with pixels, charged to its guest.
 #[derive(Debug)]
 pub struct Surface {
     /// The memory.
@@ -21,7 +21,7 @@ pub struct Surface {
 }
 
 impl Surface {
-    /// Pieces of memory on an account.
+    /// Pieces of memory, with their charge.
     pub fn new(pieces: Vec<Piece>, charge: Arc<Charge>) -> Arc<Self> {
         Arc::new(Self {
             buffer: Buffer::new(pieces),

@@ -1,5 +1,4 @@
-//! What the driver has the device remember: 2D resources, whose pixels lie in memory of the device's, and
-//! blobs, whose pixels stay where the driver drew them.
+//! The table of resources, by id.
 
 use std::{collections::BTreeMap, sync::Arc};
 
@@ -18,8 +17,8 @@ use fanlight_arch::layout::PAGE_SIZE;
 
 /// The most 2D resources: each holds a descriptor.
 const MAX_IMAGES: usize = 512;
-/// What a page of a blob costs in the host's kernel while the blob is exported (udmabuf keeps a folio and an
-/// offset for each), whether or not it is.
+/// Cost of a page of a blob in the host kernel while the blob is exported: udmabuf keeps a folio and an offset for
+/// each. It is charged whether or not the blob is exported.
 const PAGE_COST: u64 = 32;
 /// Any kind.
 #[derive(Debug)]
@@ -28,7 +27,7 @@ pub enum ResourceKind {
     Image(Image),
     /// RESOURCE_CREATE_BLOB of guest memory.
     Blob(Blob),
-    /// What the renderer has.
+    /// A resource of the renderer.
     Host(HostResource),
 }
 
@@ -140,7 +139,7 @@ impl Resources {
     pub fn host_mut(&mut self, id: u32) -> Result<&mut HostResource, CommandError> {
         match &mut self.get_mut(id)?.kind {
             ResourceKind::Host(resource) => Ok(resource),
-            _ => Err(CommandError::Resource(id)),
+            ResourceKind::Image(_) | ResourceKind::Blob(_) => Err(CommandError::Resource(id)),
         }
     }
 
@@ -191,7 +190,7 @@ impl Resources {
         Ok(())
     }
 
-    /// A blob's road, its first half: entries → map → backing → a buffer that can be exported.
+    /// The first half of the path of a blob: entries → address space → backing → a buffer that can be exported.
     fn blob_memory(
         &self,
         size: u64,
@@ -228,12 +227,14 @@ impl Resources {
                     blob.memory = memory;
                 }
             }
-            _ => return Err(CommandError::Backing("is there already")),
+            ResourceKind::Image(_) | ResourceKind::Blob(_) | ResourceKind::Host(_) => {
+                return Err(CommandError::Backing("is there already"));
+            }
         }
         Ok(())
     }
 
-    /// RESOURCE_DETACH_BACKING. What was exported of the memory stays with those who have it.
+    /// RESOURCE_DETACH_BACKING. Dma-bufs that were exported stay with their importers.
     pub fn detach(&mut self, id: u32) -> Result<(), CommandError> {
         let had = match &mut self.get_mut(id)?.kind {
             ResourceKind::Image(image) => image.backing.take().is_some(),
@@ -251,7 +252,7 @@ impl Resources {
 }
 
 impl Resources {
-    /// Memory has come to `[gpa, gpa + len)` or left it: the blobs that this changes.
+    /// Memory was mapped at `[gpa, gpa + len)` or removed: the blobs that this changes.
     pub fn memory_changed(&mut self, map: &AddressSpace, gpa: u64, len: u64) -> Vec<u32> {
         let changed = |(&id, resource): (&u32, &mut Resource)| match &mut resource.kind {
             ResourceKind::Blob(blob) => blob.memory.changed(map, gpa, len).then_some(id),

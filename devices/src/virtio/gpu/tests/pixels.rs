@@ -70,7 +70,7 @@ fn a_blob_is_shown_in_place() {
     assert_eq!(machine.display.statistics().transferred_bytes, 0);
 }
 
-/// A BAR's file stands for the device: the first half of the road is the same.
+/// A file stands for the BAR of a device: the first half of the path is the same.
 #[test]
 fn what_is_shown_goes_and_comes_with_the_devices_memory() {
     const BAR: u64 = 0x1_0000_0000;

@@ -1,4 +1,4 @@
-//! Blobs of the renderer's: in the region that the guest sees, and on outputs.
+//! Blobs of the renderer: in the region that the guest sees, and on outputs.
 
 use proptest::prelude::*;
 
@@ -76,7 +76,7 @@ fn blobs_are_shown_where_they_may() {
     assert_eq!(m.command(unmap, &resource(2)), OK);
     assert_eq!(m.command(unmap, &resource(2)), VIRTIO_GPU_RESP_ERR_UNSPEC);
     assert_eq!(m.seen(4), None);
-    // Whoever forgets a blob sees it no longer.
+    // A blob that is destroyed is no longer visible.
     let unref = VIRTIO_GPU_CMD_RESOURCE_UNREF;
     assert_eq!(m.command(unref, &resource(1)), OK);
     assert_eq!(m.seen(0), None);

@@ -1,4 +1,4 @@
-//! The device with a renderer in a thread of the test's: what it is sent, and what the driver hears.
+//! The device with a renderer in a thread of the test: its requests, and the responses of the driver.
 
 use std::{
     fs::File,
