@@ -161,12 +161,18 @@ fn command(name: &str, parts: Parts) -> Result<Command> {
 fn run_one(name: &str, parts: &[String]) -> Result<()> {
     let test = find(name)?;
     let parts = Parts::of(parts)?;
-    // Devices have interfaces in the network of the host.
-    let own_network = test.devices.is_empty();
-    test_process::confine(own_network)?;
+    // L1 runs one test at a time, and devices have interfaces in the network of the host.
+    let in_nested_host = std::env::var_os(kvm_host::IN_NESTED_HOST).is_some();
+    test_process::confine(!in_nested_host && test.devices.is_empty())?;
+    let before = test_process::interfaces()?;
+    let nothing_is_left = || match test.devices {
+        [] => test_process::nothing_is_left(&before),
+        // Interfaces of devices come and stay.
+        _ => test_process::nothing_is_left(&test_process::interfaces()?),
+    };
     let result = assets(&parts)
         .and_then(|assets| (test.run)(&assets))
-        .and_then(|()| test_process::nothing_is_left(own_network));
+        .and_then(|()| nothing_is_left());
     test_process::end_descendants();
     result
 }

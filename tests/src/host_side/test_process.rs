@@ -70,8 +70,9 @@ pub fn end_descendants() {
     }
 }
 
-/// Fails if the test that this process ran has left processes, files or interfaces behind.
-pub fn nothing_is_left(own_network: bool) -> Result<()> {
+/// Fails if the test that this process ran has left processes or files behind, or interfaces besides those that there
+/// were `before`.
+pub fn nothing_is_left(before: &[String]) -> Result<()> {
     let mut left = processes_left();
     let dir = std::env::temp_dir();
     let files = fs::read_dir(&dir).context(format!("cannot list {}", dir.display()))?;
@@ -80,20 +81,14 @@ pub fn nothing_is_left(own_network: bool) -> Result<()> {
             .flatten()
             .map(|file| format!("file {}", file.path().display())),
     );
-    if own_network {
-        left.extend(
-            interfaces()?
-                .into_iter()
-                .map(|name| format!("network interface {name}")),
-        );
-    }
-    if left.is_empty() {
-        return Ok(());
-    }
-    Err(Failure(format!(
-        "the test left behind: {}",
-        left.join(", ")
-    )))
+    let new = interfaces()?
+        .into_iter()
+        .filter(|name| !before.contains(name));
+    left.extend(new.map(|name| format!("network interface {name}")));
+    ensure(
+        left.is_empty(),
+        format!("the test left behind: {}", left.join(", ")),
+    )
 }
 
 /// Descendants of this process that do not end by themselves.
@@ -118,12 +113,11 @@ fn processes_left() -> Vec<String> {
     }
 }
 
-/// Network interfaces besides the one that each network has.
-fn interfaces() -> Result<Vec<String>> {
+/// Network interfaces that this process sees.
+pub fn interfaces() -> Result<Vec<String>> {
     let text = fs::read_to_string("/proc/thread-self/net/dev").context("cannot list interfaces")?;
     let names = text.lines().filter_map(|line| line.split_once(':'));
-    let names = names.map(|(name, _)| name.trim().to_owned());
-    Ok(names.filter(|name| name != "lo").collect())
+    Ok(names.map(|(name, _)| name.trim().to_owned()).collect())
 }
 
 /// Runs `command`, which runs one test, with a temporary folder of its own. What it says goes to `output` as it
