@@ -1,4 +1,4 @@
-//! `fanlight ctl`: calls one method and prints what it gives.
+//! `fanlight ctl`: calls one method and prints its result.
 
 mod attach;
 mod params;
@@ -17,7 +17,7 @@ use serde_json::{Map, Value};
 use crate::{help, options::CtlOptions};
 use params::Params;
 
-/// Exit status for a wrong command line, as clap's.
+/// Exit status for a wrong command line, like that of clap.
 const USAGE: u8 = 2;
 
 /// Runs the command.
@@ -49,7 +49,7 @@ pub fn run(options: &CtlOptions) -> ExitCode {
     };
     match result {
         Ok(()) => ExitCode::SUCCESS,
-        // Whoever reads our output has seen enough.
+        // The reader closed the pipe.
         Err(Error::Io(error)) if error.kind() == io::ErrorKind::BrokenPipe => ExitCode::SUCCESS,
         Err(error) => {
             let line = match &error {
@@ -93,7 +93,7 @@ fn call(socket: &Path, method: &str, params: &Params, json: bool) -> Result<(), 
             return Ok(attach::connect(fd.into())?);
         }
         return Err(Error::Text(format!(
-            "{method} gives a descriptor, with which a command line can do nothing; see its --help for \
+            "{method}: the result is a descriptor, which a command line cannot use; see its --help for \
              another way, or call it from a program"
         )));
     }
@@ -134,7 +134,7 @@ fn cell(value: &Value) -> String {
     }
 }
 
-/// Columns as wide as they must be.
+/// Rows as columns of the least width.
 fn columns(rows: &[Vec<String>]) -> String {
     let count = rows.iter().map(Vec::len).max().unwrap_or(0);
     let widths: Vec<usize> = (0..count)
@@ -155,7 +155,7 @@ fn columns(rows: &[Vec<String>]) -> String {
     text
 }
 
-/// An object as names and values; a list of objects in it as a table of its own.
+/// An object as names and values. A list of objects in it becomes a table of its own.
 fn table(value: &Value) -> String {
     let Value::Object(object) = value else {
         return cell(value) + "\n";
@@ -212,7 +212,7 @@ fn help(socket: &Path, method: Option<&str>) -> Result<(), Error> {
             .collect();
         print!("Methods:\n{}", columns(&rows));
         println!(
-            "\nfanlight ctl {} METHOD --help describes one.",
+            "\n'fanlight ctl {} METHOD --help' describes a method.",
             socket.display()
         );
         return Ok(());
@@ -223,7 +223,7 @@ fn help(socket: &Path, method: Option<&str>) -> Result<(), Error> {
         let nearest = fanlight_api::error::nearest(name, names);
         let hint = nearest.map(|nearest| format!("; did you mean {nearest}?"));
         return Err(Error::Text(format!(
-            "there is no method {name:?}{}",
+            "{name}: no such method{}",
             hint.unwrap_or_default()
         )));
     };
@@ -233,14 +233,14 @@ fn help(socket: &Path, method: Option<&str>) -> Result<(), Error> {
         let rows: Vec<_> = params
             .iter()
             .map(|param| {
-                let needed = if param["required"] == true {
-                    "needed"
+                let required = if param["required"] == true {
+                    "required"
                 } else {
                     ""
                 };
                 vec![
                     text(&param["name"]),
-                    needed.into(),
+                    required.into(),
                     text(&param["description"]).replace('\n', " "),
                 ]
             })

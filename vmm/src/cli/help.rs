@@ -9,22 +9,21 @@ use crate::{command, option_page::Page, option_table, text};
 pub fn on(topic: &[String]) -> Result<String, String> {
     let mut root = command::command();
     root.build();
-    let [words @ ..] = topic;
-    if words.is_empty() {
+    if topic.is_empty() {
         return Ok(root.render_long_help().to_string());
     }
     let mut found = Vec::new();
-    if let Some(command) = subcommand(&root, words) {
+    if let Some(command) = subcommand(&root, topic) {
         found.push(command.clone().render_long_help().to_string());
     }
-    let option = match words {
+    let option = match topic {
         [option] => Some(option),
         [run, option] if run == "run" => Some(option),
         _ => None,
     };
     found.extend(option.and_then(|option| option_help(&root, option)));
     if found.is_empty() {
-        return Err(unknown(&root, &words.join(" ")));
+        return Err(unknown(&root, &topic.join(" ")));
     }
     Ok(found.join("\n"))
 }
@@ -91,9 +90,8 @@ fn page_text(page: &Page, about: &str, width: usize) -> String {
 }
 
 fn subcommand<'a>(root: &'a Command, words: &[String]) -> Option<&'a Command> {
-    let words = words.iter();
-    words.fold(Some(root), |command, word| {
-        command?
+    words.iter().try_fold(root, |command, word| {
+        command
             .get_subcommands()
             .find(|command| command.get_name() == word && !command.is_hide_set())
     })

@@ -83,7 +83,6 @@ fn main() -> ExitCode {
             Ok(script) => printed(&script),
             Err(error) => failed(&error),
         },
-        Command::CheckArguments { arguments } => check_arguments(&arguments),
         Command::Man { directory } => match man::write(&directory) {
             Ok(paths) => {
                 let lines = paths.iter().map(|path| format!("{}\n", path.display()));
@@ -116,19 +115,6 @@ fn arguments() -> Vec<String> {
 fn printed(text: &str) -> Ending {
     match io::stdout().write_all(text.as_bytes()) {
         Err(error) if error.kind() != io::ErrorKind::BrokenPipe => failed(&error),
-        _ => Ending::PowerOff,
-    }
-}
-
-fn check_arguments(arguments: &[String]) -> Ending {
-    let all = ["fanlight".to_owned()]
-        .into_iter()
-        .chain(arguments.to_vec());
-    match command::parse(all.map(Into::into)) {
-        Err(error) if error.exit_code() != 0 => {
-            eprintln!("fanlight: {}", usage_error::line(&error, arguments));
-            Ending::BadInput
-        }
         _ => Ending::PowerOff,
     }
 }
@@ -205,12 +191,12 @@ fn with_queue(
         Err(error) => return bad_input(&error),
     };
     let result = life(&signals, &mut queue);
-    // Whoever still waits is answered, and the answers are sent.
+    // Dropping these answers waiting clients and sends the answers.
     drop(queue);
     drop(server);
     match result {
         Ok(ending) => ending,
-        // By now the terminal is itself again: the machine and its consoles are gone.
+        // The machine is dropped, so the terminal is restored.
         Err(error) => {
             print_about(error.field(), &error);
             if error.fault().is_bad_input() {

@@ -84,7 +84,7 @@ pub fn line(error: &Error, arguments: &[String]) -> String {
             "{}{}: unknown command{}; {see}",
             command.prefix(),
             get(ContextKind::InvalidSubcommand),
-            suggested(ContextKind::SuggestedSubcommand),
+            suggested_command(error),
         ),
         ErrorKind::ArgumentConflict if get(ContextKind::PriorArg) == argument => {
             format!("{}: given twice; give it once; {see}", command.named(name))
@@ -155,6 +155,23 @@ impl Typed {
             }
             (command, _) => format!("see 'fanlight help {command}'"),
         }
+    }
+}
+
+/// The nearest commands that clap found, without those that only Fanlight itself runs.
+fn suggested_command(error: &Error) -> String {
+    let Some(ContextValue::Strings(names)) = error.get(ContextKind::SuggestedSubcommand) else {
+        return String::new();
+    };
+    let root = command::command();
+    let is_hidden = |name: &&String| {
+        root.find_subcommand(name)
+            .is_some_and(clap::Command::is_hide_set)
+    };
+    let names: Vec<_> = names.iter().filter(|name| !is_hidden(name)).collect();
+    match names[..] {
+        [] => String::new(),
+        [ref first, ..] => format!("; did you mean {first}?"),
     }
 }
 

@@ -1,4 +1,4 @@
-//! A console of the guest's on this program's terminal.
+//! Connects a console of the guest to the terminal.
 
 use std::{
     io::{self, Read, Write},
@@ -18,7 +18,7 @@ pub fn connect(mut console: UnixStream) -> io::Result<()> {
     let terminal = RawTerminal::enter()?;
     let is_terminal = terminal.is_some();
     let keys = console.try_clone()?;
-    // It is not waited for: it may read what is never typed.
+    // Nothing joins the thread, because its read may never return.
     thread::Builder::new()
         .name("keys".into())
         .spawn(move || type_keys(io::stdin(), keys, is_terminal))?;
@@ -27,7 +27,7 @@ pub fn connect(mut console: UnixStream) -> io::Result<()> {
         let read = match console.read(&mut bytes) {
             Ok(0) => return Ok(()),
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            // The machine has ended without reading all that was typed.
+            // The machine ended before it had read all input.
             Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Ok(()),
             read => read?,
         };
@@ -37,19 +37,19 @@ pub fn connect(mut console: UnixStream) -> io::Result<()> {
     }
 }
 
-/// Sends the console what is typed, to the end of it or until the user leaves.
+/// Sends input to the console until it ends or the user leaves.
 fn type_keys(mut input: impl Read, mut console: UnixStream, is_terminal: bool) {
     let mut escape = Escape::default();
     let mut bytes = [0; 1024];
     let end = loop {
         let typed = match input.read(&mut bytes) {
-            // The machine's end is told that no more comes; what it still says is shown.
+            // The machine sees the end of input; its output continues.
             Ok(0) => break Shutdown::Write,
             Ok(read) => &bytes[..read],
             Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
             Err(_) => break Shutdown::Write,
         };
-        // Without a terminal the bytes are a program's: none of them is a command.
+        // Escape sequences are for users of a terminal, not for programs.
         let sent = if is_terminal {
             match escape.filter(typed) {
                 Received::Bytes(bytes) => console.write_all(&bytes),

@@ -1,4 +1,4 @@
-//! A method's parameters as a command line has them.
+//! Parameters of a method on the command line.
 
 use std::os::fd::OwnedFd;
 
@@ -8,18 +8,17 @@ use fanlight_api::{
 };
 use serde_json::{Map, Value, json};
 
-/// Parameters with the descriptors that they name.
+/// Parameters, and the descriptors that they name.
 #[derive(Debug)]
 pub struct Params {
-    /// As the server reads them.
+    /// The parameters as the server reads them.
     pub value: Value,
-    /// What `{"fd": N}` in them means, by N.
+    /// Descriptors to send: `{"fd": N}` is the Nth.
     pub fds: Vec<OwnedFd>,
 }
 
 impl Params {
-    /// Reads one JSON object, or pairs. Descriptors that they name are those that this process was started
-    /// with.
+    /// Reads one JSON object, or pairs. They name descriptors that this process inherited.
     pub fn read(arguments: &[String]) -> Result<Self, String> {
         let mut params = Self {
             value: read(arguments)?,
@@ -31,7 +30,7 @@ impl Params {
         Ok(params)
     }
 
-    /// Has every descriptor that is named in `value` sent, and named by its place.
+    /// Collects every descriptor that `value` names, and replaces its number by its index.
     fn hand_over(&mut self, value: &mut Value) -> Result<(), String> {
         if let Some(number) = descriptor(value) {
             if self.fds.len() == MAX_FDS {
@@ -51,7 +50,7 @@ impl Params {
     }
 }
 
-/// The number of a descriptor, if that is what `value` names: `"fd:3"` or `{"fd": 3}`.
+/// The number of the descriptor that `value` names: `"fd:3"` or `{"fd": 3}`.
 fn descriptor(value: &Value) -> Option<u32> {
     let named = match value {
         Value::String(_) => value,
@@ -75,13 +74,13 @@ fn read(arguments: &[String]) -> Result<Value, String> {
     for argument in arguments {
         let (path, text) = argument
             .split_once('=')
-            .ok_or_else(|| format!("{argument:?} is neither JSON nor key=value"))?;
+            .ok_or_else(|| format!("{argument:?} is neither a JSON object nor key=value"))?;
         let value = serde_json::from_str(text).unwrap_or_else(|_| Value::String(text.to_owned()));
         let mut place = &mut params;
         for key in path.split('.') {
-            let object = place
-                .as_object_mut()
-                .ok_or_else(|| format!("{path:?}: {key:?} is a field of what is no object"))?;
+            let object = place.as_object_mut().ok_or_else(|| {
+                format!("{path:?}: {key:?} is a field of a value that is not an object")
+            })?;
             place = object
                 .entry(key)
                 .or_insert_with(|| Value::Object(Map::new()));
@@ -118,7 +117,7 @@ mod tests {
     }
 
     #[test]
-    fn descriptors_are_named_by_their_places() {
+    fn descriptors_are_named_by_their_indices() {
         let (a, b) = (tempfile::tempfile().unwrap(), tempfile::tempfile().unwrap());
         let (a, b) = (a.as_raw_fd(), b.as_raw_fd());
         let pairs = read(&[

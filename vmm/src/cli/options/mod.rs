@@ -85,13 +85,6 @@ pub enum Command {
     /// Draw for the guest of the process on standard input
     #[command(name = fanlight::renderer::COMMAND, hide = true)]
     Renderer,
-    /// Check whether arguments are a command line, without running it
-    #[command(hide = true)]
-    CheckArguments {
-        /// The arguments, without the program's name
-        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
-        arguments: Vec<String>,
-    },
 }
 
 const RUN_MORE: &str = "\

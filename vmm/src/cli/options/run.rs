@@ -211,3 +211,63 @@ impl RunOptions {
         Ok(config)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use std::io::Write;
+
+    use clap::Parser;
+
+    use super::*;
+    use crate::options::{Command, Options};
+
+    fn parse(arguments: &[&str]) -> Result<VmConfig, String> {
+        let command = ["fanlight", "run"].iter().chain(arguments);
+        let options = Options::try_parse_from(command).map_err(|error| error.to_string())?;
+        let Command::Run(options) = options.command else {
+            return Err("not run".into());
+        };
+        options
+            .into_config()
+            .map_err(|error| fanlight_devices::error_line(&error))
+    }
+
+    #[test]
+    fn options_win_over_the_file_and_lists_add() {
+        let mut file = tempfile::NamedTempFile::new().unwrap();
+        write!(
+            file,
+            r#"{{"kernel": "a", "cpus": 4, "disk": [{{"path": "d1"}}]}}"#
+        )
+        .unwrap();
+        let path = file.path().to_str().unwrap();
+        let config = parse(&["--config", path, "--cpus", "2", "--disk", "path=d2"]).unwrap();
+        assert_eq!(config.kernel, Some("a".into()));
+        assert_eq!(config.cpus, 2);
+        assert_eq!(config.disk.len(), 2);
+    }
+
+    #[test]
+    fn a_gpu_needs_no_value() {
+        let plain = parse(&["--gpu", "--cpus", "2"]).unwrap();
+        assert_eq!(plain.gpu, [GpuConfig::default()]);
+        let two = parse(&["--gpu", "outputs=640x480+800x600"]).unwrap();
+        assert_eq!(two.gpu[0].outputs.0.len(), 2);
+        let cards = parse(&["--gpu", "--gpu", "800x600,renderer=venus", "--cpus", "2"]).unwrap();
+        assert_eq!(cards.gpu.len(), 2);
+    }
+
+    #[test]
+    fn errors_of_the_file_name_it() {
+        let error = parse(&["--config", "/nowhere"]).unwrap_err();
+        assert!(error.starts_with("--config /nowhere: cannot read it"));
+        assert_eq!(
+            parse(&["--on-reset", "exit", "--unpack", "guest"]).unwrap(),
+            VmConfig {
+                on_reset: OnReset::Exit,
+                unpack: KernelUnpack::Guest,
+                ..VmConfig::default()
+            }
+        );
+    }
+}
