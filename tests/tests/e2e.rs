@@ -39,6 +39,7 @@ use e2e::vfio::hardware::{self, VARIABLE};
 use fanlight_tests::{
     Context, Failure, Result,
     host_side::{
+        compositor::compositors,
         guest::Assets,
         kvm_host::{self, Kvm},
         l1_pool::{L1Pool, Setup},
@@ -334,11 +335,6 @@ fn setup(cache: &Cache, parts: &Parts, share: &Path) -> Result<Setup> {
         programs: vec![this, parts.fanlight.clone()],
         logs: env!("CARGO_TARGET_TMPDIR").into(),
     })
-}
-
-/// The compositors that viewers are tried in.
-fn compositors(cache: &Cache) -> Result<DebianPrograms> {
-    DebianPrograms::get(cache, "compositors-1", &["weston", "sway"])
 }
 
 /// DRM clients that guests run, and what judges EDIDs.

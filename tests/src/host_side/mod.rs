@@ -1,6 +1,7 @@
 //! What drives Fanlight and judges it: guests as the host sees them, their displays, and benchmarks.
 
 pub mod bench;
+pub mod compositor;
 pub mod display;
 pub mod dma_reader;
 pub mod drawing_guest;

@@ -20,6 +20,7 @@ use fanlight_tests::{
     common::pci::Mmio,
     ensure,
     host_side::{
+        compositor::read_png,
         display::Screen,
         guest::{Assets, Guest, GuestBuilder},
         test_case::TestCase,
@@ -27,7 +28,7 @@ use fanlight_tests::{
 };
 use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
 
-use super::{compositor::read_png, view::one};
+use super::view::one;
 
 pub const TESTS: &[TestCase] = &[
     TestCase::new("render::stock_mesa_draws_and_computes", mesa),

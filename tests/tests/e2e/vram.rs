@@ -33,7 +33,7 @@ use fanlight_tests::{
 };
 
 use super::{
-    compositor::{Compositor, take_picture},
+    compositor::{self, take_picture},
     vfio::{PEERS, whole_function},
     view::{PATIENCE, one, wait_for},
 };
@@ -196,8 +196,8 @@ fn shown(assets: &Assets) -> Result<()> {
         ensure(said.contains(why), said)
     };
     // A compositor that does not import, and a viewer that cannot read the dma-buf.
-    let weston = Compositor::weston(assets, "pixman")?;
-    let viewer = weston.viewer(assets, &guest.path("api"))?;
+    let weston = compositor::weston(assets, "pixman")?;
+    let viewer = weston.viewer(&assets.fanlight, &guest.path("api"))?;
     let in_window = |number: u32| {
         let shown = weston.wait_for(&picture(number));
         shown.map_err(|error| Failure::new(error, viewer.said()))

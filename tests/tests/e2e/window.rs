@@ -24,6 +24,7 @@ use fanlight_api::{
 use fanlight_tests::{
     Context, Failure, Result, ensure,
     host_side::{
+        compositor::Viewer,
         drawing_guest::DrawingGuest,
         guest::{Assets, Guest},
         test_case::TestCase,
@@ -34,7 +35,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use wayland_client::protocol::wl_pointer::Axis;
 
 use super::{
-    compositor::{Compositor, Viewer, take_picture},
+    compositor::{self, take_picture},
     touch_screen::{Finger, TouchScreen},
     view::{HEIGHT, PATIENCE, WIDTH, drawing, one},
     virtual_input::VirtualInput,
@@ -54,8 +55,8 @@ const FRAMES: u32 = 60;
 
 fn weston(assets: &Assets) -> Result<()> {
     let (mut guest, mut client, socket) = drawing(assets)?;
-    let weston = Compositor::weston(assets, "pixman")?;
-    let viewer = weston.viewer(assets, &socket)?;
+    let weston = compositor::weston(assets, "pixman")?;
+    let viewer = weston.viewer(&assets.fanlight, &socket)?;
     weston.wait_for(&take_picture(&mut client)?)?;
     guest.send(
         "cat /tmp/picture | tr '\\000-\\377' '\\001-\\377\\000' > /dev/fb0; echo pain''ted\n",
@@ -69,7 +70,7 @@ fn weston(assets: &Assets) -> Result<()> {
     drop(viewer);
     guest.send("cat /tmp/picture > /dev/fb0; echo a''gain\n")?;
     guest.wait_for("again")?;
-    let mut viewer = weston.viewer(assets, &socket)?;
+    let mut viewer = weston.viewer(&assets.fanlight, &socket)?;
     weston.wait_for(&take_picture(&mut client)?)?;
     guest.send("poweroff -f\n")?;
     guest.expect_exit(0)?;
@@ -113,8 +114,8 @@ fn flush(drawing: &mut DrawingGuest) -> Result<u32> {
 
 fn painted(assets: &Assets) -> Result<()> {
     let (mut drawing, mut client, socket) = painting(assets)?;
-    let weston = Compositor::weston(assets, "gl")?;
-    let viewer = weston.viewer(assets, &socket)?;
+    let weston = compositor::weston(assets, "gl")?;
+    let viewer = weston.viewer(&assets.fanlight, &socket)?;
     let mut shows = |drawing: &mut DrawingGuest, number: u32| -> Result<()> {
         drawing.ask(&format!("draw {number}"))?;
         let wanted = take_picture(&mut client)?;
@@ -140,7 +141,7 @@ fn painted(assets: &Assets) -> Result<()> {
     shows(&mut drawing, 3)?;
     drop(viewer);
     flooded(&mut drawing, &socket)?;
-    let viewer = weston.viewer(assets, &socket)?;
+    let viewer = weston.viewer(&assets.fanlight, &socket)?;
     drawing.ask("draw 4")?;
     weston.wait_for(&take_picture(&mut client)?)?;
     ensure(viewer.said().is_empty(), viewer.said())
@@ -286,8 +287,8 @@ fn input(assets: &Assets) -> Result<()> {
     let socket = guest.path("api");
     let mut guest = guest.option("--api-socket", &socket).start()?;
     guest.wait_for("agent: listens to 3 devices.")?;
-    let sway = Compositor::sway(assets, SWAY)?;
-    let viewer = sway.viewer(assets, &socket)?;
+    let sway = compositor::sway(assets, SWAY)?;
+    let viewer = sway.viewer(&assets.fanlight, &socket)?;
     let until = |what: &str, is_so: &dyn Fn() -> Result<bool>| -> Result<()> {
         let start = Instant::now();
         while !is_so()? {
@@ -368,7 +369,7 @@ fn touch(assets: &Assets, guest: &mut Guest, socket: &Path) -> Result<()> {
     let dir = tempfile::tempdir().context("cannot make a directory")?;
     let at = dir.path().join("wayland");
     let screen = TouchScreen::start(&at, width, height)?;
-    let viewer = Viewer::start(assets, socket, dir.path(), "wayland")?;
+    let viewer = Viewer::start(&assets.fanlight, socket, dir.path(), "wayland")?;
     let start = Instant::now();
     while !screen.is_ready() {
         ensure(start.elapsed() < PATIENCE, viewer.said())?;
