@@ -116,7 +116,7 @@ impl Function {
         let shown = extended(&config);
         ensure(
             !shown.iter().any(|id| HIDDEN.contains(id)),
-            format!("a capability of the host's is among {shown:x?}"),
+            format!("a capability of the host is among {shown:x?}"),
         )
     }
 

@@ -31,7 +31,7 @@ struct Work {
     interrupts: bool,
 }
 
-/// Tries the only function that is described so ([`Function::describe`]): it is there, shows nothing of the host's,
+/// Tries the only function that is described so ([`Function::describe`]): it is there, shows nothing of the host,
 /// and works with its driver, if there is one to expect, before and, if it can be reset, after that.
 pub fn check_device(description: &str, has_driver: bool, with_reset: bool) -> Result<String> {
     let function = Function::described(description)?;

@@ -11,7 +11,7 @@ use crate::{Context, Failure, Result};
 /// `struct input_event`: 16 bytes of time, then type, code and value.
 const EVENT: usize = 24;
 
-/// Prints `heard: DEVICE TYPE CODE VALUE` for every event of every device of Fanlight's, until the devices go.
+/// Prints `heard: DEVICE TYPE CODE VALUE` for every event of every Fanlight input device, until the devices go.
 /// The name is without Fanlight's own, and without spaces.
 pub fn listen() -> Result<String> {
     let mut listeners = Vec::new();

@@ -30,7 +30,7 @@ const SINK: u64 = 0x2000_0000;
 /// Far more than a transfer takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// An edu device of the host's.
+/// An edu device of the host.
 pub struct DmaReader {
     edu: Arc<HostDevice>,
     file: File,

@@ -82,7 +82,7 @@ fn huge_pages(assets: &Assets) -> Result<()> {
     let result = in_huge_pages(assets, "256M", "2M", "2048kB", 128);
     fs::write(pages("2048kB", "nr"), before.to_string()).context("cannot give pages back")?;
     result?;
-    // Of these the nested host's kernel has one from its start; a machine of somebody's own may have none.
+    // Of these the nested host's kernel has one from its start; another machine may have none.
     if counted(&pages("1048576kB", "nr"))? == 0 && std::env::var_os(IN_NESTED_HOST).is_none() {
         eprintln!("fanlight: pages of 1 GiB are not tried: this host has none");
         return Ok(());

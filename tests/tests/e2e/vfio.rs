@@ -1,4 +1,4 @@
-//! Devices of the host's in the guest's hands: drivers, data, interrupts, and what is left behind.
+//! Passed-through devices: drivers, data, interrupts, and what is left behind.
 
 mod doctor;
 pub mod hardware;
@@ -124,7 +124,7 @@ fn ip(arguments: &str) -> Result<()> {
     run(Path::new("ip"), &arguments).map(drop)
 }
 
-/// Gives the interface of a function of the host's an address.
+/// Gives the interface of a host function an address.
 fn interface_up(function: &str, address: &str) -> Result<String> {
     let dir = format!("/sys/bus/pci/devices/{function}");
     let interface = run(
@@ -357,7 +357,7 @@ fn igb_resets(assets: &Assets) -> Result<()> {
     )
 }
 
-/// A disk behind a controller of the host's: what is written is read, and each request interrupts.
+/// A disk behind a passed-through controller: what is written is read, and each request interrupts.
 fn disk(assets: &Assets, cmdline: &str, kind: &str) -> Result<()> {
     let controller = whole_function(assets, AHCI)?;
     let said = assets

@@ -1,4 +1,4 @@
-//! Blobs of the renderer's, made and shown by the guest's driver: many at once, and many one after the other.
+//! Renderer blobs, made and shown by the guest's driver: many at once, and many one after the other.
 
 use std::{io::BufRead, time::Instant};
 

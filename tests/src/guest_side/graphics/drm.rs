@@ -36,7 +36,7 @@ pub(super) fn with_venus() -> Result<Device> {
     with_context(CAPSET_VENUS)
 }
 
-/// A blob of the renderer's; gone when dropped.
+/// A renderer blob; gone when dropped.
 pub(super) struct Blob<'a> {
     device: &'a Device,
     handle: u32,
@@ -145,7 +145,7 @@ pub fn show(colours: [[f32; 3]; 2]) -> Result<String> {
     Ok("shown".into())
 }
 
-/// Draws a colour (0x00RRGGBB) into a blob of the renderer's, and shows it until standard input ends.
+/// Draws a colour (0x00RRGGBB) into a renderer blob, and shows it until standard input ends.
 pub fn show_blob(colour: u32) -> Result<String> {
     let card = Card::of(with_venus()?)?;
     let mode = preferred(&card)?;

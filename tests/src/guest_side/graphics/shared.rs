@@ -1,4 +1,4 @@
-//! Blobs of the renderer's that the guest shares with a device that it has of the host's.
+//! Renderer blobs that the guest shares with a passed-through device.
 
 use std::{
     fs, thread,

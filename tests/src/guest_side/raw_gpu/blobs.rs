@@ -1,4 +1,4 @@
-//! Blobs of the renderer's, shown and taken away with nothing else: RESOURCE_MAP_BLOB and RESOURCE_UNMAP_BLOB, which
+//! Renderer blobs, shown and taken away with nothing else: RESOURCE_MAP_BLOB and RESOURCE_UNMAP_BLOB, which
 //! Linux's driver sends only together with what makes a blob and takes it apart (Virtio 1.4, 5.7.6.9 and 5.7.6.10).
 
 use std::{

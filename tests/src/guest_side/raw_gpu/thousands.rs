@@ -1,4 +1,4 @@
-//! Tens of thousands of the renderer's blobs, shown at once, and others that come and go meanwhile.
+//! Tens of thousands of renderer blobs, shown at once, and others that come and go meanwhile.
 
 use std::{ops::Range, time::Instant};
 

@@ -186,8 +186,8 @@ fn in_a_guest(assets: &Assets, address: &str, iommufd: bool) -> Result<Vec<Strin
     }
     report.push(
         match said.lines().find(|line| line.contains(OUT_OF_REACH)) {
-            Some(line) => format!("not: its memory for other devices of the guest's: {line}"),
-            None => "did: its memory is in reach of other devices of the guest's".into(),
+            Some(line) => format!("not: its memory for other devices of the guest: {line}"),
+            None => "did: its memory is in reach of other devices of the guest".into(),
         },
     );
     Ok(report)
