@@ -179,25 +179,34 @@ fn run_one(name: &str, parts: &[String]) -> Result<()> {
 }
 
 /// Tests with the time that each took.
-#[derive(Default)]
-struct Times(Mutex<Vec<(Duration, &'static str)>>);
+struct Times {
+    /// Whether to print what passing tests said.
+    tells_all: bool,
+    times: Mutex<Vec<(Duration, &'static str)>>,
+}
 
 impl Times {
-    /// Runs a test and says how long it took.
-    fn measure(&self, name: &'static str, run: impl FnOnce() -> Result<()>) -> Result<()> {
+    /// Runs a test, and says how long it took and how it failed.
+    fn measure(&self, name: &'static str, run: impl FnOnce() -> Result<String>) -> Result<()> {
         let start = Instant::now();
         let result = run();
         let took = start.elapsed();
+        match &result {
+            Ok(said) if self.tells_all => eprintln!("fanlight: {name} said:\n{said}"),
+            Ok(_) => {}
+            // At once, because a run that is ended early prints no list of failures.
+            Err(error) => eprintln!("fanlight: {name} failed: {error}"),
+        }
         eprintln!("fanlight: {name}: {:.1} s", took.as_secs_f64());
-        let mut times = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
         times.push((took, name));
-        result
+        result.map(drop)
     }
 
     /// The tests that took longest.
     fn longest(&self) -> String {
         const SHOWN: usize = 5;
-        let mut times = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut times = self.times.lock().unwrap_or_else(PoisonError::into_inner);
         times.sort_unstable();
         let longest = times.iter().rev().take(SHOWN);
         let longest = longest.map(|(took, name)| format!("{name} {:.0} s", took.as_secs_f64()));
@@ -209,7 +218,7 @@ impl Times {
 fn trials(
     times: &Arc<Times>,
     left_out: impl Fn(&TestCase) -> bool,
-    run: impl Fn(&TestCase) -> Result<()> + Clone + Send + 'static,
+    run: impl Fn(&TestCase) -> Result<String> + Clone + Send + 'static,
 ) -> Vec<Trial> {
     tests()
         .into_iter()
@@ -218,7 +227,7 @@ fn trials(
             let is_left_out = left_out(&test);
             Trial::test(test.name, move || {
                 let result = times.measure(test.name, || run(&test));
-                result.map_err(|error| error.to_string().into())
+                result.map_err(|_| "its output is above, where it ended".into())
             })
             .with_ignored_flag(is_left_out)
         })
@@ -226,7 +235,10 @@ fn trials(
 }
 
 fn run(mut arguments: Arguments) -> Result<ExitCode> {
-    let times = Arc::new(Times::default());
+    let times = Arc::new(Times {
+        tells_all: arguments.nocapture || std::env::var_os(VARIABLE).is_some(),
+        times: Mutex::default(),
+    });
     if arguments.list {
         let trials = trials(&times, |_| false, |_| Err(Failure("only listed".into())));
         return Ok(libtest_mimic::run(&arguments, trials).exit_code());
@@ -303,10 +315,11 @@ fn here(arguments: &Arguments, times: &Arc<Times>, parts: &Parts) -> libtest_mim
             }
             let mut output = Vec::new();
             let status = test_process::run(command(test.name, parts.clone())?, &mut output);
+            let output = String::from_utf8_lossy(&output).into_owned();
             match status {
-                Ok(0) => Ok(()),
-                Ok(_) => Err(Failure(String::from_utf8_lossy(&output).into_owned())),
-                Err(error) => Err(Failure::new(error, String::from_utf8_lossy(&output))),
+                Ok(0) => Ok(output),
+                Ok(_) => Err(Failure(output)),
+                Err(error) => Err(Failure::new(error, output)),
             }
         },
     );
