@@ -34,10 +34,10 @@ use fanlight_tests::{
 use jsonschema::Validator;
 use serde_json::{Value, json};
 
-/// A server or a guest that says nothing for so long hangs. Not a measure of speed.
+/// A server or guest that is silent for this long hangs; speed does not matter.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// A wait for what the guest was to do that came to nothing.
+/// Reports a read that timed out while the guest was expected to act as a hang.
 fn hang(error: &io::Error, what: impl Display) -> Failure {
     match error.kind() {
         io::ErrorKind::WouldBlock => Failure(format!("{HANG}: {what}")),
@@ -45,7 +45,7 @@ fn hang(error: &io::Error, what: impl Display) -> Failure {
     }
 }
 
-/// A connection whose replies must be what the schema says.
+/// A connection that checks each reply against the schema.
 struct Api {
     client: Client,
     results: BTreeMap<String, Validator>,
@@ -66,7 +66,7 @@ impl Api {
         client
             .socket()
             .set_read_timeout(Some(PATIENCE))
-            .context("a time limit")?;
+            .context("cannot set a time limit")?;
         let (schema, _) = client
             .call_json("api.schema", &json!({}), &[])
             .context("api.schema")?;
@@ -98,7 +98,7 @@ impl Api {
     fn call(&mut self, method: &str, params: Value) -> Result<Value> {
         match self.call_with(method, params, &[]) {
             Ok((result, _)) => Ok(result),
-            // Only this one waits for the guest.
+            // Only vm.wait waits for the guest.
             Err(ClientError::Io { source, .. }) if method == "vm.wait" => {
                 Err(hang(&source, "vm.wait has no answer"))
             }
@@ -106,7 +106,7 @@ impl Api {
         }
     }
 
-    /// The kind of error that a call is refused with, and its message.
+    /// The error kind and message of a call that must be refused.
     fn refused(&mut self, method: &str, params: Value, kind: &str) -> Result<String> {
         match self.call_with(method, params, &[]) {
             Err(ClientError::Refused(error)) => {
@@ -142,7 +142,7 @@ fn start(guest: GuestBuilder) -> Result<(Guest, Api)> {
     Ok((guest, api))
 }
 
-/// `fanlight serve` on its own.
+/// `fanlight serve` without an initial machine.
 struct Served {
     guest: Guest,
     socket: PathBuf,
@@ -165,7 +165,7 @@ fn serve(assets: &Assets, user: Option<u32>) -> Result<Served> {
     Ok(Served { guest, socket, api })
 }
 
-/// A console that a test reads and types on.
+/// A console that a test reads and writes.
 struct Console(UnixStream, String);
 
 impl Console {
@@ -177,7 +177,7 @@ impl Console {
         let stream = UnixStream::from(fd.ok_or_else(|| Failure("no descriptor".into()))?);
         stream
             .set_read_timeout(Some(PATIENCE))
-            .context("a time limit")?;
+            .context("cannot set a time limit")?;
         Ok(Self(stream, String::new()))
     }
 

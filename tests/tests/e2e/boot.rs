@@ -1,4 +1,4 @@
-//! Kernels start, and see the machine that was asked for.
+//! Kernels boot and see the configured machine.
 
 use std::fs;
 
@@ -68,10 +68,10 @@ fn memory(assets: &Assets, size: &str, mib: u64) -> Result<()> {
         .option("--memory", size)
         .run()?;
     let total: u64 = value(&said, "total:")?.parse().unwrap_or(0) / 1024;
-    // The kernel takes its own share first.
+    // The kernel reserves some memory for itself.
     ensure(
         total <= mib && total + total / 16 + 80 >= mib,
-        format!("{total} MiB of {mib}\n{said}"),
+        format!("the guest sees {total} MiB of {mib}\n{said}"),
     )?;
     ensure(value(&said, "filled:")? == "36", &said)
 }
@@ -82,7 +82,7 @@ fn huge_pages(assets: &Assets) -> Result<()> {
     let result = in_huge_pages(assets, "256M", "2M", "2048kB", 128);
     fs::write(pages("2048kB", "nr"), before.to_string()).context("cannot give pages back")?;
     result?;
-    // Of these the nested host's kernel has one from its start; another machine may have none.
+    // The nested host's kernel reserves such a page at boot; another host may have none.
     if counted(&pages("1048576kB", "nr"))? == 0 && std::env::var_os(IN_NESTED_HOST).is_none() {
         eprintln!("fanlight: pages of 1 GiB are not tried: this host has none");
         return Ok(());
@@ -90,7 +90,7 @@ fn huge_pages(assets: &Assets) -> Result<()> {
     in_huge_pages(assets, "1G", "1G", "1048576kB", 1)
 }
 
-/// The file of a count of the host's huge pages of a size.
+/// The sysfs file that counts the host's huge pages of a size.
 fn pages(size: &str, count: &str) -> String {
     format!("/sys/kernel/mm/hugepages/hugepages-{size}/{count}_hugepages")
 }
@@ -100,7 +100,7 @@ fn counted(path: &str) -> Result<u64> {
     text.trim().parse().context(path)
 }
 
-/// A guest lives in so many pages of a size; one that wants more than there are is refused.
+/// A guest's memory takes `count` huge pages of a size. A guest that needs more than are free is refused.
 fn in_huge_pages(assets: &Assets, memory: &str, size: &str, dir: &str, count: u64) -> Result<()> {
     let free = || counted(&pages(dir, "free"));
     let guest = |script, memory: &str| {
@@ -119,7 +119,10 @@ fn in_huge_pages(assets: &Assets, memory: &str, size: &str, dir: &str, count: u6
     let mut refused = guest("", &format!("{too_much}K")).start()?;
     refused.expect_exit(2)?;
     let said = refused.transcript();
-    ensure(taken == count, format!("{taken} huge pages are taken"))?;
+    ensure(
+        taken == count,
+        format!("{taken} huge pages are taken, not {count}"),
+    )?;
     ensure(said.contains("nr_hugepages"), &said)
 }
 
@@ -141,7 +144,7 @@ fn unpacks_itself(assets: &Assets) -> Result<()> {
     ensure(value(&said, "kernel:")?.contains("amd64"), &said)
 }
 
-/// Where the kernel's text and its map of memory are.
+/// Prints the addresses of the kernel's text and of its entry in the memory map.
 const ADDRESSES: &str = "echo 0 > /proc/sys/kernel/kptr_restrict
     echo text: $(grep ' _text$' /proc/kallsyms | cut -c1-16)
     echo iomem: $(grep 'Kernel code' /proc/iomem)";

@@ -1,4 +1,4 @@
-//! Compositors as large as the guests' displays, and pictures of guests.
+//! Compositors of the guests' display size, and guest pictures.
 
 use std::fs::File;
 
@@ -13,17 +13,17 @@ use fanlight_tests::{
 
 use super::view::{HEIGHT, WIDTH, one};
 
-/// Weston, as large as the guests' displays.
+/// Weston, with an output of the guests' display size.
 pub fn weston(assets: &Assets, renderer: &str) -> Result<Compositor> {
     Compositor::weston(&assets.compositors, renderer, (WIDTH, HEIGHT))
 }
 
-/// Sway, as large as the guests' displays, with `config` besides.
+/// Sway, with an output of the guests' display size and with `config` added.
 pub fn sway(assets: &Assets, config: &str) -> Result<Compositor> {
     Compositor::sway(&assets.compositors, config, (WIDTH, HEIGHT), None)
 }
 
-/// What the guest shows, by `gpu.screenshot`.
+/// The guest's picture, by `gpu.screenshot`.
 pub fn take_picture(client: &mut Client) -> Result<Vec<u8>> {
     let (taken, fds) = client
         .call_with::<GpuScreenshot>(&Screenshot::default(), &[])

@@ -1,4 +1,4 @@
-//! What is typed reaches the guest, and what it says comes back, by each console and backend.
+//! Input reaches the guest and output comes back, through each console and backend.
 
 use std::{
     fs::File,
@@ -39,7 +39,7 @@ pub const TESTS: &[TestCase] = &[
     ),
 ];
 
-/// Reads a line from a console and says it back.
+/// Reads a line from a console and prints it.
 const ECHO: &str = "echo ready; read line; echo \"heard: $line\"";
 
 fn serial_echo(assets: &Assets) -> Result<()> {
@@ -95,7 +95,7 @@ fn socket_and_file(assets: &Assets) -> Result<()> {
 }
 
 fn much_input(assets: &Assets) -> Result<()> {
-    // More than the port's buffer and than ours, so that flow control is needed all the way.
+    // More than the buffers of the port and of Fanlight, so that flow control is needed throughout.
     let text: String = (0..400)
         .map(|n| format!("line {n} of the input\n"))
         .collect();
@@ -132,7 +132,7 @@ fn follows_size(assets: &Assets) -> Result<()> {
     let mut process = OnTerminal::start_with_size(command, Some((91, 31)))?;
     process.wait_for("first: 31 91")?;
     resize(&process.ours, (133, 47))?;
-    // The terminal is not the controlling one of Fanlight's session: the shell that would be is this test.
+    // The kernel sends no signal: this is not the controlling terminal of Fanlight's session. A shell would send it.
     let pid = Pid::from_child(&process.process);
     kill_process(pid, Signal::WINCH).context("cannot signal")?;
     process.wait_for("then: 47 133")?;
@@ -159,9 +159,9 @@ fn run_on_terminal(assets: &Assets, end: fn(&mut OnTerminal) -> Result<()>) -> R
 /// A program on a terminal of its own.
 pub struct OnTerminal {
     process: Child,
-    /// What its user has.
+    /// The user's end.
     ours: File,
-    /// What it has itself.
+    /// The program's end.
     theirs: File,
     before: Termios,
     said: String,
@@ -172,7 +172,7 @@ impl OnTerminal {
         Self::start_with_size(command, None)
     }
 
-    /// The same, with columns and rows.
+    /// Starts the program with the given columns and rows.
     fn start_with_size(mut command: Command, size: Option<(u16, u16)>) -> Result<Self> {
         let ours =
             openpt(OpenptFlags::RDWR | OpenptFlags::NOCTTY).context("cannot make a terminal")?;
@@ -211,7 +211,7 @@ impl OnTerminal {
         while !self.said.contains(text) {
             let mut readable = [PollFd::new(&self.ours, PollFlags::IN)];
             let ready = poll(&mut readable, Some(&patience)).context("cannot wait")?;
-            let hang = || format!("{HANG}: never said {text:?}, but:\n{}", self.said);
+            let hang = || format!("{HANG}: never printed {text:?}, but:\n{}", self.said);
             ensure(ready > 0, hang())?;
             let read = self.ours.read(&mut bytes).context("cannot read")?;
             self.said += &String::from_utf8_lossy(&bytes[..read]).replace('\r', "");
@@ -223,7 +223,7 @@ impl OnTerminal {
         self.ours.write_all(bytes).context("cannot type")
     }
 
-    /// Leaves by Ctrl-A x; the program's exit status must be the given one.
+    /// Leaves by Ctrl-A x, and checks the exit status.
     pub fn leave(&mut self, status: i32) -> Result<()> {
         self.send(b"\x01x")?;
         self.expect_exit(status)
@@ -232,7 +232,7 @@ impl OnTerminal {
     pub fn expect_exit(&mut self, expected: i32) -> Result<()> {
         let status = self.process.wait().context("cannot wait for Fanlight")?;
         let said = &self.said;
-        let text = format!("ended by {status} after it said:\n{said}");
+        let text = format!("ended with {status} after it printed:\n{said}");
         ensure(status.code() == Some(expected), text)
     }
 
@@ -256,7 +256,7 @@ impl OnTerminal {
                 modes.local_modes,
             )
         };
-        // After a kill the guard process restores, a moment later.
+        // After a kill, the guard process restores the modes with a short delay.
         self.wait_for_modes(|modes| of(modes) == of(&self.before))
     }
 

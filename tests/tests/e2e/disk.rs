@@ -1,4 +1,4 @@
-//! Disks keep what the guest was told is written, whatever happens to the process.
+//! Disks keep data that the guest was told is written, even if the process is killed.
 
 use std::os::unix::fs::MetadataExt;
 
@@ -26,7 +26,7 @@ pub const TESTS: &[TestCase] = &[
         let kept = discards(assets, "raw")?;
         ensure(
             kept <= 12 << 20,
-            format!("{kept} bytes of the host's disk are still taken"),
+            format!("{kept} bytes of the image are still allocated"),
         )
     }),
     TestCase::new("disk::raw_writes_zeroes", |assets| {
@@ -39,7 +39,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::new("disk::queues_and_a_file_system", file_system),
 ];
 
-/// Writes 24 MiB of its own random bytes at 8 MiB and says their sum.
+/// Writes 24 MiB of random bytes at 8 MiB and prints their checksum.
 const WRITE: &str = "dd if=/dev/urandom of=/tmp/x bs=1M count=24 2>/dev/null
     dd if=/tmp/x of=/dev/vda bs=1M seek=8 conv=fsync 2>/dev/null && sync
     echo sum: $(md5sum < /tmp/x)
@@ -67,7 +67,7 @@ fn survives(assets: &Assets, format: &str) -> Result<()> {
     )
 }
 
-/// Writes 16 MiB and discards 4 MiB of them; gives what the image then takes on the host's disk, in bytes.
+/// Writes 16 MiB and discards 4 MiB of them. Returns the allocated size of the image in bytes.
 fn discards(assets: &Assets, format: &str) -> Result<u64> {
     let guest = assets.guest(
         "dd if=/dev/urandom of=/dev/vda bs=1M count=16 conv=fsync 2>/dev/null
@@ -107,7 +107,7 @@ fn write_zeroes(assets: &Assets, format: &str) -> Result<()> {
     make_image(assets, &image, format, "64M")?;
     let disk = format!("path={},format={format}", image.display());
     let said = guest.option("--disk", disk).run()?;
-    // Without the feature the guest would write the zeroes itself.
+    // Without the feature the guest would write zeroes itself.
     ensure(value(&said, "limit:")? != "0", &said)?;
     ensure(said.contains("zeroed") && said.contains("same"), &said)
 }

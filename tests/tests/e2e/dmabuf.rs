@@ -1,4 +1,4 @@
-//! Memory of a passed-through device as a dma-buf: what it is, what reads it, and what is refused.
+//! Memory of a passed-through device as a dma-buf: its identity, its readers, and refused exports.
 
 use std::{io, os::fd::AsFd, path::Path, process::Command, sync::Arc};
 
@@ -22,20 +22,20 @@ pub const TESTS: &[TestCase] = &[
 ];
 
 const PAGE: u64 = 4096;
-/// The memory of ivshmem.
+/// The BAR with ivshmem's memory.
 const BAR: u32 = 2;
-/// VFIO's number for configuration space, and COMMAND there with its bits for memory and DMA.
+/// VFIO's index of configuration space, and COMMAND there with its memory and bus master bits.
 const CONFIG: u32 = 7;
 const COMMAND: u64 = 4;
 const MEMORY_AND_MASTER: [u8; 2] = [0b110, 0];
-/// Where nothing is ever mapped for devices.
+/// An IOVA that is never mapped.
 const NOWHERE: u64 = 0x3000_0000;
 
 fn failure(error: &dyn std::error::Error) -> Failure {
     Failure(error_line(error))
 }
 
-/// The edu and the ivshmem device, open.
+/// Opens the edu and the ivshmem device.
 fn open(assets: &Assets, iommufd: bool) -> Result<[Arc<HostDevice>; 2]> {
     let mut functions = Vec::new();
     for ids in [edu::IDS, edu::MEMORY_IDS] {
@@ -64,7 +64,7 @@ fn range(offset: u64, len: u64) -> BarRange {
     BarRange { offset, len }
 }
 
-/// A page that no other page is like.
+/// A page that differs from every other page.
 fn pattern(seed: u64) -> Vec<u8> {
     let word = |index: u64| (index + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ seed;
     (0..PAGE / 8)
@@ -88,17 +88,17 @@ fn another_device_reads(assets: &Assets) -> Result<()> {
             .map_err(|error| failure(&error))
     };
     let one = export(&[range(offset, PAGE)])?;
-    ensure(is_dmabuf(&one)? == PAGE, "the dma-buf has another size")?;
+    ensure(is_dmabuf(&one)? == PAGE, "the dma-buf has the wrong size")?;
     let scattered: Vec<_> = (0..256).map(|page| range(page * 3 * PAGE, PAGE)).collect();
     ensure(
         is_dmabuf(&export(&scattered)?)? == 256 * PAGE,
-        "ranges are lost",
+        "the dma-buf lacks ranges",
     )?;
 
     let copy = || reader.page(&one, 0);
-    ensure(copy()? == pattern(1), "other bytes came")?;
+    ensure(copy()? == pattern(1), "the device read other bytes")?;
 
-    // While memory is off the dma-buf is revoked, and after that the same one works again.
+    // While memory decoding is off the dma-buf is revoked; afterwards the same dma-buf works again.
     memory
         .write(CONFIG, COMMAND, &[0; 2])
         .context("cannot write COMMAND")?;
@@ -119,24 +119,24 @@ fn another_device_reads(assets: &Assets) -> Result<()> {
         .context("cannot fill the BAR")?;
     ensure(
         copy()? == pattern(2),
-        "other bytes came after the memory was off",
+        "the device read other bytes after memory decoding was off",
     )?;
-    // What tests of devices are told of DMA that goes wrong, and only of that.
+    // A failed DMA is reported for the device that made it, and for no other.
     reader.reach_for(NOWHERE)?;
     faulty.comes_at(NOWHERE)?;
     quiet.none_since()
 }
 
-/// Its size, if it is a dma-buf: such a file is named so, and one of a device cannot be mapped here.
+/// The size of a dma-buf. Its name identifies it, and mmap must fail for one of a device.
 fn is_dmabuf(fd: &impl AsFd) -> Result<u64> {
     let number = std::os::fd::AsRawFd::as_raw_fd(&fd.as_fd());
     let name = std::fs::read_link(Path::new("/proc/self/fd").join(number.to_string()));
     let name = name.context("cannot look at a descriptor")?;
     ensure(
         name.to_string_lossy().contains("dmabuf"),
-        format!("{name:?} is no dma-buf"),
+        format!("{name:?} is not a dma-buf"),
     )?;
-    // SAFETY: a new mapping at an address of the kernel's choice, which must not come about.
+    // SAFETY: a new mapping at an address that the kernel chooses; it must fail.
     let mapped = unsafe {
         rustix::mm::mmap(
             std::ptr::null_mut(),
@@ -159,7 +159,7 @@ fn is_dmabuf(fd: &impl AsFd) -> Result<u64> {
 }
 
 fn refused(assets: &Assets) -> Result<()> {
-    // The container's devices export as iommufd's do.
+    // The container exports as iommufd does.
     let [_edu, memory] = open(assets, false)?;
     let export = |region, ranges: &[BarRange]| {
         vfio_export::export(&*memory, region, ranges, Access::ReadOnly)
@@ -168,7 +168,9 @@ fn refused(assets: &Assets) -> Result<()> {
     let refuse = |region, ranges: &[BarRange], expected: fn(&DmaBufError) -> bool| match export(
         region, ranges,
     ) {
-        Ok(_) => Err(Failure(format!("{ranges:?} of BAR {region} are exported"))),
+        Ok(_) => Err(Failure(format!(
+            "{ranges:?} of BAR {region} must not be exported"
+        ))),
         Err(error) => ensure(
             error.is_guest_mistake() && expected(&error),
             error_line(&error),
@@ -184,7 +186,7 @@ fn refused(assets: &Assets) -> Result<()> {
     refuse(BAR, &[range(64 << 20, PAGE)], |e| {
         matches!(e, DmaBufError::OutOfBounds { .. })
     })?;
-    // 256 bytes of registers, of which no page can be exported.
+    // 256 bytes of registers, which is less than a page.
     refuse(0, &[range(0, PAGE)], |e| {
         matches!(e, DmaBufError::OutOfBounds { .. })
     })?;

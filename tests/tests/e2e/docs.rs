@@ -1,4 +1,4 @@
-//! Commands of the documentation, run as a reader would, and example machines.
+//! Commands of the documentation, run as a reader would run them, and example machines.
 
 use std::{fs, path::Path, process::Command};
 
@@ -10,7 +10,7 @@ use fanlight_tests::{
     },
 };
 
-/// A page of the checkout.
+/// A page of the repository.
 macro_rules! page {
     ($path:literal) => {
         |assets| commands(assets, include_str!(concat!("../../../", $path)))
@@ -34,7 +34,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::new("docs::example_machines", examples),
 ];
 
-/// A folder with what the pages take for granted: a kernel, and a root that runs `script`.
+/// A folder with the files that the pages assume: a kernel, and a root that runs `script`.
 fn folder(assets: &Assets, script: &str) -> Result<tempfile::TempDir> {
     let dir = tempfile::tempdir().context("a directory")?;
     let kernel = fs::copy(&assets.stock.image, dir.path().join("vmlinuz"));
@@ -65,7 +65,7 @@ fn commands(assets: &Assets, page: &str) -> Result<()> {
         .collect();
     ensure(!blocks.is_empty(), "the page has no commands")?;
     for block in blocks {
-        // A guest that is controlled from outside stays; any other one ends.
+        // A guest that the commands control stays up; other guests power off.
         let script = if block.contains("fanlight ctl") {
             "sleep 1000"
         } else {
@@ -81,7 +81,7 @@ fn commands(assets: &Assets, page: &str) -> Result<()> {
     Ok(())
 }
 
-/// Boots those example machines that need no devices of the host.
+/// Boots the example machines that need no host devices.
 fn examples(assets: &Assets) -> Result<()> {
     for (name, text) in [
         (

@@ -1,4 +1,4 @@
-//! The GPU under DRM clients: Debian's in a stock guest, and one of ours that drives the device itself.
+//! The GPU under DRM clients: Debian's in a stock guest, and a test program that drives the device directly.
 
 use std::{fs, path::Path};
 
@@ -26,7 +26,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::new("drm::intel_gpu_tools", intel_gpu_tools),
 ];
 
-/// Runs the lines that are typed, of which the terminal shows an echo: marks in them are broken by quotes.
+/// Runs the lines that are typed. The terminal echoes them, so marks in them are split by quotes.
 const SHELL: &str = "echo 0 > /sys/class/graphics/fbcon/cursor_blink
     echo ready; while read -r line; do eval \"$line\"; done";
 /// A DRM client.
@@ -45,7 +45,7 @@ fn guest(assets: &Assets, gpu: &str, tools: &[&str]) -> Result<(Guest, Screen)> 
     Ok((guest, Screen::connect(&socket)?))
 }
 
-/// The bars that modetest draws first, on a screen of this size.
+/// The colour bars that modetest draws first, on a screen of this size.
 fn bars(width: u32, height: u32) -> impl Fn(u32, u32) -> Colour {
     const TOP: [Colour; 7] = [
         [192, 192, 192],
@@ -91,14 +91,14 @@ fn bars(width: u32, height: u32) -> impl Fn(u32, u32) -> Colour {
     }
 }
 
-/// What it flips to.
+/// The picture to which modetest flips.
 fn plain(_: u32, _: u32) -> Colour {
     [0x77; 3]
 }
 
 fn patterns(assets: &Assets) -> Result<()> {
     let (mut guest, mut screen) = guest(assets, "outputs=800x600+640x480", &[MODETEST])?;
-    // These are all the formats that there are to draw in.
+    // The driver has exactly these formats.
     guest.send("echo formats: $(modetest -M virtio_gpu -p | grep 'formats: [A-Z]' | sort | uniq -c) en''d\n")?;
     guest.wait_for(" end\n")?;
     let said = guest.transcript();
@@ -126,11 +126,11 @@ fn patterns(assets: &Assets) -> Result<()> {
         ensure((look.width, look.height) == (64, 64), format!("{look:?}"))?;
         let mut argb = Vec::new();
         let fd = fds.into_iter().next();
-        let fd = fd.ok_or_else(|| Failure("no picture of the cursor".into()))?;
+        let fd = fd.ok_or_else(|| Failure("the cursor has no picture".into()))?;
         std::io::Read::read_to_end(&mut fs::File::from(fd), &mut argb).context("no cursor")?;
         ensure(argb == [0x77; 64 * 64 * 4], "the cursor looks different")?;
         let mut last = None;
-        // It moves to the right and down, by one pixel and more.
+        // The cursor moves right and down in steps of one pixel or more.
         for _ in 0..3 {
             last = news.find(|news, _| match news {
                 DisplayUpdate::CursorPosition { output, x, y } if output == wanted => {
@@ -141,7 +141,7 @@ fn patterns(assets: &Assets) -> Result<()> {
         }
         ensure(last > Some((32, 32)), format!("{last:?}"))?;
     }
-    // The other pattern.
+    // The other test pattern.
     guest.send(
         "kill %1; wait; sleep 1000 | modetest -M virtio_gpu -s Virtual-2:640x480 -F tiles &\n",
     )?;
@@ -154,19 +154,19 @@ fn patterns(assets: &Assets) -> Result<()> {
     guest.expect_exit(0)
 }
 
-/// Flips between both pictures as fast as the driver lets it, until its input ends.
+/// Flips between both pictures as fast as the driver allows, until its input ends.
 pub const FLIP: &str = "sleep 1000 | modetest -M virtio_gpu -s Virtual-1:";
 
 /// Sets `pci` to the GPU's address.
 const FIND: &str = "pci=$(basename $(readlink -f /sys/class/drm/card0/device))";
 
-/// Waits until a picture of each kind has been seen, and no mixture.
+/// Waits until each of the two pictures was seen, and fails on a mixed one.
 pub fn flipping(screen: &mut Screen, size: (u32, u32)) -> Result<()> {
     let bars = bars(size.0, size.1);
     let (mut seen, mut looks) = ([false; 2], 0);
     while seen != [true; 2] {
         looks += 1;
-        ensure(looks < 2000, format!("{seen:?} was all that was seen"))?;
+        ensure(looks < 2000, format!("only {seen:?} was seen"))?;
         let picture = screen.picture(0)?;
         let Some(picture) = picture.filter(|picture: &Picture| picture.size() == size) else {
             std::thread::sleep(std::time::Duration::from_millis(100));
@@ -175,7 +175,7 @@ pub fn flipping(screen: &mut Screen, size: (u32, u32)) -> Result<()> {
         match (picture.differs(&bars), picture.differs(plain)) {
             (None, _) => seen[0] = true,
             (_, None) => seen[1] = true,
-            // The console, before.
+            // The text console, before the first picture.
             (Some(_), Some(_)) if seen == [false; 2] => {}
             (Some(one), Some(_)) => return Err(Failure(format!("a mixed picture: {one}"))),
         }
@@ -183,12 +183,12 @@ pub fn flipping(screen: &mut Screen, size: (u32, u32)) -> Result<()> {
     Ok(())
 }
 
-/// Sizes, plugs, drivers and machines change while frames are drawn.
+/// Sizes, hotplug, drivers and machines change while frames are drawn.
 fn flips(assets: &Assets) -> Result<()> {
     let (mut guest, mut screen) = guest(assets, "outputs=320x240+640x480", &[MODETEST])?;
     guest.send(&format!("{FLIP}320x240 -v 2>/tmp/flips &\n"))?;
     flipping(&mut screen, (320, 240))?;
-    // A paced watcher sees frame after frame.
+    // A paced subscriber sees every frame.
     let mut news = screen.watch(true)?;
     let mut frame = || {
         news.find(|news, _| match news {
@@ -209,7 +209,7 @@ fn flips(assets: &Assets) -> Result<()> {
         }
     }
     screen.set_output(0, Some("400x304"))?;
-    // The driver goes while its client flips, and comes back to the size of now.
+    // The driver unbinds while its client flips, and binds again with the current size.
     guest.send(&format!(
         "echo 0 > /sys/class/vtconsole/vtcon1/bind; {FIND}; \
          cd /sys/bus/pci/drivers/virtio-pci; echo $pci > unbind; kill %1; wait; cd /; echo un''bound\n"
@@ -224,7 +224,7 @@ fn flips(assets: &Assets) -> Result<()> {
         "echo $pci > /sys/bus/pci/drivers/virtio-pci/bind; {FLIP}400x304 -v 2>/tmp/flips &\n"
     ))?;
     flipping(&mut screen, (400, 304))?;
-    // The device goes from the bus, and is found again.
+    // The device is removed from the bus, and a rescan finds it.
     guest.send(
         "echo 0 > /sys/class/vtconsole/vtcon1/bind; echo 1 > /sys/bus/pci/devices/$pci/remove; \
          kill %1; wait; echo re''moved\n",
@@ -247,7 +247,7 @@ fn flips(assets: &Assets) -> Result<()> {
     guest.expect_exit(0)
 }
 
-/// The colour of a pixel whose bytes have the meanings that `names` says.
+/// The colour of a pixel whose channels `names` lists in byte order.
 fn colour(names: &str, pixel: [u8; 4]) -> Colour {
     let byte = |name| names.find(name).map_or(0, |at| pixel[at]);
     [byte('R'), byte('G'), byte('B')]
@@ -269,14 +269,14 @@ fn formats(assets: &Assets) -> Result<()> {
     let first = screen.export(0)?;
     ensure(
         first.picture.location == PixelLocation::GuestRam,
-        "the pixels are somewhere else",
+        "the dma-buf is not of guest RAM",
     )?;
     let round = |round| move |x, y| pixel_formats::pixel(x, y, round);
     ensure(first.is(round(0)), "the dma-buf has other pixels")?;
     let copied = screen.export(8)?;
     ensure(
         copied.picture.location == PixelLocation::Host,
-        "it is no copy",
+        "the frame is not a copy",
     )?;
     ensure(copied.is(round(0)), "the copy has other pixels")?;
 
@@ -295,7 +295,7 @@ fn formats(assets: &Assets) -> Result<()> {
     ensure(second.is(round(2)), "a write does not show")?;
     guest.send("\n")?;
     guest.wait_for("showed everything")?;
-    // Linux's driver takes the device back.
+    // Linux's driver binds to the device again.
     guest.send("echo $pci > /sys/bus/pci/drivers/virtio-pci/bind; cat /sys/class/graphics/fb0/name; poweroff -f\n")?;
     guest.expect_exit(0)?;
     let said = guest.transcript();
@@ -304,11 +304,11 @@ fn formats(assets: &Assets) -> Result<()> {
 
 const LIMIT: &str = "/sys/module/udmabuf/parameters/size_limit_mb";
 
-/// With limits that a frame passes, watchers get a copy that follows.
+/// If a frame exceeds udmabuf's limits, subscribers get a copy that is kept current.
 fn copies(assets: &Assets) -> Result<()> {
     let limited = Limited::to_one_mib(Path::new(LIMIT))?;
     let (mut guest, mut screen) = guest(assets, "outputs=640x480", &[MODETEST])?;
-    // Fanlight has read it.
+    // Fanlight has read the limit.
     drop(limited);
     let mut news = screen.watch(true)?;
     let bars = bars(640, 480);
@@ -329,16 +329,13 @@ fn copies(assets: &Assets) -> Result<()> {
             break;
         }
     }
-    // What is drawn into a frame that stays is copied too.
+    // Drawing into the same framebuffer also updates the copy.
     guest.send("kill %1; wait; sleep 1; head -c 1228800 /dev/zero | tr '\\0' '\\125' > /dev/fb0; echo pain''ted\n")?;
     guest.wait_for("painted")?;
     screen.wait_for(0, (640, 480), |_, _| [0x55; 3])?;
     let mut again = screen.watch(false)?;
     let console = again.picture(0)?;
-    ensure(
-        console.is(|_, _| [0x55; 4]),
-        "the copy shows something else",
-    )?;
+    ensure(console.is(|_, _| [0x55; 4]), "the copy has other pixels")?;
     guest.send("head -c 1228800 /dev/zero | tr '\\0' '\\063' > /dev/fb0; echo re''painted\n")?;
     guest.wait_for("repainted")?;
     again.find(|news, _| {
@@ -350,7 +347,7 @@ fn copies(assets: &Assets) -> Result<()> {
     ensure(said.matches(LIMIT).count() == 1, said)
 }
 
-/// The host's limit, lowered while this is there.
+/// Lowers the host's limit; dropping restores it.
 struct Limited(std::path::PathBuf, String);
 
 impl Limited {
@@ -367,10 +364,10 @@ impl Drop for Limited {
     }
 }
 
-/// What a program of IGT's ends with if it needs what is not there.
+/// The exit status of an IGT program whose requirements are missing.
 const IGT_SKIP: &str = "77";
 
-/// All programs of the package that are not for one maker's GPUs.
+/// All programs of the package that are not specific to one vendor's GPUs.
 fn intel_gpu_tools(assets: &Assets) -> Result<()> {
     let place = "usr/libexec/igt-gpu-tools/benchmarks";
     let programs = ["kms_fb_stress", "kms_vblank", "prime_lookup", "vgem_mmap"];
@@ -388,9 +385,9 @@ fn intel_gpu_tools(assets: &Assets) -> Result<()> {
     }
     let said = guest.option("--gpu", "").option("--memory", "512M").run()?;
     for (program, status) in [
-        // It wants a connector that writes pictures back.
+        // Needs a writeback connector.
         ("kms_fb_stress", IGT_SKIP),
-        // These want a GPU of Intel's or AMD's.
+        // Need an Intel or AMD GPU.
         ("kms_vblank", IGT_SKIP),
         ("prime_lookup", IGT_SKIP),
         ("vgem_mmap", "0"),

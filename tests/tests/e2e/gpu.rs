@@ -93,7 +93,7 @@ fn outputs(assets: &Assets) -> Result<()> {
     valid_edids(assets)
 }
 
-/// Has Debian's judge of EDIDs look at those of many sizes.
+/// Checks EDIDs of many sizes with Debian's edid-decode.
 fn valid_edids(assets: &Assets) -> Result<()> {
     let dir = tempfile::tempdir().context("cannot make a directory")?;
     for (index, width) in [32, 641, 1366, 1920, 4096, 7680, 16384]
@@ -137,7 +137,7 @@ fn console(assets: &Assets) -> Result<()> {
     if let Some(wrong) = picture.differs(held) {
         return Err(Failure(format!("the guest has another picture: {wrong}")));
     }
-    // Something is on it: text, and the colours of the line above.
+    // The picture has content: text, and the colours of the line above.
     let (blue, red) = (picture.count([0, 0, 0xaa]), picture.count([0xaa, 0, 0]));
     let said = format!("{blue} blue, {red} red pixels:\n{}", guest.transcript());
     ensure(blue > 300 && red > 50, said)?;
@@ -171,12 +171,18 @@ fn shared(assets: &Assets) -> Result<()> {
     news.picture(0)?;
     guest.send("printf 'ABCD' | dd of=/dev/fb0 bs=1 seek=256040 conv=notrunc 2>/dev/null; echo writ''ten\n")?;
     guest.wait_for("written")?;
-    ensure(before != *b"ABCD", "it was there before")?;
-    ensure(shown.pixel(10, 100) == *b"ABCD", "a write is not seen")?;
+    ensure(
+        before != *b"ABCD",
+        "the pixel had the value before the write",
+    )?;
+    ensure(
+        shown.pixel(10, 100) == *b"ABCD",
+        "the dma-buf does not show a write",
+    )?;
     news.find(|news, _| matches!(news, DisplayUpdate::Damage { output: 0, .. }).then_some(()))
 }
 
-/// What tells one dma-buf from another.
+/// Identifies a dma-buf by its inode number.
 fn identity(fd: impl AsFd) -> Result<u64> {
     Ok(rustix::fs::fstat(fd)
         .context("cannot stat a dma-buf")?
@@ -186,7 +192,7 @@ fn identity(fd: impl AsFd) -> Result<u64> {
 fn hotplug(assets: &Assets) -> Result<()> {
     let (mut guest, mut screen) = shell(assets, "outputs=800x600+640x480", None)?;
     let mut round = 0;
-    // The console's own probe leaves out what is larger than its framebuffer: another one is asked for.
+    // The console's own probe omits modes that exceed its framebuffer, so this asks for a new probe.
     let mut reaches = |guest: &mut Guest, expected: &str| -> Result<()> {
         for _ in 0..200 {
             round += 1;

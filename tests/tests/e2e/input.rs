@@ -1,4 +1,4 @@
-//! Bad input: one line that says what is wrong, status 2, nothing started.
+//! Bad input: one line that names the fault, exit status 2, and nothing started.
 
 use std::{
     fs,
@@ -21,7 +21,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::new("input::kvm", kvm),
 ];
 
-/// Runs `fanlight run` with `arguments`, which must be refused in one line that contains `expected`.
+/// Runs `fanlight run` with `arguments`, which it must refuse in one line that contains `expected`.
 fn refused(assets: &Assets, arguments: &[&str], expected: &str) -> Result<()> {
     let output = Command::new(&assets.fanlight)
         .arg("run")
@@ -155,7 +155,7 @@ fn kvm(assets: &Assets) -> Result<()> {
         )
     };
     let kernel = text(&assets.stock.image);
-    // In a mount namespace without the device.
+    // In a mount namespace that hides the device.
     let hidden = format!(
         "mount -t tmpfs none /dev && exec {} run --serial null --kernel {kernel}",
         text(&assets.fanlight)
@@ -164,7 +164,7 @@ fn kvm(assets: &Assets) -> Result<()> {
         Command::new("unshare").args(["-m", "sh", "-c", &hidden]),
         "no /dev/kvm",
     )?;
-    // As a user who may do nothing.
+    // As an unprivileged user.
     let dir = tempfile::tempdir().context("cannot make a directory")?;
     let open = fs::Permissions::from_mode(0o755);
     fs::set_permissions(dir.path(), open.clone()).context("cannot open a directory")?;

@@ -1,4 +1,4 @@
-//! How machines end and restart, with the documented exit statuses.
+//! Machines end and restart with the documented exit statuses.
 
 use std::time::Duration;
 
@@ -30,7 +30,7 @@ fn power_off(assets: &Assets) -> Result<()> {
     assets.guest("").run().map(drop)
 }
 
-/// Restarts on the first life, which a mark on the disk tells from the second.
+/// Restarts once. A mark on the disk distinguishes the second life from the first.
 const TWO_LIVES: &str = "echo life; mark=$(dd if=/dev/vda bs=4 count=1 2>/dev/null)
     if [ \"$mark\" != seen ]; then
         printf seen | dd of=/dev/vda conv=fsync,notrunc 2>/dev/null; reboot -f; sleep 100
@@ -73,7 +73,7 @@ fn triple_fault(assets: &Assets) -> Result<()> {
 fn panic(assets: &Assets) -> Result<()> {
     let mut guest = assets.guest("echo c > /proc/sysrq-trigger").start()?;
     guest.expect_exit(33)?;
-    // Linux prints this after it has told pvpanic.
+    // Linux prints this after it has notified pvpanic.
     let said = guest.transcript();
     ensure(said.contains("Kernel Offset"), said)
 }
@@ -95,7 +95,7 @@ fn second_sigterm(assets: &Assets) -> Result<()> {
     guest.expect_exit(34)
 }
 
-/// A second kernel finds devices as the first one's drivers left them, the GPU in the middle of a frame.
+/// A second kernel finds devices in the state in which the first one's drivers left them, the GPU in mid-frame.
 fn kexec(assets: &Assets) -> Result<()> {
     let drawing = |script: &str| {
         assets

@@ -1,4 +1,4 @@
-//! Bytes cross a tap and vsock in both directions, each of them checked.
+//! Bytes cross a tap and vsock in both directions, and each is checked.
 
 use std::process::Command;
 
@@ -43,7 +43,7 @@ fn tcp(assets: &Assets, tap: &str, net: u8, vhost: &str) -> Result<()> {
             format!("tap={tap},vhost={vhost},mac=52:54:00:00:00:{net}"),
         )
         .start()?;
-    // Fanlight made the interface: it was not there, and the test may.
+    // Fanlight created the interface: it did not exist before.
     guest.wait_for("ready")?;
     ip(&format!("addr add 10.0.{net}.1/24 dev {tap}"))?;
     ip(&format!("link set {tap} up"))?;

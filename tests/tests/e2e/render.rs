@@ -1,5 +1,5 @@
-//! 3D by virglrenderer, with Mesa's software rasterizers on the host: stock Mesa in a guest, and programs that
-//! speak to the guest's driver.
+//! 3D by virglrenderer, with Mesa's software rasterizers on the host: stock Mesa in a guest, and programs that use the
+//! guest driver directly.
 
 use std::{
     fs,
@@ -38,13 +38,13 @@ pub const TESTS: &[TestCase] = &[
     TestCase::new("render::the_machine_survives_its_renderer", killed),
 ];
 
-/// A guest that does not draw for so long hangs. Not a measure of speed.
+/// A guest that does not draw for this long hangs; speed does not matter.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Files that the renderer may open: it has one for each blob.
+/// Descriptors that the renderer may open: it needs one for each blob.
 const FILES: u64 = 1 << 16;
 
-/// Makes the root with Mesa usable: programs run in it by `mesa PROGRAM`, the agent among them.
+/// Prepares the root with Mesa: `mesa PROGRAM` runs programs in it, the agent included.
 const ROOT: &str = "mount -t ext4 -o ro /dev/vda /mnt
     for dir in dev proc sys tmp; do mount -o bind /$dir /mnt/$dir; done
     cp /bin/guest-agent /tmp/agent
@@ -62,7 +62,7 @@ fn plain_guest(assets: &Assets, gpu: &str, script: &str) -> Result<GuestBuilder>
     Ok(guest.option("--memory", "1G").option("--gpu", gpu))
 }
 
-/// Starts a guest and waits for each of what it is to say; then it powers off. Everything that was said.
+/// Starts a guest, waits for each expected text, then for its power-off. Returns the transcript.
 fn run(guest: GuestBuilder, says: &[&str]) -> Result<String> {
     let mut guest = guest.start()?;
     for text in says {
@@ -100,11 +100,11 @@ fn mesa(assets: &Assets) -> Result<()> {
     line("vk: ", "agent: computed and drawn by Virtio-GPU Venus")
 }
 
-/// In tens of thousands: those that are shown at once, and pairs meanwhile.
+/// Tens of thousands of blobs: mapped at once, and mapped and unmapped in pairs meanwhile.
 const BLOBS: u32 = 5;
 const PAIRS: u32 = 10;
 
-/// By Linux's driver, and then by one of ours, which need not make a blob for each that it shows.
+/// With Linux's driver, and with a test program that need not create a blob for each mapping.
 fn blobs(assets: &Assets) -> Result<()> {
     let files = getrlimit(Resource::Nofile);
     if files.maximum.is_some_and(|most| most < FILES) {
@@ -112,7 +112,7 @@ fn blobs(assets: &Assets) -> Result<()> {
             current: files.current,
             maximum: Some(FILES),
         };
-        setrlimit(Resource::Nofile, files).context("cannot allow open files")?;
+        setrlimit(Resource::Nofile, files).context("cannot raise the limit of open files")?;
     }
     let script = format!(
         "/bin/guest-agent outlive
@@ -127,7 +127,7 @@ fn blobs(assets: &Assets) -> Result<()> {
     let guest = guest(assets, gpu, &script)?;
     let mut says = vec!["agent: a blob outlived its context".to_owned()];
     says.extend([100, 10].map(|pairs| format!("agent: 2000 blobs and {pairs} pairs")));
-    // Each in a time of its own: a guest that says nothing for minutes hangs.
+    // Each step has its own time limit: a guest that is silent for minutes counts as hanging.
     let steps = |what: &'static str, most: u32| {
         (1..=most).map(move |step| format!("agent: {step}0000 {what}"))
     };
@@ -155,8 +155,8 @@ fn slots(assets: &Assets) -> Result<()> {
     run(guest, &["agent: 200 blobs and 20 pairs"]).map(drop)
 }
 
-/// virglrenderer 1.1 on the host: OpenGL and Vulkan by the guest's stock Mesa, and blobs, which this one cannot map at a
-/// place of Fanlight's choice.
+/// virglrenderer 1.1 on the host: OpenGL and Vulkan by the guest's stock Mesa, and blobs. This version cannot map blobs
+/// at an address that Fanlight chooses.
 fn older(assets: &Assets) -> Result<()> {
     let script = format!(
         "{ROOT}
@@ -174,7 +174,7 @@ fn older(assets: &Assets) -> Result<()> {
     run(guest, &says).map(drop)
 }
 
-/// What the renderer's process may do with files, tried on a thread of this one's: this kernel has Landlock.
+/// File access in the renderer's sandbox, tried on a thread of this process: the kernel has Landlock.
 fn confined(dir: &Path) -> Result<()> {
     let own = dir.join("secret");
     fs::write(&own, "secret").context("cannot write a file")?;
@@ -187,14 +187,14 @@ fn confined(dir: &Path) -> Result<()> {
     refused("writing it", fs::write(&own, ""))?;
     refused("making one", fs::write(dir.join("new"), ""))?;
     refused(
-        "listing devices of no GPU",
+        "listing devices that are not GPUs",
         fs::read("/dev/console").map(drop),
     )?;
     fs::read("/proc/self/maps").context("cannot read /proc")?;
     fs::write("/dev/null", "x").context("cannot write to /dev/null")
 }
 
-/// The renderer of a guest's process.
+/// The renderer process of a guest.
 fn renderer(guest: &Guest) -> Result<Pid> {
     let parent = format!("PPid:\t{}\n", guest.pid());
     let processes = fs::read_dir("/proc").context("cannot look for processes")?;
@@ -212,7 +212,7 @@ fn renderer(guest: &Guest) -> Result<Pid> {
         .ok_or(Failure("there is no renderer".into()))
 }
 
-/// The renderer goes and what is beside it stays: the machine, the display, and another GPU without a renderer.
+/// After the renderer is killed, the machine, the display and a second GPU without a renderer still work.
 fn killed(assets: &Assets) -> Result<()> {
     let guest = guest(
         assets,
@@ -242,7 +242,8 @@ fn killed(assets: &Assets) -> Result<()> {
     ensure(has == ["+virgl", "-virgl"], &said)?;
     let mut second = Screen::of_gpu(&socket, 1)?;
     second.wait_for(0, (800, 600), |_, _| [0x33, 0x99, 0xcc])?;
-    // It had a look at the first GPU too, which only one program at a time may set.
+    // `draw` opened the first GPU too while it searched, and only one program at a time may set a GPU's mode.
+    // So the next program starts only now.
     guest.send("\n")?;
     guest.wait_for("agent: showing 640x480")?;
     let mut client = Client::connect(&socket).context("cannot connect")?;
@@ -253,7 +254,7 @@ fn killed(assets: &Assets) -> Result<()> {
         read_png(one(fds)?.into())
     };
     let mut shows = |colour: [u8; 3]| -> Result<()> {
-        // The guest's driver does not wait for what it tells the device.
+        // The guest's driver does not wait for the device.
         let start = Instant::now();
         loop {
             let seen = picture()?;
@@ -269,7 +270,7 @@ fn killed(assets: &Assets) -> Result<()> {
     guest.send("\n")?;
     guest.wait_for_times("agent: showing 640x480", 2)?;
     shows([255, 0, 0])?;
-    // What is drawn next is there before anybody is told: an output shows the texture's own memory.
+    // The output shows the texture's own memory, so new pixels appear before any update is sent.
     let mut other = Client::connect(&socket).context("cannot connect")?;
     let (exported, fds) = other
         .call_with::<GpuExportScanout>(&OutputIndex::default(), &[])

@@ -1,4 +1,4 @@
-//! Devices where they are put, and drivers that come and go.
+//! Devices at chosen addresses, and drivers that unbind and bind again.
 
 use fanlight_tests::{
     Result, ensure,
@@ -15,7 +15,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::new("topology::a_bar_that_moves", moved_bar),
 ];
 
-/// Every virtio device loses its driver and gets it back, twice; then all of them work.
+/// Every virtio device loses its driver and gets it back, twice; then all devices work.
 const REBIND: &str = "for round in 1 2; do for path in /sys/bus/pci/drivers/virtio-pci/0000:*; do
         device=${path##*/}
         echo $device > /sys/bus/pci/drivers/virtio-pci/unbind
@@ -63,7 +63,7 @@ fn behind_port(assets: &Assets) -> Result<()> {
 }
 
 fn moved_bar(assets: &Assets) -> Result<()> {
-    // A coarser alignment than Fanlight's has the guest place the BARs anew.
+    // An alignment coarser than Fanlight's makes the guest place the BARs anew.
     let run = |cmdline: &str| {
         let guest = assets
             .guest(

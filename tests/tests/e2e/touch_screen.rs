@@ -1,5 +1,4 @@
-//! A compositor of the tests' own, with nothing but a window and a touch screen: none of those that are packaged
-//! takes fingers from a program.
+//! A test compositor with one window and a touch screen: no packaged compositor accepts touch input from a program.
 
 use std::{
     collections::VecDeque,
@@ -37,17 +36,17 @@ use wayland_server::{
     },
 };
 
-/// What a finger does; places are in the window's pixels.
+/// A touch event. Positions are in window pixels.
 #[derive(Clone, Copy, Debug)]
 pub enum Finger {
     Down(i32, f64, f64),
     Moves(i32, f64, f64),
     Up(i32),
-    /// The compositor takes the whole gesture for itself.
+    /// The compositor claims the whole gesture.
     Cancelled,
 }
 
-/// The compositor, on a thread of its own. Its window has the size that it was started with.
+/// The compositor, on its own thread. Its window has the size given at the start.
 pub struct TouchScreen {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<Result<()>>>,
@@ -56,7 +55,7 @@ pub struct TouchScreen {
 #[derive(Default)]
 struct Shared {
     fingers: Mutex<VecDeque<Finger>>,
-    /// Whether there is a window that can be touched.
+    /// Whether a window can be touched.
     ready: AtomicBool,
     end: AtomicBool,
 }
@@ -76,12 +75,12 @@ impl TouchScreen {
         })
     }
 
-    /// Whether a viewer shows a window and listens to fingers.
+    /// Whether a viewer shows a window and accepts touch input.
     pub fn is_ready(&self) -> bool {
         self.shared.ready.load(Ordering::Acquire)
     }
 
-    /// Has fingers do something, all at once.
+    /// Sends touch events in one frame.
     pub fn touch(&self, fingers: &[Finger]) {
         let mut queue = self.shared.fingers.lock();
         queue
@@ -90,7 +89,7 @@ impl TouchScreen {
             .extend(fingers);
     }
 
-    /// Ends it.
+    /// Ends the compositor.
     pub fn stop(mut self) -> Result<()> {
         self.shared.end.store(true, Ordering::Release);
         let ended = self.thread.take().map(JoinHandle::join);
@@ -107,7 +106,7 @@ struct State {
     toplevel: Option<XdgToplevel>,
     configured: bool,
     touch: Option<WlTouch>,
-    /// Frames that were asked for. Their objects go with the answer, which must not be within the request.
+    /// Requested frame callbacks. Answering one drops its object, which must not happen within the request.
     frames: Vec<WlCallback>,
 }
 
@@ -169,7 +168,7 @@ fn serve(listener: &ListeningSocket, shared: &Shared, size: (i32, i32)) -> Resul
     Ok(())
 }
 
-/// Globals that say nothing when they are bound, and objects whose requests change nothing here.
+/// Globals that send no event when bound, and objects whose requests have no effect here.
 macro_rules! silent {
     (globals: $($global:ty),*; objects: $($object:ty),*) => {
         $(impl GlobalDispatch<$global, ()> for State {
@@ -193,7 +192,7 @@ macro_rules! silent {
 silent!(globals: WlCompositor, XdgWmBase;
     objects: WlBuffer, WlCallback, WlKeyboard, WlPointer, WlRegion, WlTouch, XdgPositioner, XdgToplevel);
 
-/// Objects that make others, or act.
+/// Objects that create others, or have an effect.
 macro_rules! requests {
     ($($object:ty, |$state:ident, $it:pat_param, $request:ident, $init:ident| $body:block)*) => {
         $(impl Dispatch<$object, ()> for State {
@@ -209,7 +208,7 @@ macro_rules! requests {
 requests! {
     WlCompositor, |state, _, request, init| {
         match request {
-            // The window's comes first; the other one is the cursor's.
+            // The first surface is the window's, the second is the cursor's.
             wl_compositor::Request::CreateSurface { id } => {
                 let surface = init.init(id, ());
                 state.surface.get_or_insert(surface);

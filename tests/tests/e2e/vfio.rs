@@ -1,4 +1,4 @@
-//! Passed-through devices: drivers, data, interrupts, and what is left behind.
+//! Passed-through devices: drivers, data, interrupts, and leftovers on the host.
 
 mod doctor;
 pub mod hardware;
@@ -36,7 +36,7 @@ use fanlight_tests::{
     value,
 };
 
-/// A device with a DMA engine, and one with memory for it.
+/// A device with a DMA engine, and one whose memory is its target.
 pub const PEERS: &[L1Device] = &[L1Device::Edu, L1Device::Ivshmem(64)];
 
 pub const TESTS: &[TestCase] = &[
@@ -84,10 +84,10 @@ const IGB: &str = "8086:10c9";
 const VIRTIO_NET: &str = "1af4:1041";
 const AHCI: &str = "8086:2922";
 const BYTES: u64 = 2 << 20;
-/// A machine that tells nothing for so long hangs. Not a measure of speed.
+/// A machine that is silent for this long hangs; speed does not matter.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Runs a command that must succeed; what it printed.
+/// Runs a command that must succeed, and returns its output.
 pub fn run(program: &Path, arguments: &[&str]) -> Result<String> {
     let output = Command::new(program)
         .args(arguments)
@@ -105,14 +105,14 @@ pub fn run(program: &Path, arguments: &[&str]) -> Result<String> {
     Ok(String::from_utf8_lossy(&output.stdout).trim().to_owned())
 }
 
-/// Makes one virtual function of the only function with these ids and binds it to vfio-pci.
+/// Creates one virtual function of the only function with these ids and binds it to vfio-pci.
 fn virtual_function(assets: &Assets, ids: &str) -> Result<(String, String)> {
     let physical = Function::only(ids)?.address();
     let bound = run(&assets.fanlight, &["vfio", "bind", &physical, "--vfs", "1"])?;
     Ok((physical, bound))
 }
 
-/// Binds a function with these ids to vfio-pci: the last, since L1's own controllers come first.
+/// Binds the last function with these ids to vfio-pci: L1's own controllers come first.
 pub fn whole_function(assets: &Assets, ids: &str) -> Result<String> {
     let function = Function::find(ids)?.pop();
     let function = function.ok_or_else(|| Failure(format!("no function has ids {ids}")))?;
@@ -124,7 +124,7 @@ fn ip(arguments: &str) -> Result<()> {
     run(Path::new("ip"), &arguments).map(drop)
 }
 
-/// Gives the interface of a host function an address.
+/// Sets the address of a host function's network interface.
 fn interface_up(function: &str, address: &str) -> Result<String> {
     let dir = format!("/sys/bus/pci/devices/{function}");
     let interface = run(
@@ -139,34 +139,33 @@ fn interface_up(function: &str, address: &str) -> Result<String> {
     Ok(interface)
 }
 
-/// Has eth0, and says by which driver.
+/// Sets eth0 up and prints its driver.
 const UP: &str = "ip addr add 10.9.0.2/24 dev eth0; ip link set eth0 up; ip link set lo up
     until [ \"$(cat /sys/class/net/eth0/carrier 2>/dev/null)\" = 1 ]; do sleep 0.1; done
     echo driver: $(basename $(readlink /sys/class/net/eth0/device/driver))
     echo ids: $(cat /sys/class/net/eth0/device/vendor /sys/class/net/eth0/device/device)";
 
-/// How often eth0's vectors came, one sum for each.
+/// Prints the interrupt count of each of eth0's vectors.
 const INTERRUPTS: &str = "grep eth0 /proc/interrupts | sed 's/^/interrupt: /'";
 
-/// A guest with the VF's driver, whose packets are in buffers of one page each: QEMU's igb drops a packet with one
-/// that crosses from a page of L1's to another that does not follow it (`net_tx_pkt_add_raw_fragment_pci` wants one
-/// mapping), each time it is sent.
+/// A guest with the VF's driver, whose packet buffers have one page each. QEMU's igb drops each packet that crosses
+/// into a page of L1 that is not contiguous: `net_tx_pkt_add_raw_fragment_pci` expects one mapping.
 fn igb_guest(assets: &Assets, script: &str) -> Result<GuestBuilder> {
     let script = format!("echo 1 > /proc/sys/net/core/high_order_alloc_disable\n{script}");
     assets.guest(&script).modules(&["igbvf"])
 }
 
-/// Gives a guest that has the edu device a GPU whose blobs the two share.
+/// Adds a GPU to a guest with the edu device, which shares the GPU's blobs.
 fn with_blobs(guest: GuestBuilder) -> Result<GuestBuilder> {
     let guest = guest.modules(&["virtio_gpu"])?;
     let guest = guest.option("--gpu", "outputs=640x480,renderer=venus");
     guest.with_graphics()
 }
 
-/// Has the device copy in blobs.
+/// Has the device copy data within blobs.
 const SHARE: &str = "mount -t debugfs debugfs /sys/kernel/debug; guest-agent shared-blobs";
 
-/// What the guest and Fanlight said of it.
+/// Checks the output of the guest and of Fanlight after that.
 fn check_shared(said: &str) -> Result<()> {
     let copied = said.contains("agent: a device copied in blobs that are shared");
     ensure(copied && !said.contains("cannot reach a blob"), said)
@@ -222,8 +221,8 @@ fn igb_data(assets: &Assets, iommufd: &str) -> Result<()> {
     ensure(said.contains("PCI-MSIX"), &said)
 }
 
-/// A virtio network device's virtual function, which reports a pin for INTx that it does not have, through both
-/// interfaces, and after its driver went and came back.
+/// The virtual function of a virtio network device, through both interfaces, before and after its driver unbinds. It
+/// reports an INTx pin that it does not have.
 fn virtio_data(assets: &Assets) -> Result<()> {
     let (physical, vf) = virtual_function(assets, VIRTIO_NET)?;
     interface_up(&physical, "10.9.0.1/24")?;
@@ -262,8 +261,8 @@ fn virtio_data(assets: &Assets) -> Result<()> {
     Ok(())
 }
 
-/// Starts a guest with a device whose group and container come open, and adds another one by its open group. What is no
-/// group, or another device's, is refused.
+/// Starts a guest with a device whose group and container are open descriptors, and adds a second device by its open
+/// group. A descriptor that is no group, or the group of another device, is refused.
 fn in_container(assets: &Assets, guest: GuestBuilder, vf: &str) -> Result<Guest> {
     let edu = whole_function(assets, edu::IDS)?;
     let nodes = [group_node(&edu)?, open("/dev/vfio/vfio")?];
@@ -292,24 +291,25 @@ fn in_container(assets: &Assets, guest: GuestBuilder, vf: &str) -> Result<Guest>
         (&physical, &group, "not to vfio-pci"),
     ] {
         let refused = add(address, group).err();
-        let error = refused.ok_or_else(|| Failure("anything is taken".into()))?;
+        let error =
+            refused.ok_or_else(|| Failure("a wrong group descriptor was accepted".into()))?;
         ensure(error.to_string().contains(why), error)?;
     }
     add(vf, &group)?;
     Ok(guest)
 }
 
-/// Sends back what the guest sends, for the `round`th time.
+/// Echoes the guest's bytes in the given round.
 fn serve(guest: &mut Guest, round: usize) -> Result<()> {
     let served = guest.converse(|| echo::serve(&Address::Tcp("10.9.0.1:5000".into())))?;
     guest.wait_for_times(&format!("called with {BYTES} bytes"), round)?;
     ensure(
         served == BYTES,
-        format!("{served} bytes came in round {round}"),
+        format!("{served} bytes arrived in round {round}"),
     )
 }
 
-/// The counts in the lines of [`INTERRUPTS`], which has one processor.
+/// The counts in the lines of [`INTERRUPTS`], for a guest with one vCPU.
 fn interrupt_counts(said: &str) -> Vec<u64> {
     said.lines()
         .filter_map(|line| line.trim().strip_prefix("interrupt:"))
@@ -317,7 +317,7 @@ fn interrupt_counts(said: &str) -> Vec<u64> {
         .collect()
 }
 
-/// The driver goes and comes back, then the guest restarts, and each time data crosses.
+/// Data crosses at first, after the driver unbinds and binds again, and after a restart.
 fn igb_resets(assets: &Assets) -> Result<()> {
     let (physical, vf) = virtual_function(assets, IGB)?;
     interface_up(&physical, "10.9.0.1/24")?;
@@ -344,7 +344,7 @@ fn igb_resets(assets: &Assets) -> Result<()> {
         let served = guest.converse(|| echo::serve(&Address::Tcp("10.9.0.1:5000".into())))?;
         ensure(
             served == BYTES,
-            format!("{served} bytes came in round {round}"),
+            format!("{served} bytes arrived in round {round}"),
         )?;
     }
     guest.expect_exit(0)?;
@@ -357,7 +357,7 @@ fn igb_resets(assets: &Assets) -> Result<()> {
     )
 }
 
-/// A disk behind a passed-through controller: what is written is read, and each request interrupts.
+/// A disk behind a passed-through controller: written data reads back, and each request interrupts.
 fn disk(assets: &Assets, cmdline: &str, kind: &str) -> Result<()> {
     let controller = whole_function(assets, AHCI)?;
     let said = assets
@@ -382,8 +382,8 @@ fn disk(assets: &Assets, cmdline: &str, kind: &str) -> Result<()> {
     )
 }
 
-/// One device's DMA reaches another one's memory where the guest sees it: at first, after that was off,
-/// after a restart, and where the guest moved it.
+/// DMA of one device reaches the memory of another at its guest address. It does so at first, after memory decoding was
+/// off, after a restart, and after the guest moved the BAR.
 fn peers(assets: &Assets, iommufd: &str) -> Result<()> {
     let edu = whole_function(assets, edu::IDS)?;
     let memory = whole_function(assets, edu::MEMORY_IDS)?;
@@ -423,28 +423,28 @@ fn open(path: impl AsRef<Path>) -> Result<File> {
     file.context(format!("cannot open {}", path.display()))
 }
 
-/// A function's node, open.
+/// Opens the VFIO device node of a function.
 fn node(address: &str) -> Result<File> {
     let node = host_function(address)?.character_device();
     open(node.ok_or_else(|| Failure(format!("{address} has no node")))?)
 }
 
-/// The node of a function's group, open.
+/// Opens the node of a function's group.
 fn group_node(address: &str) -> Result<File> {
     let group = host_function(address)?.group();
     let group = group.ok_or_else(|| Failure(format!("{address} has no group")))?;
     open(format!("/dev/vfio/{group}"))
 }
 
-/// A descriptor that a program started from here has too.
+/// Makes a descriptor inheritable by programs that the test starts.
 fn inherited(file: &File) -> Result<String> {
     rustix::io::fcntl_setfd(file, rustix::io::FdFlags::empty()).context("cannot pass it on")?;
     Ok(format!("fd:{}", file.as_raw_fd()))
 }
 
-/// A virtual function comes to a machine that runs, goes with the guest's consent, comes again as a descriptor, and
-/// the host takes it back; it takes another device that the guest cannot give up. The guest lives on. Its devices and
-/// iommufd are opened for it.
+/// A virtual function is added, removed with the guest's consent, added again as a descriptor, and taken back by the
+/// host. The host also takes another device, which the guest cannot release. The guest keeps running. Its devices and
+/// iommufd are open descriptors.
 fn come_and_go(assets: &Assets) -> Result<()> {
     let (physical, vf) = virtual_function(assets, IGB)?;
     let edu = whole_function(assets, edu::IDS)?;
@@ -503,7 +503,7 @@ fn come_and_go(assets: &Assets) -> Result<()> {
         ))?;
         serve(&mut guest, round)?;
         let taken = client.call::<DeviceAdd>(&add).map(drop);
-        ensure(taken.is_err(), "a device is there twice")?;
+        ensure(taken.is_err(), "a device was added twice")?;
         if round == 1 {
             let id = "net".into();
             client
@@ -514,7 +514,7 @@ fn come_and_go(assets: &Assets) -> Result<()> {
     }
     let unbind = |address: &str| {
         let address = address.to_owned();
-        // Returns when the device is free.
+        // The write returns when the device is released.
         thread::spawn(move || fs::write("/sys/bus/pci/drivers/vfio-pci/unbind", address))
     };
     for (address, id) in [(&vf, "net"), (&edu, "edu")] {

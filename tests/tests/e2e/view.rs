@@ -1,4 +1,4 @@
-//! The display over the API: pictures, dma-bufs, and streams of what changes.
+//! The display over the API: pictures, dma-bufs, and update streams.
 
 use std::{
     os::fd::OwnedFd,
@@ -36,15 +36,15 @@ pub const TESTS: &[TestCase] = &[
 ];
 
 const MODULES: &[&str] = &["virtio_gpu", "virtio_input"];
-/// Pixels of a line of the guests' displays.
+/// Width of the guests' displays in pixels.
 pub const WIDTH: u32 = 640;
-/// Lines.
+/// Height of the guests' displays in lines.
 pub const HEIGHT: u32 = 480;
-/// Somebody who does not answer for so long hangs. Not a measure of speed.
+/// A peer that is silent for this long hangs; speed does not matter.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Fills the screen with random bytes, says so, and runs the lines that are typed. These are echoed: marks in
-/// them are broken by quotes.
+/// Fills the screen with random bytes, reports that, and runs the lines that are typed. The terminal echoes them, so
+/// marks in them are split by quotes.
 const DRAW: &str = "echo 0 > /sys/class/graphics/fbcon/cursor_blink
     head -c 1228800 /dev/urandom > /tmp/picture; cat /tmp/picture > /dev/fb0
     echo sum: $(md5sum < /tmp/picture); echo drawn
@@ -62,14 +62,14 @@ pub fn drawing(assets: &Assets) -> Result<(Guest, Client, PathBuf)> {
     Ok((guest, client, socket))
 }
 
-/// The only descriptor of an answer.
+/// The only descriptor of a reply.
 pub fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd> {
     fds.into_iter()
         .next()
         .ok_or(Failure("no descriptor".into()))
 }
 
-/// Has the guest draw and tell the sum of what it has, and of red, green and blue alone.
+/// Has the guest draw random pixels, and compares checksums of all bytes and of red, green and blue alone.
 fn screenshot(assets: &Assets) -> Result<()> {
     let (mut guest, mut client, _) = drawing(assets)?;
     let picture = take_picture(&mut client)?;
@@ -83,7 +83,7 @@ fn screenshot(assets: &Assets) -> Result<()> {
     let pixels = Pixels::map(&one(fds)?, &exported)?;
     ensure(pixels.rgb() == picture, "the picture is not the dma-buf's")?;
     if exported.location == PixelLocation::GuestRam {
-        // Nothing is called: what the guest writes is there.
+        // No call is needed: the dma-buf shows the guest's writes.
         guest.send("head -c 1228800 /dev/zero | tr '\\0' '\\125' > /dev/fb0; echo pain''ted\n")?;
         guest.wait_for("painted")?;
         let painted = |rgb: Vec<u8>| rgb.iter().all(|&byte| byte == 0x55);
@@ -116,7 +116,7 @@ impl Pixels {
     fn map(fd: &OwnedFd, exported: &fanlight_api::display::ExportedFrame) -> Result<Self> {
         let (offset, stride) = (exported.offset as usize, exported.stride as usize);
         let len = offset + stride * exported.height as usize;
-        // SAFETY: a new mapping at an address of the kernel's choice.
+        // SAFETY: a new mapping at an address that the kernel chooses.
         let start = unsafe {
             mmap(
                 std::ptr::null_mut(),
@@ -136,13 +136,13 @@ impl Pixels {
         })
     }
 
-    /// Red, green and blue, of XRGB8888.
+    /// Red, green and blue of each XRGB8888 pixel.
     fn rgb(&self) -> Vec<u8> {
         let mut rgb = Vec::new();
         for y in 0..HEIGHT as usize {
             for x in 0..WIDTH as usize {
                 let at = self.offset + y * self.stride + x * 4;
-                // SAFETY: within the mapping, as its size was computed; the guest writes meanwhile.
+                // SAFETY: within the mapping, by its computed size; the access is volatile since the guest may write.
                 let pixel = unsafe { self.start.byte_add(at).cast::<[u8; 4]>().read_volatile() };
                 rgb.extend([pixel[2], pixel[1], pixel[0]]);
             }
@@ -153,7 +153,7 @@ impl Pixels {
 
 impl Drop for Pixels {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's.
+        // SAFETY: this value owns the mapping.
         let _ = unsafe { munmap(self.start, self.len) };
     }
 }
@@ -168,7 +168,7 @@ fn stream(assets: &Assets) -> Result<()> {
     let (stream, fds) = client
         .call_with::<DisplaySubscribe>(&watch, &[])
         .context("display.subscribe")?;
-    ensure(stream.drives, "nobody else drives")?;
+    ensure(stream.drives, "the only viewer does not drive")?;
     let (second, _second) = client
         .call_with::<DisplaySubscribe>(&watch, &[])
         .context("a second display.subscribe")?;
@@ -194,7 +194,7 @@ fn stream(assets: &Assets) -> Result<()> {
     let say = |stream: &mut MessageStream, says| stream.send(&says, vec![]).context("cannot say");
     say(&mut stream, ViewerMessage::Release { serial })?;
 
-    // The input device keeps events for those who have it open.
+    // The input device queues events only for open files.
     guest.send("for e in /dev/input/event*; do grep -q keyboard /sys/class/input/${e##*/}/device/name || continue; exec 3< $e; echo liste''ning; dd bs=24 count=1 <&3 2>/dev/null | od -An -tu2 -j 16 -N 8 | sed 's/^/key: /'; echo hea''rd; done\n")?;
     guest.wait_for("listening")?;
     // KEY_K.
@@ -221,13 +221,13 @@ fn stream(assets: &Assets) -> Result<()> {
             .map(drop),
         _ => None,
     })?;
-    // A watcher that goes costs nobody anything.
+    // A subscriber that disconnects disturbs neither the guest nor others.
     drop(stream);
     guest.send("cd /sys/class/drm/card0-Virtual-1; while echo detect > status; do head -n 1 modes | grep 800x600 && break; sleep 0.1; done; poweroff -f\n")?;
     guest.expect_exit(0)
 }
 
-/// The first news that `wanted` takes.
+/// The first update that `wanted` accepts.
 pub fn wait_for<T>(
     stream: &mut MessageStream,
     wanted: impl Fn(&DisplayUpdate, Vec<OwnedFd>) -> Option<T>,
@@ -252,5 +252,5 @@ pub fn wait_for<T>(
             return Ok(found);
         }
     }
-    Err(Failure("the display never said it".into()))
+    Err(Failure("the expected display update never came".into()))
 }

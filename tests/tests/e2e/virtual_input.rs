@@ -1,4 +1,4 @@
-//! A keyboard and a pointer that a Wayland compositor takes from a program.
+//! A virtual keyboard and pointer, which a Wayland compositor accepts from a program.
 
 use std::{
     io::Write,
@@ -26,14 +26,14 @@ use wayland_protocols_wlr::virtual_pointer::v1::client::{
     zwlr_virtual_pointer_v1::ZwlrVirtualPointerV1,
 };
 
-/// An ordinary keyboard; the compositor looks the parts up in its own files.
+/// A standard keyboard; the compositor finds the components in its own files.
 const KEYMAP: &str = "xkb_keymap {
     xkb_keycodes { include \"evdev+aliases(qwerty)\" };
     xkb_types { include \"complete\" };
     xkb_compat { include \"complete\" };
     xkb_symbols { include \"pc+us+inet(evdev)\" };
 };\0";
-/// Which bits such a map has for modifiers, by Linux's key codes: Ctrl, Alt and the logo's key.
+/// Modifier bits of this keymap by Linux key code: Ctrl, Alt and Super.
 const MODIFIERS: [(u32, u32); 3] = [(29, 1 << 2), (56, 1 << 3), (125, 1 << 6)];
 
 struct State;
@@ -56,7 +56,7 @@ impl Dispatch<WlRegistry, GlobalListContents> for State {
     }
 }
 
-/// The devices.
+/// The virtual devices.
 pub struct VirtualInput {
     queue: EventQueue<State>,
     keyboard: ZwpVirtualKeyboardV1,
@@ -66,7 +66,7 @@ pub struct VirtualInput {
 }
 
 impl VirtualInput {
-    /// Plugs both into the seat of the compositor that listens at `socket`.
+    /// Adds both to the seat of the compositor that listens at `socket`.
     pub fn plug_in(socket: &Path) -> Result<Self> {
         let stream = UnixStream::connect(socket).context("cannot connect to the compositor")?;
         let connection = Connection::from_socket(stream).context("no Wayland connection")?;
@@ -104,10 +104,12 @@ impl VirtualInput {
     fn sent(&mut self) -> Result<()> {
         self.time += 1;
         let heard = self.queue.roundtrip(&mut State);
-        heard.map(drop).context("the compositor does not listen")
+        heard
+            .map(drop)
+            .context("the compositor does not accept input")
     }
 
-    /// A key of Linux's `input-event-codes.h`, with what it modifies.
+    /// A key by its code in Linux's `input-event-codes.h`; it updates the modifiers.
     pub fn key(&mut self, code: u32, pressed: bool) -> Result<()> {
         self.keyboard.key(self.time, code, pressed.into());
         if let Some((_, bit)) = MODIFIERS.iter().find(|(modifier, _)| *modifier == code) {
@@ -121,7 +123,7 @@ impl VirtualInput {
         self.sent()
     }
 
-    /// Presses keys one after the other, and lets them go in the opposite order.
+    /// Presses keys in order, and releases them in reverse order.
     pub fn chord(&mut self, codes: &[u32]) -> Result<()> {
         for &code in codes {
             self.key(code, true)?;
@@ -132,14 +134,14 @@ impl VirtualInput {
             .try_for_each(|&code| self.key(code, false))
     }
 
-    /// The pointer goes to a place on an output of this size.
+    /// Moves the pointer to a position on an output of this size.
     pub fn move_to(&mut self, x: u32, y: u32, width: u32, height: u32) -> Result<()> {
         self.pointer.motion_absolute(self.time, x, y, width, height);
         self.pointer.frame();
         self.sent()
     }
 
-    /// A button of the pointer.
+    /// Presses or releases a pointer button.
     pub fn button(&mut self, code: u32, pressed: bool) -> Result<()> {
         let state = if pressed {
             wl_pointer::ButtonState::Pressed
@@ -151,7 +153,7 @@ impl VirtualInput {
         self.sent()
     }
 
-    /// The wheel turns by notches: to the right, or down.
+    /// Turns the wheel by notches, to the right or down.
     pub fn wheel(&mut self, axis: wl_pointer::Axis, notches: i32) -> Result<()> {
         self.pointer.axis_source(wl_pointer::AxisSource::Wheel);
         let length = f64::from(notches) * 15.0;
@@ -160,7 +162,7 @@ impl VirtualInput {
         self.sent()
     }
 
-    /// Two fingers on a pad scroll down.
+    /// Scrolls down with two fingers on a touch pad.
     pub fn scroll(&mut self, length: f64) -> Result<()> {
         self.pointer.axis_source(wl_pointer::AxisSource::Finger);
         let axis = wl_pointer::Axis::VerticalScroll;

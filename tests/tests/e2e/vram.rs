@@ -1,5 +1,5 @@
-//! The heart: a guest draws into memory of a passed-through device and shows it through its stock GPU driver; on
-//! the host a picture has those pixels, and the dma-buf of it is that memory, as another device sees it.
+//! The central path: a guest draws into a passed-through device's memory and shows it through its stock GPU driver. On
+//! the host a picture has those pixels, and its dma-buf is that memory, as another device sees it.
 
 use std::{
     os::{
@@ -38,7 +38,7 @@ use super::{
     view::{PATIENCE, one, wait_for},
 };
 
-/// The same, and a display whose memory is shown.
+/// The same, and a display device whose memory is shown.
 const PEERS_AND_DISPLAY: &[L1Device] =
     &[L1Device::Edu, L1Device::Ivshmem(64), L1Device::BochsDisplay];
 
@@ -50,8 +50,8 @@ pub const TESTS: &[TestCase] = &[
 /// Vendor and device id of bochs-display, whose BAR 0 is memory.
 const BOCHS_IDS: &str = "1234:1111";
 
-/// A guest whose own vfio-pci needs no IOMMU, and which has the module that exports buffers. It has the kernel of
-/// the nested host, since Debian's is built without the first.
+/// A guest with a no-IOMMU vfio-pci and the module that exports buffers. It runs the nested host's kernel, since
+/// Debian's is built without no-IOMMU mode.
 fn guest(assets: &Assets, script: &str, devices: &[&str]) -> Result<(Guest, Client)> {
     let module = std::fs::read(&assets.guest_module).context("cannot read the module")?;
     let guest = assets
@@ -70,7 +70,7 @@ fn guest(assets: &Assets, script: &str, devices: &[&str]) -> Result<(Guest, Clie
     Ok((guest, client))
 }
 
-/// Has the guest's agent do what a line says.
+/// Sends a line to the guest's agent and waits until it is done.
 fn does(guest: &mut Guest, line: &str) -> Result<()> {
     let done = format!("agent: did {}\n", line.replace(' ', "-"));
     let before = guest.transcript().matches(&done).count();
@@ -90,7 +90,7 @@ fn export(client: &mut Client, from: PixelLocation) -> Result<OwnedFd> {
     one(fds)
 }
 
-/// Who made a dma-buf.
+/// The exporter of a dma-buf.
 fn exporter(dmabuf: &OwnedFd) -> Result<String> {
     let path = Path::new("/proc/self/fdinfo").join(dmabuf.as_raw_fd().to_string());
     let text = std::fs::read_to_string(path).context("cannot look at a descriptor")?;
@@ -99,7 +99,7 @@ fn exporter(dmabuf: &OwnedFd) -> Result<String> {
         .ok_or_else(|| Failure(format!("no dma-buf: {text}")))
 }
 
-/// Has a device read the first, a middle and the last page of a picture, which must be of this number.
+/// Has a device read the first, a middle and the last page of a picture, and compares them with picture `number`.
 fn read_by_device(reader: &DmaReader, dmabuf: &OwnedFd, number: u32) -> Result<()> {
     let rgb = picture(number);
     let pages = SIZE / PAGE;
@@ -114,14 +114,14 @@ fn read_by_device(reader: &DmaReader, dmabuf: &OwnedFd, number: u32) -> Result<(
         let first = (page * PAGE) as usize / 4 * 3;
         ensure(
             read == rgb[first..first + read.len()],
-            format!("the device read other pixels in page {page} of picture {number}"),
+            format!("the device read wrong pixels in page {page} of picture {number}"),
         )?;
     }
     Ok(())
 }
 
 fn shows(client: &mut Client, number: u32) -> Result<()> {
-    // The guest's driver waits 50 ms at most for what it tells the device.
+    // The guest's driver waits for the device for at most 50 ms.
     let start = Instant::now();
     while !take_picture(client).is_ok_and(|seen| seen == picture(number)) {
         let late = format!("the screenshot is not picture {number}");
@@ -131,11 +131,11 @@ fn shows(client: &mut Client, number: u32) -> Result<()> {
     Ok(())
 }
 
-/// So much of a device's memory takes what [`shown_from`] draws.
+/// Bytes of device memory that [`shown_from`] draws into.
 pub const ROOM: u64 = SIZE;
 
-/// A guest draws at `offset` of BAR `bar` of the function at `address` and shows it: a picture and a dma-buf are of that
-/// memory, there is neither while it is off, and both are there again after that and after a reset.
+/// A guest draws at `offset` of BAR `bar` of the function at `address` and shows it. The picture and the dma-buf are of
+/// that memory. While memory decoding is off neither exists; afterwards, and after a reset, both do.
 pub fn shown_from(assets: &Assets, address: &str, ids: &str, bar: u32, offset: u64) -> Result<()> {
     let script = format!("guest-agent show-bar {ids} {bar} {offset}");
     let (mut guest, mut client) = guest(assets, &script, &[&format!("{address},port=1")])?;
@@ -144,7 +144,10 @@ pub fn shown_from(assets: &Assets, address: &str, ids: &str, bar: u32, offset: u
     shows(&mut client, 2)?;
     for way in ["memory", "force"] {
         does(&mut guest, &format!("{way} off"))?;
-        ensure(take_picture(&mut client).is_err(), "there is a picture")?;
+        ensure(
+            take_picture(&mut client).is_err(),
+            "a picture was taken while memory decoding is off",
+        )?;
         does(&mut guest, &format!("{way} on"))?;
         shows(&mut client, 2)?;
     }
@@ -152,7 +155,10 @@ pub fn shown_from(assets: &Assets, address: &str, ids: &str, bar: u32, offset: u
     does(&mut guest, "draw 3")?;
     shows(&mut client, 3)?;
     let by = exporter(&export(&mut client, PixelLocation::Device)?)?;
-    ensure(by.contains("vfio"), format!("a dma-buf of {by}"))?;
+    ensure(
+        by.contains("vfio"),
+        format!("the dma-buf is from {by}, not from VFIO"),
+    )?;
     guest.send("end\n")?;
     guest.expect_exit(0)
 }
@@ -166,9 +172,12 @@ fn shown(assets: &Assets) -> Result<()> {
     shows(&mut client, 1)?;
     let first = export(&mut client, PixelLocation::Device)?;
     let by = exporter(&first)?;
-    ensure(by.contains("vfio"), format!("a dma-buf of {by}"))?;
+    ensure(
+        by.contains("vfio"),
+        format!("the dma-buf is from {by}, not from VFIO"),
+    )?;
     read_by_device(&reader, &first, 1)?;
-    // Nothing is copied anywhere: what is drawn next is there.
+    // The dma-buf is not a copy: later drawing appears in it.
     does(&mut guest, "draw 2")?;
     shows(&mut client, 2)?;
     read_by_device(&reader, &first, 2)?;
@@ -192,10 +201,10 @@ fn shown(assets: &Assets) -> Result<()> {
     let refused = |client: &mut Client, why: &str| {
         let said = client.call::<GpuScreenshot>(&Screenshot::default());
         let said = said.err().map(|error| error.to_string());
-        let said = said.unwrap_or_else(|| "there is a picture".into());
+        let said = said.unwrap_or_else(|| "a picture was taken without memory".into());
         ensure(said.contains(why), said)
     };
-    // A compositor that does not import, and a viewer that cannot read the dma-buf.
+    // A compositor that does not import dma-bufs, and a viewer that cannot read this one.
     let weston = compositor::weston(assets, "pixman")?;
     let viewer = weston.viewer(&assets.fanlight, &guest.path("api"))?;
     let in_window = |number: u32| {
@@ -203,21 +212,25 @@ fn shown(assets: &Assets) -> Result<()> {
         shown.map_err(|error| Failure::new(error, viewer.said()))
     };
     in_window(2)?;
-    // The guest's drivers take the memory from the GPU first; then it is switched off behind their backs.
+    // First the guest's drivers withdraw the memory from the GPU; then memory decoding goes off without their
+    // knowledge.
     for (way, why) in [("memory", "shows nothing"), ("force", "that is off")] {
         does(&mut guest, &format!("{way} off"))?;
         let error = heard(false)?.unwrap_or_default();
         let told = way == "memory" || error.contains(why);
         ensure(told, format!("{way}: {error:?}"))?;
         refused(&mut client, why)?;
-        ensure(reader.page(&first, 0).is_err(), "a device still reads")?;
+        ensure(
+            reader.page(&first, 0).is_err(),
+            "a device can still read the memory",
+        )?;
         does(&mut guest, &format!("{way} on"))?;
         let error = heard(true)?;
         ensure(error.is_none(), format!("{way}: {error:?}"))?;
         shows(&mut client, 2)?;
         read_by_device(&reader, &export(&mut client, PixelLocation::Device)?, 2)?;
     }
-    // Both at once, by the port that the device is behind.
+    // Both functions at once, through the port above the device.
     does(&mut guest, "reset")?;
     heard(true)?;
     does(&mut guest, "draw 3")?;
@@ -228,8 +241,7 @@ fn shown(assets: &Assets) -> Result<()> {
     guest.expect_exit(0)
 }
 
-/// Buffers as a GPU's driver has them: in many ranges, moved while they are on screen, and where nobody can have
-/// them.
+/// Buffers as GPU drivers have them: in many ranges, moved while on screen, and in memory that no dma-buf can cover.
 fn buffers(assets: &Assets) -> Result<()> {
     let edu = whole_function(assets, edu::IDS)?;
     let memory = whole_function(assets, edu::MEMORY_IDS)?;
@@ -242,15 +254,18 @@ fn buffers(assets: &Assets) -> Result<()> {
     does(&mut guest, &format!("show 1 {scattered}"))?;
     shows(&mut client, 1)?;
     let dmabuf = export(&mut client, PixelLocation::Device)?;
-    ensure(exporter(&dmabuf)?.contains("vfio"), "no dma-buf of VFIO's")?;
+    ensure(
+        exporter(&dmabuf)?.contains("vfio"),
+        "the dma-buf is not from VFIO",
+    )?;
     does(&mut guest, "where")?;
     let said = guest.transcript();
-    // Up to the switch, and down again: the guest's check of whether the GPU reaches the memory does not depend on its
-    // processor.
+    // The distance counts up to the switch and down again, so the guest's reachability check does not depend on its
+    // CPU.
     let reached = "agent: 300 ranges in BARs at distance 4\n";
     ensure(said.contains(reached), said)?;
 
-    // Each time the bytes are the same, and those who watch get the memory where they are now.
+    // The bytes stay the same at each move, and subscribers get a dma-buf of the new place.
     let watch = SubscribeDisplay::default();
     let (_, fds) = client
         .call_with::<DisplaySubscribe>(&watch, &[])
@@ -288,7 +303,7 @@ fn buffers(assets: &Assets) -> Result<()> {
     heard(PixelLocation::GuestRam)?;
     shows(&mut client, 2)?;
 
-    // What no dma-buf can be is refused, and the message says which entry it is and why.
+    // Buffers that no dma-buf can cover are refused; the message names the entry and the reason.
     let most = SIZE - PAGE;
     let bar = format!("bar,{ids},2,0,{most:x}");
     for (ranges, why) in [
@@ -315,9 +330,12 @@ fn buffers(assets: &Assets) -> Result<()> {
     ] {
         does(&mut guest, &format!("show 0 {ranges}"))?;
         guest.wait_for(why)?;
-        ensure(take_picture(&mut client).is_err(), "there is a picture")?;
+        ensure(
+            take_picture(&mut client).is_err(),
+            "a picture was taken of a refused buffer",
+        )?;
     }
-    // And the driver goes on.
+    // The driver continues to work.
     does(&mut guest, &format!("show 3 {whole}"))?;
     shows(&mut client, 3)?;
     guest.send("end\n")?;

@@ -1,5 +1,4 @@
-//! `fanlight view` in real compositors: what the window shows, what the user does with it, and what becomes of the
-//! guest when its viewers misbehave.
+//! `fanlight view` in real compositors: the window's content, the user's input, and a guest whose viewers misbehave.
 
 use std::{
     fs,
@@ -66,7 +65,7 @@ fn weston(assets: &Assets) -> Result<()> {
     weston.wait_for(&second)?;
     let said = viewer.said();
     ensure(said.matches("they are copied").count() == 1, said)?;
-    // A viewer that dies takes nothing with it.
+    // The guest survives a viewer that dies.
     drop(viewer);
     guest.send("cat /tmp/picture > /dev/fb0; echo a''gain\n")?;
     guest.wait_for("again")?;
@@ -81,7 +80,7 @@ fn weston(assets: &Assets) -> Result<()> {
     ensure(status.success(), format!("the viewer ended with {status}"))
 }
 
-/// A guest whose program draws as it is told, shown by nobody yet.
+/// A guest with a program that draws on request. No viewer is connected yet.
 fn painting(assets: &Assets) -> Result<(DrawingGuest, Client, PathBuf)> {
     let script = format!("exec guest-agent draw {WIDTH} {HEIGHT} 4000 0");
     let guest = assets
@@ -95,7 +94,7 @@ fn painting(assets: &Assets) -> Result<(DrawingGuest, Client, PathBuf)> {
     Ok((DrawingGuest::new(guest), client, socket))
 }
 
-/// Mappings of dma-bufs that a process has.
+/// Number of dma-buf mappings of a process.
 fn mapped_dmabufs(pid: u32) -> Result<usize> {
     let maps = fs::read_to_string(format!("/proc/{pid}/maps")).context("cannot read mappings")?;
     Ok(maps
@@ -104,7 +103,7 @@ fn mapped_dmabufs(pid: u32) -> Result<usize> {
         .count())
 }
 
-/// How many of these flushes waited for longer than a viewer may hold them.
+/// How many of these flushes took longer than a viewer may hold a frame.
 fn flush(drawing: &mut DrawingGuest) -> Result<u32> {
     match drawing.ask(&format!("flush {FRAMES}"))?[..] {
         [_, _, _, late] => Ok(late as u32),
@@ -125,9 +124,9 @@ fn painted(assets: &Assets) -> Result<()> {
     };
     shows(&mut drawing, 1)?;
     shows(&mut drawing, 2)?;
-    // The compositor reads the guest's memory itself.
+    // The compositor reads the guest's memory directly.
     let said = viewer.said();
-    ensure(said.is_empty(), format!("the viewer said: {said}"))?;
+    ensure(said.is_empty(), format!("the viewer reports: {said}"))?;
     ensure(
         mapped_dmabufs(weston.pid())? > 0,
         "Weston has no dma-buf mapped",
@@ -137,7 +136,7 @@ fn painted(assets: &Assets) -> Result<()> {
         "the viewer reads pixels",
     )?;
     stopped(&mut drawing, &socket, &viewer)?;
-    // It catches up with what it missed.
+    // The viewer catches up with the frames that it missed.
     shows(&mut drawing, 3)?;
     drop(viewer);
     flooded(&mut drawing, &socket)?;
@@ -147,7 +146,7 @@ fn painted(assets: &Assets) -> Result<()> {
     ensure(viewer.said().is_empty(), viewer.said())
 }
 
-/// A viewer that stands still holds one frame back, and only for a while; another one sees them all.
+/// A stopped viewer delays one frame, and only for a limited time. Another viewer sees all frames.
 fn stopped(drawing: &mut DrawingGuest, socket: &Path, viewer: &Viewer) -> Result<()> {
     let mut client = Client::connect(socket).context("cannot connect")?;
     let other = Watcher::start(&mut client, true)?;
@@ -158,18 +157,18 @@ fn stopped(drawing: &mut DrawingGuest, socket: &Path, viewer: &Viewer) -> Result
     let late = flush(drawing)?;
     let heard = other.stop()?;
     signal(Signal::CONT)?;
-    // A busy emulator holds up some; a viewer that is waited for holds up all.
+    // A busy emulator delays some frames; waiting for a viewer would delay all.
     ensure(
         late < FRAMES * 3 / 4,
-        format!("{late} of {FRAMES} frames waited for a viewer that stands still"),
+        format!("{late} of {FRAMES} frames waited for a stopped viewer"),
     )?;
     ensure(
         heard >= u64::from(FRAMES / 2),
-        format!("another viewer heard of {heard} of {FRAMES} frames"),
+        format!("another viewer saw {heard} of {FRAMES} frames"),
     )
 }
 
-/// One that says more than anybody can hear, and listens to nothing.
+/// Viewers that send without end and never read.
 fn flooded(drawing: &mut DrawingGuest, socket: &Path) -> Result<()> {
     let mut client = Client::connect(socket).context("cannot connect")?;
     let memory = |client: &mut Client| -> Result<u64> {
@@ -189,14 +188,14 @@ fn flooded(drawing: &mut DrawingGuest, socket: &Path) -> Result<()> {
         let (stream, fds) = client
             .call_with::<DisplaySubscribe>(&watch, &[])
             .context("display.subscribe")?;
-        // It may not have been noticed yet that the last one who drove has gone.
+        // The server may not have seen yet that the previous driving viewer has gone.
         if stream.drives == watch.drive {
             let (end, fd) = (end.clone(), one(fds)?);
             floods.push(thread::spawn(move || flood(fd, &end)));
         }
-        ensure(start.elapsed() < PATIENCE, "nobody may drive")?;
+        ensure(start.elapsed() < PATIENCE, "no viewer may drive")?;
     }
-    // Nonsense ends the stream that it came on.
+    // An invalid message closes the stream that it came on.
     let (_, fds) = client
         .call_with::<DisplaySubscribe>(&SubscribeDisplay::default(), &[])
         .context("display.subscribe")?;
@@ -213,21 +212,21 @@ fn flooded(drawing: &mut DrawingGuest, socket: &Path) -> Result<()> {
         let said = flood
             .join()
             .map_err(|_| Failure("a flood panicked".into()))?;
-        ensure(said? > 1000, "that was no flood")?;
+        ensure(said? > 1000, "too few messages for a flood")?;
     }
     ensure(
         grown < 32 << 20,
-        format!("a flood made Fanlight {grown} bytes larger"),
+        format!("a flood of messages made Fanlight grow by {grown} bytes"),
     )
 }
 
-/// Says all that a viewer can, without end and without hearing; how many messages that was.
+/// Sends all kinds of viewer messages without end, and never reads. Returns the number of messages.
 fn flood(fd: OwnedFd, end: &AtomicBool) -> Result<u64> {
     let mut stream = MessageStream::new(UnixStream::from(fd)).context("a stream")?;
     let mut said = 0;
     for number in (0u32..).take_while(|_| !end.load(Ordering::Acquire)) {
         if stream.is_full() {
-            stream.flush().context("the stream of a flood")?;
+            stream.flush().context("cannot flush the flooding stream")?;
             thread::yield_now();
             continue;
         }
@@ -275,7 +274,7 @@ const KEY_X: u32 = 45;
 const KEY_LEFTALT: u32 = 56;
 const KEY_LEFTMETA: u32 = 125;
 const BTN_LEFT: u32 = 0x110;
-/// Sway takes this shortcut for itself, and it shows in its list of marks.
+/// Sway has this shortcut, and shows its effect in its list of marks.
 const SHORTCUT: [u32; 2] = [KEY_LEFTMETA, KEY_X];
 const SWAY: &str = "bindsym Mod4+x mark --toggle taken";
 
@@ -292,7 +291,12 @@ fn input(assets: &Assets) -> Result<()> {
     let until = |what: &str, is_so: &dyn Fn() -> Result<bool>| -> Result<()> {
         let start = Instant::now();
         while !is_so()? {
-            let why = || format!("{what} never happens; the viewer said: {}", viewer.said());
+            let why = || {
+                format!(
+                    "{what} never happens; the viewer reports: {}",
+                    viewer.said()
+                )
+            };
             ensure(start.elapsed() < PATIENCE, why())?;
             thread::sleep(Duration::from_millis(200));
         }
@@ -306,7 +310,7 @@ fn input(assets: &Assets) -> Result<()> {
     let mut input = VirtualInput::plug_in(&sway.socket())?;
     let heard = |guest: &mut Guest, event: &str| guest.wait_for(&format!("heard: {event}."));
 
-    // In the middle, whatever the window's size is: half of 32767.
+    // The middle of the window at any size: half of 32767.
     input.move_to(1, 1, WIDTH, HEIGHT)?;
     input.move_to(WIDTH / 2, HEIGHT / 2, WIDTH, HEIGHT)?;
     heard(&mut guest, "pointer 3 0 16383")?;
@@ -320,7 +324,7 @@ fn input(assets: &Assets) -> Result<()> {
     input.scroll(5.0)?;
     heard(&mut guest, "pointer 2 11 -60")?;
 
-    // Before a click the compositor's shortcuts are its own.
+    // Before a click, the compositor handles its shortcuts.
     let taken = || Ok(sway.swaymsg(&["-t", "get_marks"])?.contains("taken"));
     input.chord(&SHORTCUT)?;
     until("the compositor's shortcut", &taken)?;
@@ -344,7 +348,7 @@ fn input(assets: &Assets) -> Result<()> {
         taken()?,
         "the compositor took a shortcut that the viewer had",
     )?;
-    // Once, though two devices came to the seat one after the other.
+    // Once, though the seat got two devices in turn.
     let said = guest.transcript();
     ensure(said.matches(&format!("heard: {x}.")).count() == 1, said)?;
 
@@ -355,7 +359,7 @@ fn input(assets: &Assets) -> Result<()> {
         taken().map(|taken| !taken)
     })?;
 
-    // The one that drives goes, and nothing stays pressed.
+    // The driving viewer disconnects, and no key stays pressed.
     input.key(KEY_G, true)?;
     guest.wait_for_times(&format!("heard: keyboard 1 {KEY_G} 1."), 2)?;
     drop(viewer);
@@ -363,7 +367,7 @@ fn input(assets: &Assets) -> Result<()> {
     touch(assets, &mut guest, &socket)
 }
 
-/// Two fingers, one of which is taken away by the compositor.
+/// Two fingers, one of which the compositor cancels.
 fn touch(assets: &Assets, guest: &mut Guest, socket: &Path) -> Result<()> {
     let (width, height) = (800, 600);
     let dir = tempfile::tempdir().context("cannot make a directory")?;

@@ -1,4 +1,4 @@
-//! Who speaks to the server: many at once, and by the page that tells how.
+//! API clients: many at once, a slow one, and the sessions of the protocol page.
 
 use std::{fs, io::Write, os::unix::net::UnixStream, process::Command, thread};
 
@@ -30,9 +30,10 @@ fn many_clients(assets: &Assets) -> Result<()> {
     let (mut guest, mut api) = start(assets.guest(script))?;
     guest.wait_for("ready")?;
     let socket = guest.path("api");
-    // One that says half a line, and one that does not read, for all the while.
+    // One client sends half a line and one does not read, until the test ends.
     let mut half = UnixStream::connect(&socket).context("cannot connect")?;
-    half.write_all(b"{\"jsonrpc\"").context("half a line")?;
+    half.write_all(b"{\"jsonrpc\"")
+        .context("cannot send half a line")?;
     let deaf = UnixStream::connect(&socket).context("cannot connect")?;
     let flood = thread::spawn(move || {
         let line = b"{\"jsonrpc\":\"2.0\",\"id\":1,\"method\":\"api.schema\"}\n";
@@ -64,7 +65,7 @@ fn many_clients(assets: &Assets) -> Result<()> {
     )
 }
 
-/// The page for those who speak the protocol themselves.
+/// The page that describes the protocol.
 const PROTOCOL: &str = include_str!("../../../../docs/src/guide/protocol.md");
 
 /// Runs the page's block of code in `language` with `program`.

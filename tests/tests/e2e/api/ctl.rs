@@ -67,7 +67,7 @@ fn ctl(assets: &Assets) -> Result<()> {
     let (code, _, err) = run(&[&socket, "device.add", "disk.path=fd:77"])?;
     let closed = "descriptor 77 cannot be used: Bad file descriptor";
     ensure(code == Some(2) && err.contains(closed), &err)?;
-    // Nobody but the shell could open the file: by the time of the call it has no name.
+    // Only the shell has this file open: it is deleted before the call.
     let image = guest.path("image");
     fs::write(&image, [&b"by a shell"[..], &[0; 1014]].concat()).context("an image")?;
     let line =
@@ -85,7 +85,7 @@ fn ctl(assets: &Assets) -> Result<()> {
     guest.expect_exit(34)
 }
 
-/// The terminal that `ctl` runs on is the guest's, and afterwards as it was.
+/// `ctl` gives its terminal to the guest, and restores it at the end.
 fn attach(assets: &Assets) -> Result<()> {
     let dir = tempfile::tempdir().context("a directory")?;
     let Served {
@@ -101,7 +101,7 @@ fn attach(assets: &Assets) -> Result<()> {
         OnTerminal::start(command)
     };
     let mut first = attach()?;
-    // Raw, so attached: nothing of what the guest says is missed.
+    // Raw mode means attached: from here on all guest output arrives.
     first.wait_for_raw()?;
     api.call("vm.boot", json!({}))?;
     first.wait_for("ready")?;
@@ -109,10 +109,10 @@ fn attach(assets: &Assets) -> Result<()> {
     first.wait_for("heard: one")?;
     first.leave(0)?;
     first.ensure_restored()?;
-    // The next one has the console, though the machine may not have seen the first one go.
+    // The next client gets the console, even if the server has not yet seen the first one disconnect.
     let mut second = attach()?;
     second.wait_for_raw()?;
-    // Ctrl-C is the guest's, and does not end the program.
+    // Ctrl-C goes to the guest and does not end the program.
     second.send(b"two\x03three\r")?;
     second.wait_for("heard: three")?;
     second.kill()?;

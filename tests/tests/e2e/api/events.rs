@@ -1,4 +1,4 @@
-//! What happens is told to those who asked, in the log as far as it is wanted, and to users who may know.
+//! Events reach their subscribers, the log follows its level, and only allowed users connect.
 
 use std::{
     fs,
@@ -21,9 +21,9 @@ pub const TESTS: &[TestCase] = &[TestCase::new("api::what_goes_wrong_is_told", g
 
 /// The entropy device.
 const RNG: &str = "1af4:1044";
-/// What the log says, at level warn, of a device that its driver broke.
+/// The warning in the log about a device whose driver broke the rules.
 const LOGGED: &str = "the guest's driver broke the rules of queue 0";
-/// One that may use the API, and one that may not.
+/// A user that may use the API, and one that may not.
 const FRIEND: u32 = 65533;
 const STRANGER: u32 = 65532;
 
@@ -56,14 +56,14 @@ fn goes_wrong(assets: &Assets) -> Result<()> {
         let errors = rng.map(|rng| rng["errors"].clone());
         ensure(errors == Some(json!(count)), stats)
     };
-    // The first time nobody wants to read of it.
+    // The first time, the log level hides it.
     api.call("log.set_level", json!({"level": "error"}))?;
     broken(&mut guest, &mut api, 1)?;
     api.refused("log.set_level", json!({"level": "loud"}), "invalid_params")?;
     api.call("log.set_level", json!({"level": "warn"}))?;
     broken(&mut guest, &mut api, 2)?;
 
-    // Each processor takes it; a guest that is set up to panics.
+    // Every vCPU receives the NMI. A guest can be configured to panic on it.
     api.call("vm.nmi", json!({}))?;
     guest.send("nmis\n")?;
     guest.wait_for("counted")?;
@@ -83,7 +83,7 @@ fn goes_wrong(assets: &Assets) -> Result<()> {
     ensure(said.matches(LOGGED).count() == 1, said)
 }
 
-/// Users that are let in and that are not.
+/// Allowed and refused users.
 fn users(assets: &Assets, guest: &Guest) -> Result<()> {
     let socket = guest.path("api");
     let mode = fs::metadata(&socket).context("the socket")?.permissions();

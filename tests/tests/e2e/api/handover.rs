@@ -1,4 +1,4 @@
-//! What a privileged launcher opens and hands over.
+//! Resources that a privileged launcher opens and hands over.
 
 use std::{
     fs::{self, File, OpenOptions},
@@ -22,7 +22,7 @@ pub const TESTS: &[TestCase] = &[TestCase::new(
     descriptors,
 )];
 
-/// A user without any rights, who runs Fanlight on what root opened.
+/// An unprivileged user, who runs Fanlight with descriptors that root opened.
 const NOBODY: u32 = 65534;
 
 /// The guest's context id.
@@ -65,7 +65,7 @@ fn descriptors(assets: &Assets) -> Result<()> {
     api.refused("vm.create", config.clone(), "bad_input")
         .map(drop)
         .or_else(|_| {
-            // The files may be readable by all; the hypervisor is not.
+            // All users may read the files, but this one may not open /dev/kvm.
             api.refused("vm.boot", json!({}), "bad_input").map(drop)
         })?;
     config["kernel"] = json!({"fd": 0});
@@ -85,13 +85,13 @@ fn descriptors(assets: &Assets) -> Result<()> {
     api.call_with("vm.create", config.clone(), &fds[..5])
         .err()
         .filter(|error| error.to_string().contains("brought 5"))
-        .ok_or_else(|| Failure("a descriptor that is missing is not missed".into()))?;
+        .ok_or_else(|| Failure("a missing descriptor was accepted".into()))?;
     let mut by_path = config.clone();
     by_path["vsock"] = json!({"cid": CID});
     api.call_with("vm.create", by_path, &fds)
         .err()
         .filter(|error| error.to_string().contains("cannot open /dev/vhost-vsock"))
-        .ok_or_else(|| Failure("the host's socket device was not closed to it".into()))?;
+        .ok_or_else(|| Failure("the user could open /dev/vhost-vsock".into()))?;
     api.call_with("vm.create", config, &fds)
         .context("vm.create")?;
     drop((kernel, initrd, kvm, disk, tap, vsock));

@@ -24,7 +24,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::new("api::a_disk_grows", resize),
 ];
 
-/// Says what happens to the disk vda, and does what it is told.
+/// Follows the disk vda: waits for it, writes to it, and reports, as each line asks.
 const WATCH_DISK: &str = "echo ready; while read line; do case $line in
         come) while [ ! -b /dev/vda ]; do sleep 0.1; done; echo came $(cat /sys/block/vda/serial);;
         write) printf written-by-the-guest | dd of=/dev/vda conv=fsync,notrunc 2>/dev/null; echo wrote;;
@@ -83,7 +83,7 @@ fn hotplug_disk(assets: &Assets) -> Result<()> {
             api.call("vm.config", json!({}))?["disk"] == json!([]),
             "still there",
         )?;
-        // Nobody holds it any more.
+        // The image is no longer locked.
         let file = OpenOptions::new()
             .read(true)
             .write(true)
@@ -135,7 +135,7 @@ fn hotplug_net(assets: &Assets) -> Result<()> {
     ip("link set taph up")?;
     let served = guest.converse(|| echo::serve(&Address::Tcp("10.0.67.1:5000".into())))?;
     ensure(served == BYTES, format!("{served} bytes came"))?;
-    // Every byte that came back to the guest was the right one.
+    // The guest has checked every byte that it received.
     guest.wait_for(&format!("agent: called with {BYTES} bytes"))?;
     api.call("device.remove", json!({"id": "lan"}))?;
     guest.wait_for("gone")?;

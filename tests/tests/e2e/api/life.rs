@@ -1,4 +1,4 @@
-//! A machine from nothing to its end, and a clock that stands still meanwhile.
+//! A machine from creation to its end, and a guest clock that stops while the machine is paused.
 
 use std::{
     fs, thread,
@@ -120,7 +120,7 @@ fn whole_life(assets: &Assets) -> Result<()> {
     ];
     ensure(names == expected, format!("{names:?}"))?;
 
-    // Another machine, stopped.
+    // A second machine, which stops.
     api.call("vm.create", config)?;
     api.call("vm.boot", json!({}))?;
     ensure(
@@ -136,7 +136,7 @@ fn whole_life(assets: &Assets) -> Result<()> {
     ensure(!socket.exists(), "the socket is left over")
 }
 
-/// Tells the guest's clock when asked.
+/// Prints the guest's clock on request.
 const TELL: &str =
     "cat /sys/devices/system/clocksource/clocksource0/current_clocksource; echo ready
     while read line; do echo at $line: $(cut -d' ' -f1 /proc/uptime); echo told; done";
@@ -154,7 +154,7 @@ fn pause(assets: &Assets, cmdline: &str) -> Result<()> {
         guest.send("paused\n")?;
         thread::sleep(PAUSE / 2);
         let seen = guest.transcript().matches("at paused: ").count();
-        ensure(seen == round - 1, "it runs while it is paused")?;
+        ensure(seen == round - 1, "the guest ran while it was paused")?;
         api.call("vm.resume", json!({}))?;
         guest.wait_for_times("told", 2 * round)?;
         guest.send("after\n")?;
@@ -170,7 +170,7 @@ fn pause(assets: &Assets, cmdline: &str) -> Result<()> {
     let guest_time = at("at after:")? - at("at before:")?;
     let source = "/sys/devices/system/clocksource/clocksource0/current_clocksource";
     let source = fs::read_to_string(source).context("cannot read the host's clock source")?;
-    // The guest's clock has run as long as the host's, less the pauses.
+    // The guest's clock has advanced as far as the host's, less the pauses.
     ensure(
         guest_time >= 0.0 && guest_time < host - PAUSE.as_secs_f64() + 0.5,
         format!(

@@ -1,4 +1,4 @@
-//! `fanlight doctor` on a good host, and with each thing broken in turn.
+//! `fanlight doctor` on a working host, and with each requirement broken in turn.
 
 use std::{
     fs, io,
@@ -17,7 +17,7 @@ use super::{IGB, host_function, run, virtual_function};
 const NOBODY: u32 = 65534;
 const UDMABUF_LIMIT: &str = "/sys/module/udmabuf/parameters/size_limit_mb";
 
-/// What the doctor said, and its exit status.
+/// The doctor's exit status and output.
 struct Diagnosis(Option<i32>, String);
 
 impl Diagnosis {
@@ -28,7 +28,7 @@ impl Diagnosis {
         Ok(Self(output.status.code(), text))
     }
 
-    /// It ended with this status, and some lines start with these. A fix is a line of its own.
+    /// Checks the exit status, and that the output has lines with these starts. A fix is a line of its own.
     fn says(&self, status: i32, lines: &[&str]) -> Result<()> {
         let Self(code, text) = self;
         ensure(*code == Some(status), format!("{code:?} {text}"))?;
@@ -40,8 +40,8 @@ impl Diagnosis {
     }
 }
 
-/// What the doctor says of a function before it is bound and after, and what the list says of it; then what it says
-/// where something is missing.
+/// The doctor's output for a function before and after it is bound, the list's output, and the output where a
+/// requirement is missing.
 pub fn doctor_and_list(assets: &Assets) -> Result<()> {
     let ask = |arguments: &[&str]| {
         Diagnosis::of(Command::new(&assets.fanlight).arg("doctor").args(arguments))
@@ -99,10 +99,10 @@ pub fn doctor_and_list(assets: &Assets) -> Result<()> {
     user_lacks(assets, &vf)
 }
 
-/// The doctor with a file system of its own, in which `break_it` hid something.
+/// Runs the doctor in a mount namespace in which `break_it` hid something.
 fn broken(assets: &Assets, function: &str, break_it: &str) -> Result<Diagnosis> {
     let doctor = assets.fanlight.display();
-    // Nodes can be taken out of a directory of links.
+    // Links can be removed where device nodes cannot.
     let script = format!(
         "set -e; mkdir -p /tmp/dev; mount --bind /dev /tmp/dev; mount -t tmpfs none /dev
          for node in /tmp/dev/*; do ln -s $node /dev/; done
@@ -185,8 +185,8 @@ fn host_lacks(assets: &Assets, vf: &str) -> Result<()> {
     Ok(())
 }
 
-/// Things that a device lacks. Those that no device of the nested host lacks are shown to the doctor as a sysfs in which they
-/// are missing.
+/// Features that a device may lack. Where no device of the nested host lacks one, the doctor sees a made-up sysfs
+/// without it.
 fn device_lacks(assets: &Assets, vf: &str) -> Result<()> {
     let in_vain = |directory: &str| {
         format!(
@@ -257,11 +257,11 @@ fn device_lacks(assets: &Assets, vf: &str) -> Result<()> {
     broken(assets, vf, ":")?.says(0, &["yes   access:"])
 }
 
-/// A kernel without VFIO_DEVICE_FEATURE, which Linux has since 5.16, or without its dma-bufs, since 6.19.
+/// A kernel without VFIO_DEVICE_FEATURE (Linux 5.16 has it), or without its dma-bufs (Linux 6.19 has them).
 fn kernel_lacks(assets: &Assets, vf: &str) -> Result<()> {
     let mut command = Command::new(&assets.fanlight);
     command.args(["doctor", vf]);
-    // SAFETY: what runs between fork and exec makes system calls only.
+    // SAFETY: the closure makes only system calls between fork and exec.
     unsafe { command.pre_exec(without_device_features) };
     Diagnosis::of(&mut command)?.says(
         1,
@@ -273,10 +273,10 @@ fn kernel_lacks(assets: &Assets, vf: &str) -> Result<()> {
     )
 }
 
-/// Has the kernel know no ioctl VFIO_DEVICE_FEATURE from now on.
+/// Makes the ioctl VFIO_DEVICE_FEATURE fail from now on, as on a kernel that does not know it.
 fn without_device_features() -> io::Result<()> {
     const REQUEST: u32 = 0x3b75;
-    /// Offsets in `struct seccomp_data` of the call's number, and of the low half of its second argument.
+    /// Offsets in `struct seccomp_data`: the system call's number, and the low half of its second argument.
     const NUMBER_AT: u32 = 0;
     const REQUEST_AT: u32 = 24;
     let step = |code: u32, k: u32, skip: u8| libc::sock_filter {
@@ -300,7 +300,7 @@ fn without_device_features() -> io::Result<()> {
         len: steps.len() as u16,
         filter: steps.as_mut_ptr(),
     };
-    // SAFETY: the kernel reads the program, which is there, with as many steps as it says.
+    // SAFETY: the kernel reads the filter program, which is alive and as long as its length says.
     let result = unsafe {
         libc::prctl(
             libc::PR_SET_SECCOMP,
@@ -314,7 +314,7 @@ fn without_device_features() -> io::Result<()> {
     }
 }
 
-/// A user without rights, and one who was given all nodes but may lock little memory.
+/// An unprivileged user, and one with access to all nodes and a low limit of locked memory.
 fn user_lacks(assets: &Assets, vf: &str) -> Result<()> {
     let node = host_function(vf)?.character_device();
     let node = node.ok_or_else(|| Failure(format!("{vf} has no node")))?;

@@ -1,8 +1,8 @@
-//! What any device must do, whatever it is: tried on some of the nested host's, and on one of this machine's if
+//! Requirements on every device, tried on devices of the nested host, and on a device of this machine if
 //! `FANLIGHT_TEST_VFIO` names it.
 //!
-//! What a device has not, or there is no way to try, is told and no failure; of the nested host's devices all that they have
-//! is asked for by name.
+//! A feature that the device lacks or that cannot be tried is reported and is no failure. For devices of the nested
+//! host the test lists all expected features by name.
 
 pub mod faults;
 mod memory;
@@ -24,7 +24,7 @@ use faults::Faults;
 
 use super::{AHCI, IGB, host_function, interface_up, virtual_function, whole_function};
 
-/// Names the device, which is bound to vfio-pci.
+/// Names a device that is bound to vfio-pci.
 pub const VARIABLE: &str = "FANLIGHT_TEST_VFIO";
 
 pub const TESTS: &[TestCase] = &[
@@ -40,14 +40,14 @@ pub const TESTS: &[TestCase] = &[
     .or_named_device(),
 ];
 
-/// What Fanlight says where the host cannot map a BAR for other devices.
+/// Fanlight's message if the host cannot map a BAR for other devices.
 const OUT_OF_REACH: &str = "other devices cannot reach this BAR";
 /// Vendor and device id of bochs-display.
 const DISPLAY: &str = "1234:1111";
 
-/// Tries the device that a person named; else those of the nested host, of which everything is known.
+/// Tries the named device, or else those of the nested host, whose features are all known.
 fn devices(assets: &Assets, iommufd: bool) -> Result<()> {
-    /// There is one such device, and tests run beside each other.
+    /// There is one such device, and tests run in parallel.
     static DEVICE: Mutex<()> = Mutex::new(());
     if let Ok(address) = std::env::var(VARIABLE) {
         let _alone = DEVICE.lock().unwrap_or_else(PoisonError::into_inner);
@@ -62,7 +62,7 @@ fn devices(assets: &Assets, iommufd: bool) -> Result<()> {
 
 fn virtual_and_display(assets: &Assets) -> Result<()> {
     let (physical, vf) = virtual_function(assets, IGB)?;
-    // The virtual function has a carrier while the physical one is up.
+    // The virtual function has a carrier while the physical function is up.
     interface_up(&physical, "10.9.0.1/24")?;
     let done = [
         "did: life 1: is 8086:10ca class 020000 bar0 0x4000 memory64 prefetchable bar3 0x4000 memory64 \
@@ -103,7 +103,7 @@ fn controller(assets: &Assets) -> Result<()> {
     try_known(assets, &controller, false, &done, &["a reset in the guest"])
 }
 
-/// Tries a device of which it is known what can be done with it, and what not.
+/// Tries a device whose possible and impossible checks are known.
 fn try_known(
     assets: &Assets,
     address: &str,
@@ -123,8 +123,8 @@ fn try_known(
     Ok(())
 }
 
-/// Does with the function of this machine's at `address` all that can be done with any. A line for each thing that was
-/// done (`did:`), and for each that could not be tried (`not:`).
+/// Runs every generic check on the function at `address`. Returns a line for each check that was done (`did:`), and for
+/// each that could not be tried (`not:`).
 fn try_device(assets: &Assets, address: &str, iommufd: bool) -> Result<Vec<String>> {
     let function = host_function(address).context(VARIABLE)?;
     function.check_usable().context(VARIABLE)?;
@@ -142,12 +142,12 @@ fn try_device(assets: &Assets, address: &str, iommufd: bool) -> Result<Vec<Strin
     Ok(report)
 }
 
-/// A stock guest with the driver that it has for the device uses it, resets it, uses it again, and restarts.
+/// A stock guest with its driver for the device uses the device, resets it, uses it again, and restarts.
 fn in_a_guest(assets: &Assets, address: &str, iommufd: bool) -> Result<Vec<String>> {
     let function = Function::at(address);
     let mut modules = assets.drivers.of(&function.attribute("modalias")?)?;
     let driver = if modules.is_empty() { "" } else { "driver" };
-    // What makes disks of what a controller finds.
+    // Creates disks from what a controller finds.
     modules.push("sd_mod".into());
     let agent = format!(
         "guest-agent check-device '{}' {driver}",
@@ -163,7 +163,7 @@ fn in_a_guest(assets: &Assets, address: &str, iommufd: bool) -> Result<Vec<Strin
     let image = guest.path("disk");
     fs::write(&image, vec![0; 1 << 20]).context("cannot make a disk")?;
     let iommufd = if iommufd { "on" } else { "off" };
-    // Drivers of GPUs are large.
+    // GPU drivers are large.
     let is_display = function.class()? >> 16 == 3;
     let memory = if is_display { "512M" } else { "256M" };
     let said = guest

@@ -1,4 +1,4 @@
-//! What is left of machines with passed-through devices when they have ended: nothing.
+//! Machines with passed-through devices leave nothing behind when they end.
 
 use std::{
     collections::BTreeMap,
@@ -21,17 +21,17 @@ use serde_json::{Value, json};
 
 use super::{PATIENCE, group_node, open, whole_function};
 
-/// Starts and stops.
+/// Number of starts and stops.
 const ROUNDS: usize = 50;
-/// Pages of each machine's memory.
+/// Guest RAM of each machine, in pages.
 const RAM_PAGES: u64 = (128 << 20) >> 12;
-/// Far longer than the last thread of a machine takes to end.
+/// Far longer than the last thread of a machine takes to exit.
 const SETTLED: Duration = Duration::from_secs(30);
-/// After these the program has all that it keeps for good.
+/// Rounds after which the process has all that it keeps permanently.
 const WARM: usize = 4;
 
-/// One process has fifty machines with the same two devices, one machine after the other, by both interfaces, there at
-/// the start or added while the guest runs. Of none of them a descriptor, a pinned page or a mapping is left.
+/// One process runs fifty machines with the same two devices in turn, through both interfaces. Devices are there at the
+/// start or are hot-plugged. No machine leaves a descriptor, a pinned page or a mapping.
 pub fn fifty_starts_leave_nothing(assets: &Assets) -> Result<()> {
     let edu = whole_function(assets, edu::IDS)?;
     let memory = whole_function(assets, edu::MEMORY_IDS)?;
@@ -70,7 +70,7 @@ pub fn fifty_starts_leave_nothing(assets: &Assets) -> Result<()> {
                     call("device.add", json!({"vfio": device}), &[])?;
                 }
             }
-            // As a launcher hands them over.
+            // As a launcher passes descriptors.
             3 => {
                 let [first, second] = [group_node(&edu)?, group_node(&memory)?];
                 let container = open("/dev/vfio/vfio")?;
@@ -87,7 +87,7 @@ pub fn fifty_starts_leave_nothing(assets: &Assets) -> Result<()> {
             _ => {}
         }
         let running = Held::of(server.pid())?;
-        // The kernel's counters lag behind by some pages.
+        // The kernel's counters lag by some pages.
         let [before, now] = [&idle, &running].map(|held| held.pinned);
         ensure(
             now > before + RAM_PAGES / 2,
@@ -130,19 +130,19 @@ fn connect(socket: &Path) -> Result<Client> {
     Ok(client)
 }
 
-/// What a process holds.
+/// Resources that a process holds.
 #[derive(Debug, PartialEq, Eq)]
 struct Held {
-    /// Its descriptors by what they are of.
+    /// Count of descriptors by the file they refer to.
     files: BTreeMap<String, usize>,
-    /// Its mappings of files.
+    /// File mappings.
     mappings: BTreeMap<String, usize>,
-    /// Pages that devices may reach, of the whole system.
+    /// Pages pinned for DMA, of the whole system.
     pinned: u64,
-    /// What counts for the process's limits, in KiB.
+    /// Memory that counts against the process's lock limit, in KiB.
     locked: u64,
-    /// Pages of memory files that are in huge ones, of the whole system: those of guest RAM, which stay as they are from
-    /// when devices may reach them.
+    /// Pages of memory files that are in huge pages, of the whole system. Guest RAM keeps its page size once it is
+    /// pinned.
     huge: u64,
 }
 
@@ -151,10 +151,10 @@ impl Held {
         let read = |path: &str| fs::read_to_string(path).context(format!("cannot read {path}"));
         let mut files = BTreeMap::new();
         let descriptors = fs::read_dir(format!("/proc/{pid}/fd")).context("cannot list fds")?;
-        // One that is closed meanwhile is none.
+        // A descriptor that was closed meanwhile does not count.
         for link in descriptors.filter_map(|entry| fs::read_link(entry.ok()?.path()).ok()) {
             let name = link.to_string_lossy();
-            // Sockets and pipes have numbers.
+            // Names of sockets and pipes end in numbers.
             let name = name.trim_end_matches(|c: char| c.is_ascii_digit() || c == ']');
             *files.entry(name.to_owned()).or_default() += 1;
         }
@@ -182,7 +182,7 @@ impl Held {
         })
     }
 
-    /// Waits until the process holds just this again: threads end, and the kernel closes, a little later.
+    /// Waits until the process holds the same again: threads exit, and the kernel closes files, with a short delay.
     fn comes_back(&self, pid: u32, round: usize) -> Result<()> {
         let is_open = |held: &Self| (held.files.clone(), held.mappings.clone());
         self.wait(pid, round, |now| {
@@ -190,7 +190,7 @@ impl Held {
         })
     }
 
-    /// Waits until no more is pinned or locked than there was.
+    /// Waits until the pinned and locked pages are back to the earlier counts.
     fn pins_come_back(&self, pid: u32, round: usize) -> Result<()> {
         self.wait(pid, round, |now| self.pins_are_back(now))
     }

@@ -1,4 +1,4 @@
-//! Several devices of one guest's, one of them with far more memory than the guest.
+//! Several devices of one guest, one of them with far more memory than the guest.
 
 use fanlight_tests::{
     Result,
@@ -11,8 +11,8 @@ use super::whole_function;
 
 const DISPLAY: &str = "1234:1111";
 
-/// Three devices at once, of which one has a BAR of 16 GiB: each is there with its BARs, both ends of the large one
-/// are memory, and another device's DMA reaches it.
+/// Three devices at once, one with a BAR of 16 GiB. Each has its BARs, both ends of the large one are memory, and DMA
+/// of another device reaches it.
 pub fn three_devices_and_16_gib(assets: &Assets) -> Result<()> {
     let mut script = String::new();
     let mut sizes = Vec::new();
@@ -34,6 +34,6 @@ pub fn three_devices_and_16_gib(assets: &Assets) -> Result<()> {
     ensure(tried == addresses.len(), &said)?;
     ensure(said.contains("edu copied 8192 bytes"), &said)?;
     ensure(!said.contains("cannot reach"), &said)?;
-    // What was written at the end of the large BAR.
+    // The value that was written at the end of the large BAR.
     ensure(said.contains("agent: mark was 7"), &said)
 }

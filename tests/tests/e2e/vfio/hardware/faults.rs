@@ -1,4 +1,4 @@
-//! What the host's IOMMU says of a device's DMA.
+//! Faults that the host's IOMMU reports for a device's DMA.
 
 use std::{
     fs::File,
@@ -10,19 +10,19 @@ use std::{
 
 use fanlight_tests::{Context, Result, ensure};
 
-/// The IOMMU tells of a fault by an interrupt, which comes when it comes: the DMA may be over before.
+/// The IOMMU reports a fault by an interrupt, which may arrive after the DMA has ended.
 const SETTLING: Duration = Duration::from_millis(500);
-/// Far more than that takes.
+/// Far longer than a report takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// A place in the kernel's log, from which on a device's faults are looked for.
+/// A position in the kernel's log, from which faults of a device are searched.
 pub struct Faults {
     log: File,
     address: String,
 }
 
 impl Faults {
-    /// Of the device at `address`, from now on.
+    /// Follows the device at `address` from now on.
     pub fn of(address: &str) -> Result<Self> {
         let what = "cannot read the kernel's log";
         let mut options = File::options();
@@ -35,8 +35,8 @@ impl Faults {
         })
     }
 
-    /// Waits until the device's try to reach `iova` is told of. Fails if it tried to reach anything else before: faults
-    /// are told of in their order.
+    /// Waits until the kernel reports a fault of the device at `iova`. Fails if it reports another address first:
+    /// faults are reported in order.
     pub fn comes_at(&mut self, iova: u64) -> Result<()> {
         let (start, iova) = (Instant::now(), format!("{iova:#x}"));
         loop {
@@ -45,22 +45,22 @@ impl Faults {
                 let expected = faults.iter().all(|fault| fault.contains(&iova));
                 return ensure(expected, format!("not only faults at {iova}: {faults:#?}"));
             }
-            let what = "DMA to where nothing is mapped is no fault";
+            let what = "DMA to an unmapped address reported no fault";
             ensure(start.elapsed() < PATIENCE, what)?;
             thread::sleep(Duration::from_millis(10));
         }
     }
 
-    /// Fails if the device tried to reach what it may not.
+    /// Fails if the device made a DMA that the IOMMU refused.
     pub fn none_since(mut self) -> Result<()> {
         thread::sleep(SETTLING);
         let faults = self.told()?;
-        ensure(faults.is_empty(), format!("DMA went wrong: {faults:#?}"))
+        ensure(faults.is_empty(), format!("DMA faults: {faults:#?}"))
     }
 
-    /// The device's faults that were told of since this was asked last.
+    /// The device's faults reported since the last call.
     fn told(&mut self) -> Result<Vec<String>> {
-        /// The longest record.
+        /// The longest record of the kernel's log.
         const RECORD: usize = 8192;
         let mut record = [0; RECORD];
         let mut faults = Vec::new();
@@ -81,9 +81,9 @@ impl Faults {
     }
 }
 
-/// Whether a record is of a fault of this device's, by Intel's driver or by AMD's.
+/// Whether a record is a fault of this device, from the Intel or the AMD IOMMU driver.
 fn is_fault(record: &str, address: &str) -> bool {
-    // Intel's knows no domains, but segments elsewhere in the line.
+    // Intel's driver prints no domain before the address; the segment is elsewhere in the line.
     let short = address.split_once(':').map_or(address, |(_, short)| short);
     let intel = record.contains("DMAR:") && record.contains("fault addr");
     let amd = record.contains("IO_PAGE_FAULT");

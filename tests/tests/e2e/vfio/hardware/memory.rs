@@ -1,4 +1,4 @@
-//! A device's memory outside of the guest: as dma-bufs, and as what is on a screen.
+//! Device memory outside the guest: as dma-bufs, and as screen content.
 
 use std::{io, os::fd::AsFd, slice};
 
@@ -14,12 +14,12 @@ use fanlight_tests::{
 use crate::e2e::vram;
 
 const PAGE: u64 = 4096;
-/// VFIO's number for configuration space, and COMMAND there with its bit for memory.
+/// VFIO's index of configuration space, and COMMAND there with its memory bit.
 const CONFIG: u32 = 7;
 const COMMAND: u64 = 4;
 const MEMORY: [u8; 2] = [0b10, 0];
 const OFF: [u8; 2] = [0; 2];
-/// Where an IOMMU maps what is tried: above what any reserves.
+/// The IOVA of the mappings that are tried, above all reserved ranges.
 const IOVA: u64 = 1 << 32;
 
 /// Opens the device as Fanlight does.
@@ -30,8 +30,8 @@ fn open(function: &HostFunction, iommufd: bool) -> Result<HostDevice> {
     HostDevice::open(function, iommu, None).map_err(|error| line(&error))
 }
 
-/// Each BAR of memory becomes a dma-buf as a whole and in parts, which iommufd maps for other devices, not while the
-/// memory is off, and again after that and after a reset.
+/// Each memory BAR becomes a dma-buf, as a whole and in parts, and iommufd maps it for other devices. While memory
+/// decoding is off the mapping fails; afterwards, and after a reset, it works again.
 pub fn exported(function: &HostFunction, iommufd: bool) -> Result<Vec<String>> {
     let device = open(function, iommufd)?;
     if let Err(error) = vfio_export::probe(&device) {
@@ -61,7 +61,10 @@ pub fn exported(function: &HostFunction, iommufd: bool) -> Result<Vec<String>> {
         ensure(size(&whole)? == bar.size, format!("{what}: another size"))?;
         if bar.size > 2 * PAGE {
             let parts = export(&[(bar.size - PAGE, PAGE), (0, PAGE)])?;
-            ensure(size(&parts)? == 2 * PAGE, format!("{what}: parts are lost"))?;
+            ensure(
+                size(&parts)? == 2 * PAGE,
+                format!("{what}: parts are missing"),
+            )?;
         }
         let mut done = format!("did: dma-buf of {what}, {:#x} bytes", bar.size);
         if iommufd {
@@ -70,10 +73,13 @@ pub fn exported(function: &HostFunction, iommufd: bool) -> Result<Vec<String>> {
                 mapped.context(format!("{what}: cannot map its dma-buf {when}"))
             };
             map("at first")?;
-            // The memory of a virtual function is switched by the physical one.
+            // The physical function controls memory decoding of its virtual functions.
             if function.physical_function().is_none() {
                 power(&device, OFF)?;
-                ensure(map("").is_err(), format!("{what} is there while it is off"))?;
+                ensure(
+                    map("").is_err(),
+                    format!("{what} can be mapped while memory decoding is off"),
+                )?;
                 power(&device, MEMORY)?;
                 map("after it was off")?;
             }
@@ -99,8 +105,8 @@ fn size(dmabuf: &impl AsFd) -> Result<u64> {
         .context("cannot ask for a dma-buf's size")
 }
 
-/// What a guest draws into the memory of a display or of a memory device is on its screen and leaves as a dma-buf. No
-/// other device's memory is written to: there may be registers.
+/// Pixels that a guest draws into the memory of a display or memory device reach its screen and leave as a dma-buf.
+/// Memory of other devices is not written: it may hold registers.
 pub fn shown(assets: &Assets, address: &str) -> Result<Vec<String>> {
     /// Base classes (PCI Code and ID Assignment 1.11, 1).
     const DISPLAY: u32 = 0x03;
