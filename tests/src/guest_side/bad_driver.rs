@@ -1,4 +1,4 @@
-//! A virtio driver that breaks the rules, from a program in the guest.
+//! A virtio driver in a guest program that breaks the rules.
 
 use std::{
     fs::{self, File},
@@ -15,7 +15,7 @@ use crate::{
     ensure,
 };
 
-/// Where Fanlight has the common configuration and the first queue's doorbell in BAR 0.
+/// Offsets in BAR 0 at which Fanlight has the common configuration and the doorbell of the first queue.
 const COMMON: usize = 0;
 const NOTIFY: usize = 0x3000;
 /// Fields of the common configuration (Virtio 1.3, 4.1.4.3).
@@ -34,15 +34,15 @@ const NEEDS_RESET: u8 = 64;
 /// VIRTIO_F_VERSION_1 in the upper half of the features.
 const VERSION_1: u32 = 1;
 
-/// Rings of a queue in one page: descriptors, then what is available, then what is used.
+/// Offsets of a queue's rings in one page: descriptor table, available ring, used ring.
 const RINGS: [usize; 3] = [0, 0x100, 0x200];
 const ENTRIES: u16 = 2;
 const WRITE_ONLY: u64 = 2 << 32;
-/// Far more than it takes.
+/// Far longer than the device takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Takes the device with these ids from its driver, and asks it to write where no memory is. The device's
-/// status, once it says that it needs a reset.
+/// Unbinds the driver of the device with these ids, and submits a buffer where no memory is. Returns the device status
+/// once it says that the device needs a reset.
 pub fn break_device(ids: &str) -> Result<u8> {
     let function = Function::only(ids)?;
     let unbind = function.path().join("driver/unbind");
@@ -100,7 +100,7 @@ fn halves(address: u64) -> [u32; 2] {
     [address as u32, (address >> 32) as u32]
 }
 
-/// A page that stays where it is, for a device to read.
+/// A locked page for a device to read.
 struct Page(*mut u8);
 
 impl Page {
@@ -108,7 +108,7 @@ impl Page {
 
     fn new() -> Result<Self> {
         let access = ProtFlags::READ | ProtFlags::WRITE;
-        // SAFETY: a new mapping at an address of the kernel's choice.
+        // SAFETY: a new mapping at an address that the kernel chooses.
         let base =
             unsafe { mmap_anonymous(std::ptr::null_mut(), Self::LEN, access, MapFlags::PRIVATE) }
                 .context("cannot map a page")?;
@@ -137,14 +137,14 @@ impl Page {
 
     fn write(&self, offset: usize, value: u64) {
         assert!(offset.is_multiple_of(8) && offset + 8 <= Self::LEN);
-        // SAFETY: the page is mapped while this lives, and the place is in it and aligned.
+        // SAFETY: the page is mapped while this lives, and the offset is within it and aligned.
         unsafe { self.0.add(offset).cast::<u64>().write_volatile(value) }
     }
 }
 
 impl Drop for Page {
     fn drop(&mut self) {
-        // SAFETY: made by `new`, and nobody else knows it.
+        // SAFETY: made by `new`, and no other owner exists.
         let _ = unsafe { munmap(self.0.cast(), Self::LEN) };
     }
 }

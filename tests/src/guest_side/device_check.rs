@@ -1,7 +1,7 @@
-//! What a guest does with a passed-through device, whatever it is, to find out whether it works: by its driver, as far
-//! as something can be done with a device of its class that changes nothing outside, and over a reset.
+//! Checks in a guest whether a passed-through device works with its driver, before and after a reset. Only actions
+//! without an outside effect are tried, as the device's class allows.
 //!
-//! Prints a line that starts with `did:` for what was done and worked, and with `not:` for what there is no way to try.
+//! Prints a line that starts with `did:` for a check that succeeded, and with `not:` for one that cannot be tried.
 
 use std::{
     fs::{self, File},
@@ -15,9 +15,9 @@ use std::{
 
 use crate::{Context, Failure, Result, common::pci::Function, ensure};
 
-/// Far longer than a driver takes to begin. Not a measure of speed.
+/// Far longer than a driver takes to start; speed does not matter.
 const PATIENCE: Duration = Duration::from_secs(60);
-/// A cable, or a disk, that is not there by then is not there.
+/// A link or disk that does not appear in this time does not exist.
 const MEDIUM: Duration = Duration::from_secs(60);
 /// Base classes (PCI Code and ID Assignment 1.11, 1).
 const STORAGE: u32 = 0x01;
@@ -27,12 +27,12 @@ const DISPLAY: u32 = 0x03;
 /// What a driver did with its device.
 struct Work {
     what: String,
-    /// Whether that interrupts.
+    /// Whether this raises interrupts.
     interrupts: bool,
 }
 
-/// Tries the only function that is described so ([`Function::describe`]): it is there, shows nothing of the host,
-/// and works with its driver, if there is one to expect, before and, if it can be reset, after that.
+/// Checks the only function with this description ([`Function::describe`]). It must hide host properties, and work with
+/// its driver, if one is expected. If it can be reset, it must work again afterwards.
 pub fn check_device(description: &str, has_driver: bool, with_reset: bool) -> Result<String> {
     let function = Function::described(description)?;
     function.hides_what_is_the_hosts()?;
@@ -86,7 +86,8 @@ fn use_driver(function: &Function) -> Result<()> {
     Ok(())
 }
 
-/// Resets the function by the first way that the guest's kernel has. Everything is where it was, and its driver works.
+/// Resets the function by the first method that the guest's kernel offers. BARs must stay in place, and the driver must
+/// work again.
 fn reset(function: &Function) -> Result<()> {
     let methods = function.attribute("reset_method").unwrap_or_default();
     let Some(method) = methods.split_whitespace().next() else {
@@ -113,8 +114,8 @@ fn reset(function: &Function) -> Result<()> {
     Ok(())
 }
 
-/// Sends broadcasts, if something is at the other end of the cable. Each one is read out of the guest's memory, and the
-/// device writes there that it has gone.
+/// Sends broadcasts, if the link has a carrier. The device reads each one from guest memory, and writes its completion
+/// there.
 fn send(function: &Function) -> Result<Option<Work>> {
     const COUNT: u64 = 32;
     let interface = wait(PATIENCE, || below(function, "/sys/class/net").pop());
@@ -125,7 +126,7 @@ fn send(function: &Function) -> Result<Option<Work>> {
         run("/bin/ip", &arguments)
     };
     ip(&format!("link set {name} up"))?;
-    // A driver that was bound again has another interface.
+    // The interface of a driver that was bound again is new and has no address.
     ip(&format!("addr add 169.254.9.9/16 brd + dev {name}"))?;
     let number = |file: &str| -> Option<u64> {
         let text = fs::read_to_string(interface.join(file)).ok()?;
@@ -143,7 +144,7 @@ fn send(function: &Function) -> Result<Option<Work>> {
         .set_broadcast(true)
         .context("cannot make a socket broadcast")?;
     for _ in 0..COUNT {
-        // The port that throws everything away.
+        // The discard port.
         let sent = socket.send_to(&[0; 64], "169.254.255.255:9");
         sent.context("cannot send")?;
     }
@@ -155,7 +156,7 @@ fn send(function: &Function) -> Result<Option<Work>> {
     }))
 }
 
-/// Reads the start of its disks, if it has any.
+/// Reads the start of the function's disks, if it has any.
 fn read_disks(function: &Function) -> Result<Option<Work>> {
     const LEN: u64 = 1 << 20;
     let find = || Some(below(function, "/sys/block")).filter(|disks| !disks.is_empty());
@@ -178,7 +179,7 @@ fn read_disks(function: &Function) -> Result<Option<Work>> {
     }))
 }
 
-/// Its driver has made a card that can be opened.
+/// Opens the DRM card that the driver created.
 fn find_card(function: &Function) -> Result<Option<Work>> {
     let find = || {
         let nodes = below(function, "/sys/class/drm");
@@ -194,7 +195,7 @@ fn find_card(function: &Function) -> Result<Option<Work>> {
     }))
 }
 
-/// What of a directory of links lies below the function's own.
+/// Entries of a directory of links that lie below the function's directory.
 fn below(function: &Function, directory: &str) -> Vec<PathBuf> {
     let Ok(place) = fs::canonicalize(function.path()) else {
         return Vec::new();
@@ -211,7 +212,7 @@ fn name(path: &Path) -> String {
     name.to_string_lossy().into_owned()
 }
 
-/// How the function interrupts, and the numbers of the interrupts that its driver has asked for.
+/// The interrupt kind of the function, and the numbers of the interrupts that its driver requested.
 fn vectors(function: &Function) -> Result<(String, Vec<String>)> {
     let messages = fs::read_dir(function.path().join("msi_irqs"));
     let messages: Vec<_> = messages.into_iter().flatten().flatten().collect();
@@ -229,7 +230,7 @@ fn vectors(function: &Function) -> Result<(String, Vec<String>)> {
     };
     let text = interrupts();
     let asked = || text.lines().filter_map(|line| line.split_once(':'));
-    // A function without any has number 0, which is the timer's.
+    // Number 0 means no interrupt; it is the timer's.
     numbers.retain(|number| number != "0" && asked().any(|(other, _)| other.trim() == number));
     Ok((kind.into(), numbers))
 }
@@ -238,7 +239,7 @@ fn interrupts() -> String {
     fs::read_to_string("/proc/interrupts").unwrap_or_default()
 }
 
-/// How often these came.
+/// How often these interrupts were raised.
 fn count(vectors: &[String]) -> u64 {
     let text = interrupts();
     let of_line = |line: &str| {

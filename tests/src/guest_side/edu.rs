@@ -1,5 +1,5 @@
-//! QEMU's device for teaching (QEMU `docs/specs/edu`): its DMA engine reads and writes whatever the bus
-//! lets it, which proves what other devices can reach.
+//! QEMU's edu device (QEMU `docs/specs/edu`): its DMA engine accesses every bus address that it can reach, which proves
+//! what other devices can reach.
 
 use std::{
     fs::File,
@@ -23,18 +23,18 @@ use crate::{
 
 const DMA_START: u64 = 1;
 const DMA_FROM_BUFFER: u64 = 2;
-/// Bytes of another device's memory that are used: the guest would need page tables for all of it.
+/// Bytes of the other device's memory that are mapped: the guest would need page tables for all of it.
 const PART: u64 = 1 << 20;
-/// Far more than a transfer takes.
+/// Far longer than a transfer takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The device.
+/// The edu device.
 pub struct Edu {
     registers: Mmio,
 }
 
 impl Edu {
-    /// Takes the only one there is.
+    /// Opens the only edu device.
     pub fn open() -> Result<Self> {
         let function = Function::only(IDS)?;
         function.enable(true)?;
@@ -56,25 +56,24 @@ impl Edu {
         Ok(())
     }
 
-    /// Copies 4 KiB between two bus addresses, through its buffer.
+    /// Copies 4 KiB between two bus addresses through the device's buffer.
     pub fn copy(&self, from: u64, to: u64) -> Result<()> {
         self.read(from)?;
         self.write(to)
     }
 
-    /// Fills its buffer of 4 KiB from a bus address.
+    /// Fills the device's buffer of 4 KiB from a bus address.
     pub fn read(&self, from: u64) -> Result<()> {
         self.transfer(from, BUFFER, 0)
     }
 
-    /// Writes its buffer to a bus address.
+    /// Writes the device's buffer to a bus address.
     pub fn write(&self, to: u64) -> Result<()> {
         self.transfer(BUFFER, to, DMA_FROM_BUFFER)
     }
 }
 
-/// Has the device copy within another one's memory, and compares; then again after that one's memory was
-/// off for a while.
+/// Has the device copy within another device's memory, and compares; then again after that memory was off for a while.
 pub fn copy_in_peer() -> Result<u64> {
     let (edu, peer) = (Edu::open()?, Function::only(MEMORY_IDS)?);
     peer.enable(true)?;
@@ -105,7 +104,7 @@ pub fn copy_in_peer() -> Result<u64> {
     Ok(bytes)
 }
 
-/// Leaves `mark` at the end of the memory, which outlives the guest; what was there before.
+/// Writes `mark` at the end of the memory, which outlives the guest. Returns the value before.
 pub fn swap_mark(mark: u64) -> Result<u64> {
     let peer = Function::only(MEMORY_IDS)?;
     peer.enable(true)?;
@@ -117,8 +116,8 @@ pub fn swap_mark(mark: u64) -> Result<u64> {
     Ok(before)
 }
 
-/// Has the device interrupt `count` times through the guest's own vfio-pci, each time after the one before was
-/// heard; how long it took to hear it that often.
+/// Has the device interrupt `count` times through the guest's own vfio-pci, each time after the previous interrupt
+/// arrived. Returns the total time.
 pub fn interrupts(kind: Interrupt, count: u32) -> Result<Duration> {
     const RAISE: usize = 0x60;
     const ACKNOWLEDGE: usize = 0x64;

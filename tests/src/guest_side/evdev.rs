@@ -1,4 +1,4 @@
-//! What a guest hears of its input devices (Linux `include/uapi/linux/input.h`).
+//! Events of the guest's input devices (Linux `include/uapi/linux/input.h`).
 
 use std::{
     fs::{self, File},
@@ -11,8 +11,8 @@ use crate::{Context, Failure, Result};
 /// `struct input_event`: 16 bytes of time, then type, code and value.
 const EVENT: usize = 24;
 
-/// Prints `heard: DEVICE TYPE CODE VALUE` for every event of every Fanlight input device, until the devices go.
-/// The name is without Fanlight's own, and without spaces.
+/// Prints `heard: DEVICE TYPE CODE VALUE` for every event of every Fanlight input device, until the devices go. The
+/// name is without the prefix "Fanlight", and without spaces.
 pub fn listen() -> Result<String> {
     let mut listeners = Vec::new();
     for entry in fs::read_dir("/sys/class/input").context("cannot list input devices")? {

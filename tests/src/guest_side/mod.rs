@@ -1,4 +1,4 @@
-//! What runs inside guests, as verbs of the program `guest-agent`.
+//! Programs that run inside guests, as subcommands of `guest-agent`.
 
 pub mod bad_driver;
 pub mod device_check;

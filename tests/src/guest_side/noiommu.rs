@@ -1,5 +1,5 @@
-//! A device in a guest's own vfio-pci, without an IOMMU: what user space can do there with a passed-through
-//! device's memory (Linux `Documentation/driver-api/vfio.rst`).
+//! A device in a guest's own vfio-pci, without an IOMMU: user space accesses to a passed-through device's memory (Linux
+//! `Documentation/driver-api/vfio.rst`).
 
 use std::{
     ffi::CString,
@@ -29,12 +29,12 @@ const VFIO_GROUP_GET_DEVICE_FD: u64 = 0x3b6a;
 const VFIO_DEVICE_SET_IRQS: u64 = 0x3b6e;
 const VFIO_DEVICE_RESET: u64 = 0x3b6f;
 const VFIO_NOIOMMU_IOMMU: u64 = 8;
-/// VFIO's number for configuration space.
+/// VFIO's index of configuration space.
 const CONFIG: u32 = 7;
 const COMMAND: u64 = 4;
 const MEMORY_AND_MASTER: u16 = 0b110;
 
-/// What VFIO_DEVICE_SET_IRQS does: says who hears an interrupt, or lets a masked line interrupt again.
+/// Uses of VFIO_DEVICE_SET_IRQS: sets the eventfd of an interrupt, or unmasks INTx.
 const HEAR: u32 = DATA_EVENTFD | ACTION_TRIGGER;
 const UNMASK: u32 = DATA_NONE | ACTION_UNMASK;
 const DATA_NONE: u32 = 1;
@@ -42,17 +42,17 @@ const DATA_EVENTFD: u32 = 1 << 2;
 const ACTION_UNMASK: u32 = 1 << 4;
 const ACTION_TRIGGER: u32 = 1 << 5;
 
-/// How a device interrupts, by VFIO's numbers.
+/// Interrupt kinds, by VFIO's index.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 #[repr(u32)]
 pub enum Interrupt {
-    /// Its line, which vfio-pci masks when it has interrupted.
+    /// INTx, which vfio-pci masks after each interrupt.
     Intx = 0,
-    /// A message.
+    /// A message (MSI).
     Msi = 1,
 }
 
-/// A device that is open.
+/// An open device.
 #[derive(Debug)]
 pub struct NoIommu {
     device: File,
@@ -61,7 +61,7 @@ pub struct NoIommu {
 }
 
 impl NoIommu {
-    /// Takes a function from whatever driver it has, and opens it.
+    /// Unbinds a function from its driver, and opens it.
     pub fn open(function: &Function) -> Result<Self> {
         let address = function.address();
         let write = |path: &str, text: &str| {
@@ -87,7 +87,7 @@ impl NoIommu {
         let container = open("/dev/vfio/vfio".into())?;
         let group = open(format!("/dev/vfio/noiommu-{number}"))?;
         let descriptor = container.as_raw_fd();
-        // SAFETY: reads one number.
+        // SAFETY: the ioctl reads one number.
         unsafe {
             ioctl(
                 &group,
@@ -96,14 +96,14 @@ impl NoIommu {
             )
         }
         .context("VFIO_GROUP_SET_CONTAINER")?;
-        // SAFETY: takes a number.
+        // SAFETY: the ioctl takes a number.
         unsafe { ioctl(&container, VFIO_SET_IOMMU, VFIO_NOIOMMU_IOMMU) }
             .context("VFIO_SET_IOMMU")?;
         let name = CString::new(address).context("an address with a NUL")?;
-        // SAFETY: reads a string up to its NUL.
+        // SAFETY: the ioctl reads a string up to its NUL.
         let device = unsafe { ioctl(&group, VFIO_GROUP_GET_DEVICE_FD, name.as_ptr() as u64) }
             .context("VFIO_GROUP_GET_DEVICE_FD")?;
-        // SAFETY: the ioctl returned a new descriptor, which nobody else owns.
+        // SAFETY: the ioctl returned a new descriptor, and no other owner exists.
         let device = unsafe { OwnedFd::from_raw_fd(device) };
         let open = Self {
             device: device.into(),
@@ -119,7 +119,7 @@ impl NoIommu {
             .context(format!("there is no region {region}"))
     }
 
-    /// Lets the device's memory be reached and the device reach memory, or neither.
+    /// Switches memory decoding and bus mastering on or off.
     pub fn enable(&self, on: bool) -> Result<()> {
         let at = self.start(CONFIG)? + COMMAND;
         let value = if on { MEMORY_AND_MASTER } else { 0 };
@@ -129,13 +129,13 @@ impl NoIommu {
 
     /// Resets the function, as its driver would.
     pub fn reset(&self) -> Result<()> {
-        // SAFETY: takes no argument.
+        // SAFETY: the ioctl takes no argument.
         unsafe { ioctl(&self.device, VFIO_DEVICE_RESET, 0) }
             .map(drop)
             .context("VFIO_DEVICE_RESET")
     }
 
-    /// A dma-buf of ranges (offset and length) of a BAR.
+    /// Exports ranges (offset and length) of a BAR as a dma-buf.
     pub fn export(&self, bar: u32, ranges: &[(u64, u64)]) -> Result<OwnedFd> {
         let ranges: Vec<_> = ranges
             .iter()
@@ -145,14 +145,14 @@ impl NoIommu {
             .map_err(|error| Failure(error_line(&error)))
     }
 
-    /// What counts the device's interrupts of a kind, its first one where there are several.
+    /// An eventfd that counts the device's interrupts of a kind; of several vectors, the first.
     pub fn hear(&self, kind: Interrupt) -> Result<OwnedFd> {
         let heard = eventfd(0, EventfdFlags::CLOEXEC).context("cannot make an eventfd")?;
         self.set_interrupts(kind, HEAR, Some(heard.as_raw_fd()))?;
         Ok(heard)
     }
 
-    /// Lets the device's line interrupt again.
+    /// Unmasks the device's INTx.
     pub fn unmask(&self) -> Result<()> {
         self.set_interrupts(Interrupt::Intx, UNMASK, None)
     }
@@ -162,13 +162,13 @@ impl NoIommu {
         let mut words = vec![0, action, kind as u32, start, count];
         words.extend(heard.map(|fd| fd as u32));
         words[0] = (words.len() * size_of::<u32>()) as u32;
-        // SAFETY: the kernel reads as many bytes as the first word says, which is their length.
+        // SAFETY: the kernel reads the length in the first word, which is the array's.
         unsafe { ioctl(&self.device, VFIO_DEVICE_SET_IRQS, words.as_ptr() as u64) }
             .map(drop)
             .context(format!("VFIO_DEVICE_SET_IRQS, {kind:?}"))
     }
 
-    /// A part of a BAR, to draw into.
+    /// Maps a part of a BAR.
     pub fn map(&self, bar: u32, offset: u64, len: u64) -> Result<Mmio> {
         Mmio::new(&self.device, self.start(bar)? + offset, len)
             .context(format!("cannot map {len:#x} bytes of BAR {bar}"))
@@ -176,9 +176,9 @@ impl NoIommu {
 }
 
 /// # Safety
-/// `argument` is what `request` takes.
+/// `argument` is of the type that `request` takes.
 unsafe fn ioctl(file: &File, request: u64, argument: u64) -> std::io::Result<i32> {
-    // SAFETY: the caller's promise.
+    // SAFETY: the caller guarantees the argument.
     let result = unsafe { libc::ioctl(file.as_raw_fd(), request as _, argument) };
     if result < 0 {
         Err(std::io::Error::last_os_error())

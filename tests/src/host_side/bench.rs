@@ -17,18 +17,18 @@ use crate::{
     },
 };
 
-/// Rounds unless [`ROUNDS`] says otherwise; medians are of so many.
+/// Default number of rounds, of which medians are taken; [`ROUNDS`] overrides it.
 const DEFAULT_ROUNDS: usize = 5;
 const ROUNDS: &str = "FANLIGHT_BENCH_ROUNDS";
-/// Every guest's command line.
+/// The command line of every guest.
 pub const CMDLINE: &str = "console=ttyS0 panic=-1 quiet";
 
-/// What VMMs start, all in memory, so that none waits for a disk.
+/// Guest files, all in memory so that no VMM waits for a disk.
 pub struct Paths {
     dir: tempfile::TempDir,
-    /// The VMM beside which Fanlight is measured.
+    /// The VMM that Fanlight is compared with.
     pub emulator: Emulator,
-    /// What else was downloaded; it is read over the share.
+    /// Other downloads, read over the share.
     pub cache: Cache,
 }
 
@@ -68,8 +68,8 @@ const FANLIGHT: &str = "fanlight";
 const KERNEL: &str = "vmlinuz";
 const INITRD: &str = "guest.cpio";
 
-/// Runs `measure`, which is told how many rounds to make, on this machine, or in the nested host. `initrd` makes the
-/// guest's root. The environment variable `FANLIGHT_BENCH_ROUNDS` is for trying a benchmark itself.
+/// Runs `measure` with the number of rounds, on this machine or in the nested host. `initrd` makes the guest's root.
+/// The environment variable `FANLIGHT_BENCH_ROUNDS` is for development of a benchmark.
 pub fn run(
     initrd: impl FnOnce(&Cache) -> Result<Vec<u8>>,
     measure: impl FnOnce(&Paths, usize) -> Result<()>,
@@ -77,21 +77,21 @@ pub fn run(
     run_with(&[], initrd, measure)
 }
 
-/// The two that most benchmarks compare.
+/// The two VMMs that most benchmarks compare.
 #[derive(Clone, Copy, Debug)]
 pub enum Vmm {
-    /// This one.
+    /// Fanlight.
     Fanlight,
-    /// Its peer.
+    /// QEMU.
     Qemu,
 }
 
 impl Vmm {
-    /// Both, in their turns.
+    /// Both, in the order of their turns.
     pub const BOTH: [Self; 2] = [Self::Fanlight, Self::Qemu];
 }
 
-/// Does what the emulator may spoil, up to three times, and says what came of it.
+/// Runs a step that the emulator may disturb, up to three times, and prints the result.
 pub fn tried<T: Debug>(what: &str, run: impl Fn() -> Result<T>) -> Result<T> {
     const TRIES: usize = 3;
     let mut tries = 0;
@@ -108,8 +108,8 @@ pub fn tried<T: Debug>(what: &str, run: impl Fn() -> Result<T>) -> Result<T> {
     }
 }
 
-/// The same, where these devices are to be passed through: those of the nested host, which it is run in wherever it is
-/// started.
+/// The same for a benchmark that passes these devices through. They are devices of the nested host, so it always runs
+/// there.
 pub fn run_with(
     devices: &[L1Device],
     initrd: impl FnOnce(&Cache) -> Result<Vec<u8>>,
@@ -146,7 +146,7 @@ fn prepare(
     if !devices.is_empty() && std::env::var(kvm_host::NESTED_HOST).as_deref() == Ok("never") {
         let nested_host = kvm_host::NESTED_HOST;
         return Err(Failure(format!(
-            "the devices that it needs are the nested host's, and {nested_host}=never refuses that"
+            "it needs devices of the nested host, which {nested_host}=never forbids"
         )));
     }
     let kernel = built_kernel(&cache)?;

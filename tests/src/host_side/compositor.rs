@@ -1,4 +1,4 @@
-//! Real Wayland compositors without a screen, in the root that their packages make, and viewers in them.
+//! Real Wayland compositors without a screen, in a root of their Debian packages, and viewers in them.
 
 use std::{
     fs::{self, File},
@@ -14,10 +14,10 @@ use crate::{
     nested_host::{Cache, DebianPrograms},
 };
 
-/// A program that does not answer for so long hangs. Not a measure of speed.
+/// A program that is silent for this long hangs; speed does not matter.
 pub const PATIENCE: Duration = Duration::from_secs(120);
 
-/// What the host has that a compositor needs.
+/// Host directories that a compositor needs.
 const SHOWN: [&str; 4] = ["dev", "proc", "sys", "tmp"];
 
 /// Weston and Sway, from the cache or the archive.
@@ -51,8 +51,8 @@ impl Compositor {
         })
     }
 
-    /// Sway, with `config` besides what it needs to be as large. Its windows are tiles; its pixels are copies. Its
-    /// output is a window of `parent`, if there is one.
+    /// Sway with an output of this size, and with `config` added. It tiles windows, and its renderer copies pixels. The
+    /// output is a window of `parent`, if given.
     pub fn sway(
         programs: &DebianPrograms,
         config: &str,
@@ -120,12 +120,12 @@ impl Compositor {
         Ok(compositor)
     }
 
-    /// A path in the compositor's own directory.
+    /// A path in the compositor's runtime directory.
     pub fn path(&self, name: &str) -> PathBuf {
         self.runtime.path().join(name)
     }
 
-    /// The file there whose name starts and ends so, and which is no lock.
+    /// The file there with this prefix and suffix that is no lock.
     fn find(&self, prefix: &str, suffix: &str) -> Option<String> {
         let files = fs::read_dir(self.runtime.path()).ok()?;
         files
@@ -156,8 +156,8 @@ impl Compositor {
         self.path(&self.socket)
     }
 
-    /// What Sway says to a message of swaymsg's, which gives up after three seconds: an emulated host may need
-    /// more.
+    /// Sway's reply to a message from swaymsg. That program gives up after three seconds, and an emulated host may need
+    /// more, so it is run again.
     pub fn swaymsg(&self, arguments: &[&str]) -> Result<String> {
         let start = Instant::now();
         loop {
@@ -180,7 +180,7 @@ impl Compositor {
         }
     }
 
-    /// Writes what Weston shows to a PNG file.
+    /// Writes Weston's screen to a PNG file.
     pub fn screenshot(&self, to: &Path) -> Result<()> {
         let status = Self::command_in(&self.root, self.runtime.path(), "weston-screenshooter")
             .env("WAYLAND_DISPLAY", &self.socket)
@@ -197,8 +197,8 @@ impl Compositor {
         fs::remove_file(&path).context("cannot remove the picture")
     }
 
-    /// Number of values (red, green or blue of a pixel) in which Weston's screen differs from a picture of this size,
-    /// from the pixel `at` on.
+    /// Compares Weston's screen, from the pixel `at` on, with a picture of this size. Returns how many values (red,
+    /// green or blue of a pixel) differ.
     pub fn differences(&self, picture: &[u8], size: (u32, u32), at: (u32, u32)) -> Result<usize> {
         let path = self.path("shown.png");
         self.screenshot(&path)?;
@@ -218,7 +218,7 @@ impl Compositor {
             .sum())
     }
 
-    /// Waits until Weston's screen shows a picture, which fills it.
+    /// Waits until a picture fills Weston's screen.
     pub fn wait_for(&self, picture: &[u8]) -> Result<()> {
         let start = Instant::now();
         loop {
@@ -228,7 +228,7 @@ impl Compositor {
             }
             if start.elapsed() > PATIENCE {
                 return Err(Failure(format!(
-                    "the window never shows it: {wrong} of {} values are others",
+                    "the window never shows the picture: {wrong} of {} values differ",
                     picture.len()
                 )));
             }
@@ -253,15 +253,15 @@ impl Drop for Compositor {
     }
 }
 
-/// `fanlight view`. Dropping kills it.
+/// `fanlight view`; killed when dropped.
 pub struct Viewer {
-    /// The process.
+    /// The viewer's process.
     pub process: Child,
     log: PathBuf,
 }
 
 impl Viewer {
-    /// Starts it in the compositor that listens at `socket` in `runtime`.
+    /// Starts a viewer in the compositor that listens at `socket` in `runtime`.
     pub fn start(fanlight: &Path, api: &Path, runtime: &Path, socket: &str) -> Result<Self> {
         let log = runtime.join("viewer.log");
         let errors = File::create(&log).context("cannot make a log")?;
@@ -276,7 +276,7 @@ impl Viewer {
         Ok(Self { process, log })
     }
 
-    /// What it said on standard error.
+    /// The viewer's standard error.
     pub fn said(&self) -> String {
         fs::read_to_string(&self.log).unwrap_or_default()
     }
@@ -298,7 +298,9 @@ pub fn read_png(file: File) -> Result<Vec<u8>> {
         .output_buffer_size()
         .ok_or(Failure("too large".into()))?;
     let mut pixels = vec![0; size];
-    let info = reader.next_frame(&mut pixels).context("a bad PNG file")?;
+    let info = reader
+        .next_frame(&mut pixels)
+        .context("the PNG file is damaged")?;
     let samples = info.color_type.samples();
     Ok(pixels
         .chunks_exact(samples)

@@ -1,4 +1,4 @@
-//! What a guest shows, as a client of the API sees it.
+//! Guest displays, as a client of the API sees them.
 
 use std::{
     fs::File,
@@ -54,7 +54,7 @@ impl Screen {
         &mut self.client
     }
 
-    /// What an output shows; nothing while it is dark.
+    /// The picture of an output, or `None` while it is dark.
     pub fn picture(&mut self, output: u32) -> Result<Option<Picture>> {
         let wanted = Screenshot {
             gpu: self.gpu,
@@ -94,14 +94,14 @@ impl Screen {
         }
     }
 
-    /// Waits until an output shows something, or nothing.
+    /// Waits until an output is lit or dark.
     pub fn wait_lit(&mut self, output: u32, lit: bool) -> Result<()> {
         let start = Instant::now();
         while self.picture(output)?.is_some() != lit {
             ensure(
                 start.elapsed() < PATIENCE,
                 format!(
-                    "output {output} does not get {}",
+                    "output {output} does not become {}",
                     if lit { "lit" } else { "dark" }
                 ),
             )?;
@@ -110,7 +110,7 @@ impl Screen {
         Ok(())
     }
 
-    /// Resizes an output, or pulls it.
+    /// Resizes or disconnects an output.
     pub fn set_output(&mut self, output: u32, mode: Option<&str>) -> Result<()> {
         let set = SetOutput {
             gpu: self.gpu,
@@ -123,7 +123,7 @@ impl Screen {
             .context("gpu.set_output")
     }
 
-    /// The dma-buf of what an output shows.
+    /// Exports the picture of an output as a dma-buf.
     pub fn export(&mut self, output: u32) -> Result<Shown> {
         let gpu = self.gpu;
         let (picture, fds) = self
@@ -133,12 +133,12 @@ impl Screen {
         Shown::map(picture, fds)
     }
 
-    /// A stream of what changes. Damage is released at once.
+    /// Subscribes to display updates. Each damage is released at once.
     pub fn watch(&mut self, pace: bool) -> Result<News> {
         self.subscribe(pace, false)
     }
 
-    /// The same, for one whose keys and pointer are the guest's.
+    /// The same for a viewer that drives the guest's keyboard and pointer.
     pub fn drive(&mut self) -> Result<News> {
         self.subscribe(false, true)
     }
@@ -158,7 +158,7 @@ impl Screen {
 fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd> {
     fds.into_iter()
         .next()
-        .ok_or(Failure("no descriptor came".into()))
+        .ok_or(Failure("the reply has no descriptor".into()))
 }
 
 /// A picture of an output.
@@ -174,8 +174,10 @@ impl Picture {
             .read_info()
             .context("not a PNG file")?;
         let len = reader.output_buffer_size();
-        let mut bytes = vec![0; len.ok_or(Failure("too large a picture".into()))?];
-        let info = reader.next_frame(&mut bytes).context("a bad PNG file")?;
+        let mut bytes = vec![0; len.ok_or(Failure("the picture is too large".into()))?];
+        let info = reader
+            .next_frame(&mut bytes)
+            .context("the PNG file is damaged")?;
         let pixels = bytes.chunks_exact(info.color_type.samples());
         Ok(Self {
             size: (info.width, info.height),
@@ -188,12 +190,12 @@ impl Picture {
         self.size
     }
 
-    /// How many pixels are of this colour.
+    /// Number of pixels with this colour.
     pub fn count(&self, colour: Colour) -> usize {
         self.pixels.iter().filter(|&&pixel| pixel == colour).count()
     }
 
-    /// The first pixel that is of another colour, in words.
+    /// Describes the first pixel that differs.
     pub fn differs(&self, colour: impl Fn(u32, u32) -> Colour) -> Option<String> {
         let places = (0..self.size.1).flat_map(|y| (0..self.size.0).map(move |x| (x, y)));
         places
@@ -204,9 +206,9 @@ impl Picture {
     }
 }
 
-/// A picture's memory, mapped.
+/// An exported frame, mapped.
 pub struct Shown {
-    /// What it is.
+    /// The frame's description.
     pub picture: ExportedFrame,
     fd: OwnedFd,
     start: *mut u8,
@@ -217,7 +219,7 @@ impl Shown {
     fn map(picture: ExportedFrame, fds: Vec<OwnedFd>) -> Result<Self> {
         let fd = one(fds)?;
         let len = picture.offset as usize + picture.stride as usize * picture.height as usize;
-        // SAFETY: a new mapping at an address of the kernel's choice.
+        // SAFETY: a new mapping at an address that the kernel chooses.
         let start = unsafe {
             let (access, flags) = (ProtFlags::READ, MapFlags::SHARED);
             mmap(std::ptr::null_mut(), len, access, flags, &fd, 0)
@@ -230,20 +232,20 @@ impl Shown {
         })
     }
 
-    /// The descriptor.
+    /// The dma-buf.
     pub fn fd(&self) -> impl AsFd {
         &self.fd
     }
 
-    /// The bytes of a pixel, as they are now.
+    /// The current bytes of a pixel.
     pub fn pixel(&self, x: u32, y: u32) -> [u8; 4] {
         let at = self.picture.offset as usize + (y * self.picture.stride + x * 4) as usize;
         assert!(at + 4 <= self.len);
-        // SAFETY: within the mapping, as checked; others write meanwhile.
+        // SAFETY: within the mapping, as checked; the access is volatile since others may write.
         unsafe { self.start.add(at).cast::<[u8; 4]>().read_volatile() }
     }
 
-    /// Whether all pixels are as `wanted` says.
+    /// Whether all pixels are equal to `wanted`.
     pub fn is(&self, wanted: impl Fn(u32, u32) -> [u8; 4]) -> bool {
         let (width, height) = (self.picture.width, self.picture.height);
         (0..height).all(|y| (0..width).all(|x| self.pixel(x, y) == wanted(x, y)))
@@ -252,16 +254,16 @@ impl Shown {
 
 impl Drop for Shown {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's.
+        // SAFETY: this value owns the mapping.
         let _ = unsafe { munmap(self.start.cast(), self.len) };
     }
 }
 
-/// A stream of what changes.
+/// A stream of display updates.
 pub struct News(MessageStream);
 
 impl News {
-    /// The first news that `wanted` takes.
+    /// The first update that `wanted` accepts.
     pub fn find<T>(
         &mut self,
         mut wanted: impl FnMut(DisplayUpdate, Vec<OwnedFd>) -> Option<T>,
@@ -288,15 +290,17 @@ impl News {
                 return Ok(found);
             }
         }
-        Err(Failure("the display never said it".into()))
+        Err(Failure("the expected display update never came".into()))
     }
 
-    /// Says something to the display.
+    /// Sends a message to the display.
     pub fn say(&mut self, says: &ViewerMessage) -> Result<()> {
-        self.0.send(says, vec![]).context("cannot say it")
+        self.0
+            .send(says, vec![])
+            .context("cannot send a message to the display")
     }
 
-    /// The next picture of an output.
+    /// The next frame of an output.
     pub fn picture(&mut self, wanted: u32) -> Result<Shown> {
         self.find(|news, fds| match news {
             DisplayUpdate::Scanout {

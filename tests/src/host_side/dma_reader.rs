@@ -1,5 +1,5 @@
-//! Proof on the host that a dma-buf is what it says: a device reads it. [`edu`]'s DMA engine copies
-//! what iommufd maps of it into a file.
+//! Proof on the host that a dma-buf has the expected content: a device reads it. The DMA engine of [`edu`] copies the
+//! dma-buf, mapped by iommufd, into a file.
 
 use std::{
     fs::File,
@@ -17,17 +17,17 @@ use rustix::fs::{MemfdFlags, memfd_create};
 
 use crate::{Context, Failure, Result, common::edu};
 
-/// Bytes that are read at once.
+/// Bytes of one read.
 pub const PAGE: u64 = 4096;
-/// VFIO's number for configuration space, and COMMAND there with its bits for memory and DMA.
+/// VFIO's index of configuration space, and COMMAND there with its memory and bus master bits.
 const CONFIG: u32 = 7;
 const COMMAND: u64 = 4;
 const MEMORY_AND_MASTER: [u8; 2] = [0b110, 0];
-/// Where edu finds what it reads, and the file.
+/// IOVAs of the dma-buf and of the file.
 const SOURCE: u64 = 0x1000_0000;
 const SINK: u64 = 0x2000_0000;
 
-/// Far more than a transfer takes.
+/// Far longer than a transfer takes.
 const PATIENCE: Duration = Duration::from_secs(60);
 
 /// An edu device of the host.
@@ -37,10 +37,10 @@ pub struct DmaReader {
 }
 
 impl DmaReader {
-    /// Takes the device at `address`, which is bound to vfio-pci.
+    /// Opens the device at `address`, which is bound to vfio-pci.
     pub fn open(address: &str) -> Result<Self> {
         let line = |error: &dyn std::error::Error| Failure(error_line(error));
-        let address = address.parse().context("an address of sysfs")?;
+        let address = address.parse().context("not a PCI address")?;
         let function = HostFunction::find(address).ok_or(Failure("no such device".into()))?;
         let iommu = Iommu::open(std::slice::from_ref(&function), Some(true), None);
         let iommu = iommu.map_err(|error| line(&error))?;
@@ -48,7 +48,7 @@ impl DmaReader {
         Self::new(Arc::new(edu))
     }
 
-    /// Takes a device that is open.
+    /// Uses an open device.
     pub fn new(edu: Arc<HostDevice>) -> Result<Self> {
         edu.write(CONFIG, COMMAND, &MEMORY_AND_MASTER)
             .context("cannot write COMMAND")?;
@@ -76,7 +76,7 @@ impl DmaReader {
         Ok(bytes)
     }
 
-    /// Has the device read at an address of its own, mapped or not.
+    /// Has the device read at an IOVA, mapped or not.
     pub fn reach_for(&self, iova: u64) -> Result<()> {
         self.transfer(iova, edu::BUFFER, 1)
     }

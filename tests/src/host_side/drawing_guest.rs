@@ -12,12 +12,12 @@ pub struct DrawingGuest {
 }
 
 impl DrawingGuest {
-    /// Of a guest that has said that it shows something.
+    /// Takes a guest that has reported that it shows a picture.
     pub fn new(guest: Guest) -> Self {
         Self { guest, asked: 0 }
     }
 
-    /// Has the program do something; the numbers in its answer.
+    /// Sends the program a line. Returns the numbers in its answer.
     pub fn ask(&mut self, line: &str) -> Result<Vec<f64>> {
         self.asked += 1;
         self.guest.send(&format!("{line}\n"))?;
@@ -26,7 +26,7 @@ impl DrawingGuest {
         loop {
             let said = self.guest.transcript();
             let answer = said.lines().find_map(|line| line.strip_prefix(&mark));
-            // The line may not have come to its end.
+            // The line may be incomplete.
             if let Some(answer) = answer.and_then(|answer| answer.strip_suffix('.')) {
                 let words = answer.split(|c: char| !c.is_ascii_digit());
                 return Ok(words.filter_map(|word| word.parse().ok()).collect());

@@ -1,4 +1,4 @@
-//! A guest in a test: given its parts, started, talked to, and asked how it ended.
+//! A test's guest: built from parts, started, controlled, and checked for how it ended.
 
 use std::{
     ffi::OsStr,
@@ -23,22 +23,21 @@ use crate::{
     },
 };
 
-/// A guest that says nothing for so long hangs. Not a measure of speed.
+/// A guest that is silent for this long hangs; speed does not matter.
 pub(crate) const PATIENCE: Duration = Duration::from_secs(240);
-/// What a process and its pipes need at the end, generously.
+/// Generous time for a process and its pipes to end.
 const LEAVE: Duration = Duration::from_secs(5);
 
-/// A guest's script that says "ready" when a press of the power button cannot be lost any more, and
-/// "pressed" when there was one. The input device keeps events for those who have it open, and for nobody
-/// else; so it is open before "ready".
+/// A guest script that prints "ready" once a press of the power button cannot be lost, and "pressed" after one. The
+/// input device queues events only for open files, so the script opens it before "ready".
 pub const PRESSED: &str =
     "until set -- $(grep -l 'Power Button' /sys/class/input/event*/device/name 2>/dev/null)
         [ $# -gt 0 ]; do sleep 0.1; done
     event=${1#/sys/class/input/}; exec 3< /dev/input/${event%%/*}
     echo ready; dd bs=24 count=1 <&3 > /dev/null 2>&1; echo pressed";
 
-/// What a guest's command line needs in the nested host, where its clock ticks, as L1's does: the emulator now and
-/// then loses a timer that is set for one time, after which a tickless guest sleeps for good.
+/// Kernel parameters that the nested host needs: its clock ticks periodically, as L1's does. The emulator sometimes
+/// loses a one-shot timer, after which a tickless guest sleeps forever.
 pub fn nested_host_clock() -> &'static str {
     if std::env::var_os(kvm_host::IN_NESTED_HOST).is_some() {
         " nohz=off highres=off lapic=notscdeadline"
@@ -47,14 +46,14 @@ pub fn nested_host_clock() -> &'static str {
     }
 }
 
-/// What guests are made of.
+/// Files that guests are built from.
 #[derive(Clone, Debug)]
 pub struct Assets {
     /// The program under test.
     pub fanlight: PathBuf,
     /// Debian's kernel.
     pub stock: StockKernel,
-    /// What its modules drive.
+    /// Drivers of that kernel.
     pub drivers: Drivers,
     /// The nested host's kernel.
     pub built_kernel: BuiltKernel,
@@ -120,13 +119,13 @@ impl Assets {
 }
 
 impl GuestBuilder {
-    /// Has Fanlight run on a host with Mesa and virglrenderer, and gives the guest the same as its first disk.
+    /// Runs Fanlight on a host root with Mesa and virglrenderer, and gives the guest the same root as its first disk.
     pub fn with_graphics(self) -> Result<Self> {
         let stack = self.assets.graphics.clone();
         self.with_graphics_of(stack)
     }
 
-    /// The same with this stack.
+    /// The same with the given stack.
     pub fn with_graphics_of(mut self, stack: GraphicsStack) -> Result<Self> {
         let program = self.assets.fanlight.parent().map(Path::to_path_buf);
         let cache = stack.root.parent().map(Path::to_path_buf);
@@ -149,8 +148,8 @@ impl GuestBuilder {
         self
     }
 
-    /// Adds an option of `fanlight run`; one that is there already is replaced, but for disks, GPUs,
-    /// interfaces and passed-through devices.
+    /// Adds an option of `fanlight run`. A second value replaces the first, except for disks, GPUs, interfaces and
+    /// passed-through devices.
     pub fn option(mut self, name: &str, value: impl AsRef<OsStr>) -> Self {
         let value = value.as_ref().to_string_lossy().into_owned();
         let old = self.arguments.iter().position(|argument| argument == name);
@@ -163,7 +162,7 @@ impl GuestBuilder {
         self
     }
 
-    /// A path in the guest's own directory, which goes with the guest.
+    /// A path in the guest's directory, which is deleted with the guest.
     pub fn path(&self, name: &str) -> PathBuf {
         self.dir.path().join(name)
     }
@@ -174,14 +173,14 @@ impl GuestBuilder {
         self
     }
 
-    /// Gives the guest a command of the graphics tools.
+    /// Adds a program of the graphics tools to the guest's root.
     pub fn graphics_tool(mut self, path: &str) -> Result<Self> {
         let tools = &self.assets.graphics_tools;
         self.archive.debian_program(tools, path)?;
         Ok(self)
     }
 
-    /// Gives the guest more drivers of Debian's kernel, with what they need.
+    /// Loads more modules of Debian's kernel in the guest, with their dependencies.
     pub fn modules(mut self, names: &[impl AsRef<str>]) -> Result<Self> {
         let modules = self.assets.drivers.modules()?;
         let names: Vec<_> = names.iter().map(AsRef::as_ref).collect();
@@ -199,14 +198,14 @@ impl GuestBuilder {
         Ok(initrd)
     }
 
-    /// Writes the guest's root; its path.
+    /// Writes the guest's root, and returns its path.
     fn write_root(&self) -> Result<PathBuf> {
         let path = self.path("initrd");
         fs::write(&path, self.initrd()?).context("cannot write the guest's root")?;
         Ok(path)
     }
 
-    /// The command that starts the guest, and the directory that it needs meanwhile.
+    /// The command that starts the guest, and the directory that must exist meanwhile.
     pub fn command(self) -> Result<(Command, TempDir)> {
         let initrd_path = self.write_root()?;
         let kernel = match self.kernel {
@@ -234,7 +233,7 @@ impl GuestBuilder {
         Guest::spawn(command, dir)
     }
 
-    /// Starts the guest and expects it to power itself off; everything that it and Fanlight said.
+    /// Starts the guest, and expects it to power itself off. Returns the output of the guest and Fanlight.
     pub fn run(self) -> Result<String> {
         let mut guest = self.start()?;
         guest.expect_exit(0)?;
@@ -242,7 +241,7 @@ impl GuestBuilder {
     }
 }
 
-/// A guest that runs, or did. Dropping kills it.
+/// A guest that runs or has ended; killed when dropped.
 pub struct Guest {
     child: Child,
     stdin: Option<ChildStdin>,
@@ -291,13 +290,13 @@ impl Guest {
         })
     }
 
-    /// Everything said so far.
+    /// All output so far.
     pub fn transcript(&self) -> String {
         self.heard.lock().clone()
     }
 
-    /// Holds a conversation with the guest, as long as there is a guest. What goes wrong is told with what the guest
-    /// said, once it has had time to say why it left.
+    /// Runs a conversation with the guest, which ends with the guest. A failure has the guest's output, after a pause
+    /// in which the guest can print its reason.
     pub fn converse<T: Send + 'static>(
         &mut self,
         conversation: impl FnOnce() -> Result<T> + Send + 'static,
@@ -309,7 +308,7 @@ impl Guest {
                 ended = Some(Instant::now());
             }
             if ended.is_some_and(|ended| ended.elapsed() > LEAVE) {
-                return Err(self.failure("it ended in the middle of a conversation"));
+                return Err(self.failure("the guest ended in the middle of a conversation"));
             }
             thread::sleep(Duration::from_millis(20));
         }
@@ -326,7 +325,7 @@ impl Guest {
         })
     }
 
-    /// The process.
+    /// The process id.
     pub fn pid(&self) -> u32 {
         self.child.id()
     }
@@ -340,8 +339,8 @@ impl Guest {
         Failure(format!("{what}; the guest said:\n{}", self.transcript()))
     }
 
-    /// A failure of a guest that does not go on, with what tells one that waits from one that spins: what
-    /// its threads do, twice within a second.
+    /// The failure for a guest that does not continue. It lists the activity of its threads twice, a second apart,
+    /// which distinguishes waiting from spinning.
     fn hang(&self, what: impl std::fmt::Display) -> Failure {
         let mut doing = process_activity::of(self.pid());
         thread::sleep(Duration::from_secs(1));
@@ -349,7 +348,7 @@ impl Guest {
         self.failure(format!("{HANG}: {what}; its threads:\n{doing}"))
     }
 
-    /// Waits until `text` has been said `count` times.
+    /// Waits until `text` was printed `count` times.
     pub fn wait_for_times(&mut self, text: &str, count: usize) -> Result<()> {
         let start = Instant::now();
         loop {
@@ -367,22 +366,25 @@ impl Guest {
             let found = heard.matches(text).count() >= count;
             drop(heard);
             if let (false, Some(status)) = (found, ended) {
-                return Err(self.failure(format!("ended ({status}) before it said {text:?}")));
+                return Err(self.failure(format!("ended ({status}) before it printed {text:?}")));
             }
             if start.elapsed() > PATIENCE {
-                return Err(self.hang(format!("never said {text:?}")));
+                return Err(self.hang(format!("never printed {text:?}")));
             }
         }
     }
 
-    /// Waits until `text` has been said.
+    /// Waits until `text` was printed.
     pub fn wait_for(&mut self, text: &str) -> Result<()> {
         self.wait_for_times(text, 1)
     }
 
-    /// Types.
+    /// Types on the guest's console.
     pub fn send(&mut self, text: &str) -> Result<()> {
-        let stdin = self.stdin.as_mut().ok_or(Failure("no input".into()))?;
+        let stdin = self
+            .stdin
+            .as_mut()
+            .ok_or(Failure("the guest has no input".into()))?;
         stdin
             .write_all(text.as_bytes())
             .and_then(|()| stdin.flush())
@@ -394,7 +396,7 @@ impl Guest {
         kill_process(Pid::from_child(&self.child), signal).context("cannot send a signal")
     }
 
-    /// Waits for the end; the exit status.
+    /// Waits for the end. Returns the exit status.
     pub fn exit_status(&mut self) -> Result<i32> {
         let start = Instant::now();
         while start.elapsed() < PATIENCE {
@@ -409,16 +411,16 @@ impl Guest {
         Err(self.hang("never ended"))
     }
 
-    /// Takes what is still in the pipes of a process that has ended.
+    /// Reads the remaining output of a process that has ended.
     fn hear_all(&self) {
         let start = Instant::now();
-        // What it started may have one open for longer.
+        // A process that it started may keep a pipe open for longer.
         while start.elapsed() < LEAVE && !self.readers.iter().all(JoinHandle::is_finished) {
             thread::sleep(Duration::from_millis(10));
         }
     }
 
-    /// Waits for the end, which must have the given exit status.
+    /// Waits for the end, and checks the exit status.
     pub fn expect_exit(&mut self, expected: i32) -> Result<()> {
         match self.exit_status()? {
             status if status == expected => Ok(()),

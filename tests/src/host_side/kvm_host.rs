@@ -1,25 +1,25 @@
-//! What the host at hand can do.
+//! Whether this host can run guests.
 
 use std::{fs::OpenOptions, path::Path};
 
-/// Set inside the nested host, where tests run as they are.
+/// Set inside the nested host, where tests run directly.
 pub const IN_NESTED_HOST: &str = "FANLIGHT_IN_NESTED_HOST";
-/// `force` uses the nested host even where the host could run guests, `never` fails instead of using it.
+/// `force` uses the nested host even if this host could run guests; `never` fails instead of using it.
 pub const NESTED_HOST: &str = "FANLIGHT_NESTED_HOST";
 
-/// Where guests run.
+/// The host that runs guests.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Kvm {
-    /// On this host.
+    /// This host.
     Host,
-    /// In the nested host; why.
+    /// The nested host, with the reason.
     NestedHost(String),
 }
 
-/// Decides where guests run.
+/// Decides which host runs guests.
 ///
-/// That `/dev/kvm` opens and creates machines proves nothing: a paravirtual one does both, and then
-/// fails a stock kernel. It has no vmx and no svm to run guests with.
+/// An open of `/dev/kvm` and a new machine prove nothing: a paravirtual KVM offers both, and then fails with a stock
+/// kernel. Its CPU has neither vmx nor svm.
 pub fn kvm() -> Kvm {
     if std::env::var_os(IN_NESTED_HOST).is_some() {
         return Kvm::Host;

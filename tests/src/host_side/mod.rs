@@ -1,4 +1,4 @@
-//! What drives Fanlight and judges it: guests as the host sees them, their displays, and benchmarks.
+//! The host's side of tests: guests, their displays, and benchmarks.
 
 pub mod bench;
 pub mod compositor;

@@ -1,15 +1,15 @@
-//! What a machine and the processes that it started do at the moment: it tells one that waits from one that spins,
-//! and a guest that hangs from a renderer that is still at work.
+//! Current activity of a machine and its processes. It distinguishes waiting from spinning, and a guest that hangs from
+//! a renderer that still works.
 
 use std::fs;
 
-/// Of the process `pid`, which is a Fanlight: its threads and those of its descendants, and KVM's counts.
+/// The threads of the Fanlight process `pid` and of its descendants, and KVM's statistics.
 pub fn of(pid: u32) -> String {
     let threads = family(pid).into_iter().map(threads).collect::<String>();
     threads + &exits(pid)
 }
 
-/// The process, and after it all that descend from it.
+/// The process, followed by all its descendants.
 pub fn family(pid: u32) -> Vec<u32> {
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();
     let parents: Vec<(u32, u32)> = processes
@@ -30,14 +30,13 @@ pub fn family(pid: u32) -> Vec<u32> {
     family
 }
 
-/// Fields of `/proc/PID/stat` from the state on, the third one: the name before may hold anything.
+/// Fields of `/proc/PID/stat` from the third one, the state, on: the name before may contain any character.
 fn fields(stat: &str) -> impl Iterator<Item = &str> {
     let rest = stat.rsplit(')').next();
     rest.into_iter().flat_map(str::split_whitespace)
 }
 
-/// A line for each thread: name, state and ticks (of its own, the kernel's and guests'), where it waits, and how often
-/// it was scheduled.
+/// A line for each thread: name, state, ticks (user, kernel and guest), wait channel, and context switches.
 fn threads(pid: u32) -> String {
     let mut text = String::new();
     let tasks = fs::read_dir(format!("/proc/{pid}/task"));
@@ -63,7 +62,7 @@ fn threads(pid: u32) -> String {
     text
 }
 
-/// KVM's counts of the machine (`/sys/kernel/debug/kvm/PID-FD`), where those can be seen.
+/// KVM's statistics of the machine (`/sys/kernel/debug/kvm/PID-FD`), where they are readable.
 fn exits(pid: u32) -> String {
     let machines = fs::read_dir("/sys/kernel/debug/kvm");
     let mut text = String::new();

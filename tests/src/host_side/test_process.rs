@@ -1,7 +1,7 @@
 //! One test in a process of its own, with namespaces and a temporary folder of its own.
 //!
-//! The program of the tests runs itself again for each test. So a test that panics, hangs or leaves something behind
-//! is told as that test, and mounts and interfaces go with it.
+//! The test program starts itself again for each test. So a panic, a hang or a leftover is reported for that test, and
+//! mounts and interfaces go with it.
 
 use std::{
     fs,
@@ -22,23 +22,23 @@ use rustix::{
 use super::process_activity;
 use crate::{Context, Failure, HANG, Result, ensure};
 
-/// No test takes so long. Not a measure of speed.
+/// No test takes this long; speed does not matter.
 const LIMIT: Duration = Duration::from_secs(900);
-/// A test that cannot tell that it hangs is ended so much later.
+/// Extra time after which a test that cannot report its own hang is killed.
 const GRACE: Duration = Duration::from_secs(30);
-/// Processes that are ending are gone by then.
+/// Processes that are ending have ended by then.
 const LEAVE: Duration = Duration::from_secs(10);
 const POLL: Duration = Duration::from_millis(50);
 
-/// Prepares this process, which runs one test: nothing else sees its mounts nor, if it has a network of its own, its
-/// interfaces. Must come before the first thread. A test that never ends is ended.
+/// Prepares this process, which runs one test. Its mounts, and with `own_network` its interfaces, are invisible to
+/// other processes. Must come before the first thread. A test that does not end is killed.
 pub fn confine(own_network: bool) -> Result<()> {
     let network = if own_network {
         UnshareFlags::NEWNET
     } else {
         UnshareFlags::empty()
     };
-    // SAFETY: namespaces of mounts and networks change nothing that the program's memory depends on.
+    // SAFETY: mount and network namespaces change nothing that the program's memory depends on.
     unsafe { unshare_unsafe(UnshareFlags::NEWNS | network) }
         .context("cannot make namespaces for a test; run the tests as root")?;
     let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
@@ -70,8 +70,7 @@ pub fn end_descendants() {
     }
 }
 
-/// Fails if the test that this process ran has left processes or files behind, or interfaces besides those that there
-/// were `before`.
+/// Fails if this process's test has left processes or files, or interfaces other than those `before`.
 pub fn nothing_is_left(before: &[String]) -> Result<()> {
     let mut left = processes_left();
     let dir = std::env::temp_dir();
@@ -91,11 +90,11 @@ pub fn nothing_is_left(before: &[String]) -> Result<()> {
     )
 }
 
-/// Descendants of this process that do not end by themselves.
+/// Descendants of this process that do not end.
 fn processes_left() -> Vec<String> {
     let start = Instant::now();
     loop {
-        // What has ended stays visible until its parent asks, which is this process for orphans.
+        // A process that has ended stays visible until its parent waits for it. For orphans, that is this process.
         while wait(WaitOptions::NOHANG).is_ok_and(|ended| ended.is_some()) {}
         let left: Vec<_> = process_activity::family(process::id())
             .into_iter()
@@ -120,8 +119,8 @@ pub fn interfaces() -> Result<Vec<String>> {
     Ok(names.map(|(name, _)| name.trim().to_owned()).collect())
 }
 
-/// Runs `command`, which runs one test, with a temporary folder of its own. What it says goes to `output` as it
-/// comes; its exit status.
+/// Runs `command`, which runs one test, with its own temporary folder. Copies its output to `output` as it comes.
+/// Returns the exit status.
 pub fn run(mut command: Command, output: &mut dyn Write) -> Result<i32> {
     let dir = tempfile::tempdir().context("cannot make a directory")?;
     let (mut reader, writer) = io::pipe().context("cannot make a pipe")?;
@@ -134,7 +133,7 @@ pub fn run(mut command: Command, output: &mut dyn Write) -> Result<i32> {
         .stdin(Stdio::null())
         .stdout(writer)
         .stderr(errors);
-    // SAFETY: prctl is async-signal-safe, as what runs between fork and exec must be.
+    // SAFETY: prctl is async-signal-safe, as code between fork and exec must be.
     unsafe {
         command.pre_exec(|| {
             libc::prctl(libc::PR_SET_PDEATHSIG, libc::SIGKILL);
@@ -142,7 +141,7 @@ pub fn run(mut command: Command, output: &mut dyn Write) -> Result<i32> {
         });
     }
     let mut child = command.spawn().context("cannot start a test")?;
-    // It has ends of the pipe, which would stay open.
+    // The command has ends of the pipe, which would stay open.
     drop(command);
     let (said, hears) = mpsc::channel();
     thread::spawn(move || {
@@ -159,9 +158,9 @@ pub fn run(mut command: Command, output: &mut dyn Write) -> Result<i32> {
         match hears.recv_timeout(POLL) {
             Ok(text) => {
                 let written = output.write_all(&text).and_then(|()| output.flush());
-                written.context("cannot pass a test's output on")?;
+                written.context("cannot write a test's output")?;
             }
-            // Another process that has the pipe does not hold the result up.
+            // A process that keeps the pipe open does not delay the result.
             Err(RecvTimeoutError::Timeout) if status.is_none() => {}
             Err(_) if status.is_some() => break,
             Err(_) => thread::sleep(POLL),

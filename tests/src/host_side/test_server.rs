@@ -1,6 +1,6 @@
-//! L1's end of a nested host in which tests run one after the other.
+//! L1's end of a nested host in which tests run in turn.
 //!
-//! It reads the names of tests from its standard input, L1's serial line, and runs each in a process of its own.
+//! It reads test names from its standard input, L1's serial line, and runs each test in its own process.
 
 use std::{
     io::{self, BufRead, Write},
@@ -12,12 +12,12 @@ use rustix::termios::{LocalModes, OptionalActions, tcgetattr, tcsetattr};
 use super::test_process;
 use crate::{Context, Result};
 
-/// Said when the first name can come.
+/// Printed when the first name can come.
 pub const READY: &str = "fanlight-tests: ready";
-/// A line that starts so ends a test's output, with the test's exit status.
+/// The start of the line that ends a test's output; the test's exit status follows.
 pub const STATUS: &str = "fanlight-tests: status ";
 
-/// Runs tests as their names come, until the input ends. `command` makes the command that runs one.
+/// Runs tests as their names arrive, until the input ends. `command` makes the command for one test.
 pub fn serve(command: impl Fn(&str) -> Result<Command>) -> ExitCode {
     let result = quiet().and_then(|()| {
         println!("{READY}");
@@ -29,9 +29,9 @@ pub fn serve(command: impl Fn(&str) -> Result<Command>) -> ExitCode {
                     println!("{error}");
                     1
                 });
-            // The test may have ended in the middle of a line.
+            // The output of the test may have ended within a line.
             println!("\n{STATUS}{status}");
-            io::stdout().flush().context("cannot tell a status")?;
+            io::stdout().flush().context("cannot report a status")?;
         }
         Ok(())
     });
@@ -44,7 +44,7 @@ pub fn serve(command: impl Fn(&str) -> Result<Command>) -> ExitCode {
     }
 }
 
-/// Has the serial line not echo what comes.
+/// Switches the echo of the serial line off.
 fn quiet() -> Result<()> {
     let stdin = io::stdin();
     let Ok(mut modes) = tcgetattr(&stdin) else {

@@ -1,4 +1,4 @@
-//! Somebody who watches the guest's display, as a viewer does: in a thread of its own, over the API.
+//! A display subscriber that behaves like a viewer, in its own thread, over the API.
 
 use std::{
     os::unix::net::UnixStream,
@@ -18,14 +18,14 @@ use fanlight_api::{
 };
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-/// Who watches, until it is stopped.
+/// A display subscriber, until it is stopped.
 pub struct Watcher {
     stop: Arc<AtomicBool>,
     thread: JoinHandle<Result<u64>>,
 }
 
 impl Watcher {
-    /// Starts to watch; one that paces has the guest wait until it is told that a frame was shown.
+    /// Subscribes. With `paces` the guest waits until the subscriber reports that a frame was shown.
     pub fn start(client: &mut Client, paces: bool) -> Result<Self> {
         let watch = SubscribeDisplay {
             pace: paces,
@@ -44,7 +44,7 @@ impl Watcher {
         Ok(Self { stop, thread })
     }
 
-    /// How many times it was told of a change.
+    /// Stops it. Returns the number of damage updates.
     pub fn stop(self) -> Result<u64> {
         self.stop.store(true, Ordering::Release);
         let heard = self.thread.join();
@@ -71,7 +71,7 @@ fn watch_until(stop: &AtomicBool, mut stream: MessageStream) -> Result<u64> {
                     let release = ViewerMessage::Release { serial };
                     stream.send(&release, vec![]).context("cannot release")?;
                 }
-                // What is on the screen stays with who shows it.
+                // The descriptors of the shown frame stay open.
                 DisplayUpdate::Scanout { .. } => shown = fds,
                 _ => {}
             }

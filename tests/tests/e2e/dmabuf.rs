@@ -45,7 +45,7 @@ fn open(assets: &Assets, iommufd: bool) -> Result<[Arc<HostDevice>; 2]> {
             .status()
             .context("cannot run fanlight")?;
         ensure(status.success(), format!("bind: {status}"))?;
-        let address = address.parse().context("an address of sysfs")?;
+        let address = address.parse().context("not a PCI address")?;
         functions.extend(HostFunction::find(address));
     }
     let iommu = Iommu::open(&functions, Some(iommufd), None).map_err(|error| failure(&error))?;

@@ -413,7 +413,7 @@ fn peers(assets: &Assets, iommufd: &str) -> Result<()> {
 }
 
 fn host_function(address: &str) -> Result<HostFunction> {
-    let function = HostFunction::find(address.parse().context("an address of sysfs")?);
+    let function = HostFunction::find(address.parse().context("not a PCI address")?);
     function.ok_or_else(|| Failure(format!("no PCI device is at {address}")))
 }
 

@@ -1,13 +1,13 @@
-//! What the calls take: the kernel's structures (`include/uapi/drm/drm.h`, `drm_mode.h`, `virtgpu_drm.h`).
+//! Ioctl arguments: the kernel's structures (`include/uapi/drm/drm.h`, `drm_mode.h`, `virtgpu_drm.h`).
 
-/// The argument of a call.
+/// An ioctl's argument.
 ///
 /// # Safety
-/// `REQUEST` is the call that takes this structure.
+/// `REQUEST` is the ioctl that takes this structure.
 pub unsafe trait Call {
-    /// The number of the call, with the structure's size in it.
+    /// The ioctl's number, which includes the structure's size.
     const REQUEST: u64;
-    /// For errors.
+    /// The ioctl's name, for errors.
     const NAME: &str;
 }
 
@@ -70,7 +70,7 @@ calls! {
         stride: u32,
     }
     0xc010_6445 VirtgpuResourceInfo { bo_handle: u32, res_handle: u32, size: u32, blob_mem: u32 }
-    /// The area is x, y, z, width, height, depth.
+    /// The area: x, y, z, width, height, depth.
     0xc02c_6447 VirtgpuTransferToHost {
         bo_handle: u32,
         area: [u32; 6],
@@ -129,7 +129,7 @@ calls! {
         rest: [u32; 4],
     }
     0xc004_64af RemoveFb { fb_id: u32 }
-    /// Without clips all of it is dirty.
+    /// Without clips the whole framebuffer is dirty.
     0xc018_64b1 DirtyFb { fb_id: u32, flags: u32, color: u32, num_clips: u32, clips: u64 }
     0xc020_64b2 CreateDumb {
         height: u32,
@@ -154,7 +154,7 @@ calls! {
     }
 }
 
-/// `struct drm_mode_modeinfo`: five numbers of each direction, the visible one first.
+/// `struct drm_mode_modeinfo`: five numbers for each direction, the visible size first.
 #[derive(Clone, Copy, Debug, Default)]
 #[repr(C)]
 pub struct ModeInfo {
@@ -166,7 +166,7 @@ pub struct ModeInfo {
 }
 
 impl ModeInfo {
-    /// Visible pixels of a line, and lines.
+    /// Visible columns and lines.
     pub fn size(&self) -> (u32, u32) {
         (self.horizontal[0].into(), self.vertical[0].into())
     }

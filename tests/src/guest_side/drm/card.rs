@@ -1,4 +1,4 @@
-//! The first output of the virtio GPU, and what is shown there.
+//! The first output of the virtio GPU, and the framebuffers that it shows.
 
 use std::os::fd::AsFd;
 
@@ -11,7 +11,7 @@ use crate::{Context, Failure, Result, common::pci::Mmio};
 const XRGB8888: u32 = u32::from_le_bytes(*b"XR24");
 const CONNECTED: u32 = 1;
 
-/// The virtio GPU with its first output that is connected.
+/// The virtio GPU with its first connected output.
 #[derive(Debug)]
 pub struct Card {
     device: Device,
@@ -19,7 +19,7 @@ pub struct Card {
     connector: u32,
 }
 
-/// A buffer of the card's, shown or not.
+/// A buffer of the card with its framebuffer, on screen or not.
 #[derive(Debug)]
 pub struct Shown {
     pub(crate) handle: u32,
@@ -27,12 +27,12 @@ pub struct Shown {
 }
 
 impl Card {
-    /// Finds both.
+    /// Finds the GPU and its output.
     pub fn open() -> Result<Self> {
         Self::of(Device::open()?)
     }
 
-    /// Finds the output.
+    /// Finds the output of a GPU.
     pub fn of(device: Device) -> Result<Self> {
         let mut crtcs = [0u32; 16];
         let mut connectors = [0u32; 16];
@@ -43,7 +43,7 @@ impl Card {
             count_connectors: 16,
             ..Default::default()
         };
-        // SAFETY: the arrays have room for as many as the counts say.
+        // SAFETY: each array has room for its count.
         unsafe { device.call(&mut resources) }?;
         let count = resources.count_connectors.min(16) as usize;
         let mut card = Self {
@@ -68,7 +68,7 @@ impl Card {
     /// Whether a connector is connected, and its modes.
     fn modes_of(&self, connector_id: u32) -> Result<(u32, Vec<ModeInfo>)> {
         let mut modes = [ModeInfo::default(); 64];
-        // The first call probes; asking for modes with room for none would leave them out.
+        // The first call probes. A call that asks for modes without room for any would not report them.
         let mut connector = GetConnector {
             connector_id,
             ..Default::default()
@@ -82,7 +82,7 @@ impl Card {
             count_modes: count,
             ..Default::default()
         };
-        // SAFETY: the array has room for as many modes as the count says.
+        // SAFETY: the array has room for the count of modes.
         unsafe { self.device.call(&mut connector) }?;
         Ok((connection, modes[..count as usize].to_vec()))
     }
@@ -92,12 +92,12 @@ impl Card {
         Ok(self.modes_of(self.connector)?.1)
     }
 
-    /// Makes a dma-buf of XRGB8888 pixels, lines without gaps, a framebuffer of the card's.
+    /// Imports a dma-buf of XRGB8888 pixels, lines without gaps, as a framebuffer.
     pub fn import(&self, dmabuf: &impl AsFd, width: u32, height: u32) -> Result<Shown> {
         self.framebuffer(self.device.import(dmabuf)?, width, height)
     }
 
-    /// Memory for a picture, as a framebuffer. The driver makes a blob of it.
+    /// Creates memory for a picture, and a framebuffer of it. The driver makes a blob of the memory.
     pub fn create(&self, width: u32, height: u32) -> Result<Shown> {
         let mut dumb = CreateDumb {
             width,
@@ -110,7 +110,7 @@ impl Card {
         self.framebuffer(dumb.handle, width, height)
     }
 
-    /// A buffer of XRGB8888 pixels, lines without gaps, as a framebuffer.
+    /// Creates a framebuffer of a buffer of XRGB8888 pixels, lines without gaps.
     pub(crate) fn framebuffer(&self, handle: u32, width: u32, height: u32) -> Result<Shown> {
         let mut fb = AddFb2 {
             width,
@@ -126,7 +126,7 @@ impl Card {
         Ok(Shown { handle, fb })
     }
 
-    /// The memory of a picture that [`Self::create`] made.
+    /// Maps the memory of a picture that [`Self::create`] made.
     pub fn map(&self, shown: &Shown, width: u32, height: u32) -> Result<Mmio> {
         let mut map = MapDumb {
             handle: shown.handle,
@@ -146,8 +146,8 @@ impl Card {
         self.set(shown, mode)
     }
 
-    /// The same in a mode of our own, whose frames have `microseconds` each: Linux's driver makes every
-    /// update wait for the next one.
+    /// The same in a custom mode whose frames last `microseconds`: Linux's driver delays every update to the next
+    /// frame.
     pub fn show_fast(
         &self,
         shown: &Shown,
@@ -155,7 +155,7 @@ impl Card {
         height: u16,
         microseconds: u32,
     ) -> Result<()> {
-        // Sync pulses and blank lines there must be, however few.
+        // A mode needs sync pulses and blank lines, at least one of each.
         let (columns, lines) = (width.saturating_add(3), height.saturating_add(3));
         let pixels = u64::from(columns) * u64::from(lines);
         let clock = pixels * 1000 / u64::from(microseconds.max(1));
@@ -184,7 +184,7 @@ impl Card {
         unsafe { self.device.call(&mut crtc) }
     }
 
-    /// Tells that a framebuffer's pixels changed.
+    /// Reports that a framebuffer's pixels changed.
     pub fn dirty(&self, shown: &Shown) -> Result<()> {
         let mut dirty = DirtyFb {
             fb_id: shown.fb,
@@ -194,7 +194,7 @@ impl Card {
         unsafe { self.device.call(&mut dirty) }
     }
 
-    /// Takes a framebuffer off the screen and lets its memory go.
+    /// Removes a framebuffer from the screen and frees its buffer.
     pub fn forget(&self, shown: Shown) -> Result<()> {
         // SAFETY: the structure is the whole of the argument.
         unsafe { self.device.call(&mut RemoveFb { fb_id: shown.fb }) }?;

@@ -1,5 +1,5 @@
-//! Linux's interface to GPUs, as far as tests use it, on the stock virtio-gpu driver: one device, the calls that
-//! are made of it, and its first output.
+//! Linux's DRM interface as far as tests use it, on the stock virtio-gpu driver: a device, its ioctls, and its first
+//! output.
 
 mod calls;
 mod card;
@@ -20,9 +20,9 @@ use calls::{GemClose, PrimeFdToHandle, PrimeHandleToFd, Version};
 
 use crate::{Context, Failure, Result};
 
-/// Cards that are looked at.
+/// Cards that are searched.
 const CARDS: u32 = 8;
-/// Names the virtio GPU that is meant, by its number; the first if there is no such variable.
+/// The environment variable with the number of the wanted virtio GPU; the default is the first.
 const CARD: &str = "CARD";
 
 /// The virtio GPU, open.
@@ -30,10 +30,10 @@ const CARD: &str = "CARD";
 pub struct Device(File);
 
 impl Device {
-    /// Finds it by its driver's name: other drivers' cards may come before it.
+    /// Finds the device by its driver's name: cards of other drivers may come first.
     pub fn open() -> Result<Self> {
         let mut before = match env::var(CARD) {
-            Ok(number) => number.parse().context("CARD is no number")?,
+            Ok(number) => number.parse().context("CARD is not a number")?,
             Err(_) => 0,
         };
         for number in 0..CARDS {
@@ -49,7 +49,7 @@ impl Device {
                 before -= 1;
             }
         }
-        Err(Failure("there is no card of virtio_gpu's".into()))
+        Err(Failure("no card has the driver virtio_gpu".into()))
     }
 
     fn driver(&self) -> Result<String> {
@@ -59,19 +59,19 @@ impl Device {
             name: address(&mut name),
             ..Default::default()
         };
-        // SAFETY: the name has room for as much as its length says; the other texts have none.
+        // SAFETY: the name has room for its length; the other texts have length 0.
         unsafe { self.call(&mut version) }?;
         let len = (version.name_len as usize).min(name.len());
         Ok(String::from_utf8_lossy(&name[..len]).into_owned())
     }
 
-    /// Makes a call.
+    /// Calls an ioctl.
     ///
     /// # Safety
-    /// What the argument points to is there, as long as the argument says.
+    /// Memory that the argument refers to is valid in the length that the argument gives.
     pub(crate) unsafe fn call<T: Call>(&self, argument: &mut T) -> Result<()> {
         loop {
-            // SAFETY: the argument is what this request takes, and the caller's promise.
+            // SAFETY: the argument has the type that this request takes; the caller guarantees what it refers to.
             let result =
                 unsafe { libc::ioctl(self.0.as_raw_fd(), T::REQUEST as _, argument as *mut T) };
             let error = std::io::Error::last_os_error();
@@ -83,12 +83,12 @@ impl Device {
         }
     }
 
-    /// The file, to map memory of.
+    /// The device file, for mappings.
     pub(crate) fn file(&self) -> &File {
         &self.0
     }
 
-    /// Takes a dma-buf in: its handle.
+    /// Imports a dma-buf. Returns the handle.
     pub(crate) fn import(&self, dmabuf: &impl AsFd) -> Result<u32> {
         let mut prime = PrimeFdToHandle {
             fd: dmabuf.as_fd().as_raw_fd(),
@@ -99,7 +99,7 @@ impl Device {
         Ok(prime.handle)
     }
 
-    /// Gives a buffer out as a dma-buf.
+    /// Exports a buffer as a dma-buf.
     pub(crate) fn export(&self, handle: u32) -> Result<File> {
         let mut prime = PrimeHandleToFd {
             handle,
@@ -108,18 +108,18 @@ impl Device {
         };
         // SAFETY: the structure is the whole of the argument.
         unsafe { self.call(&mut prime) }?;
-        // SAFETY: it was made just now, and nobody else knows of it.
+        // SAFETY: the descriptor is new, and no other owner exists.
         Ok(unsafe { File::from_raw_fd(prime.fd) })
     }
 
-    /// Lets a buffer go.
+    /// Frees a buffer.
     pub(crate) fn close(&self, handle: u32) -> Result<()> {
         // SAFETY: the structure is the whole of the argument.
         unsafe { self.call(&mut GemClose { handle, pad: 0 }) }
     }
 }
 
-/// Where the kernel is to write or to read.
+/// The address of an array that the kernel reads or writes.
 pub(crate) fn address<T>(array: &mut [T]) -> u64 {
     array.as_mut_ptr().expose_provenance() as u64
 }

@@ -1,12 +1,12 @@
-//! Renderer blobs, made and shown by the guest's driver: many at once, and many one after the other.
+//! Renderer blobs, created and mapped by the guest's driver: many at once, and many in turn.
 
 use std::{io::BufRead, time::Instant};
 
 use super::drm::{Blob, PAGE, with_venus};
 use crate::{Context, Failure, Result, ensure};
 
-/// Makes `count` blobs, which are there at once, writes to each and finds in each what was written there; then
-/// makes `pairs` more, one after the other.
+/// Creates `count` blobs, which exist at once, writes to each and reads that back. Then creates `pairs` more, one after
+/// the other.
 pub fn at_once(count: u64, pairs: u64) -> Result<String> {
     let gpu = with_venus()?;
     let mut all = Vec::new();
@@ -33,7 +33,7 @@ pub fn at_once(count: u64, pairs: u64) -> Result<String> {
     Ok(format!("{count} blobs and {pairs} pairs in {took} us"))
 }
 
-/// Keeps a blob when the context is gone that it was made in, as a program does that another one gave a picture to.
+/// Keeps a blob after its context has gone, as a program does that received a picture from another one.
 pub fn outlive() -> Result<String> {
     const WORD: u64 = 0x1234_5678_9abc_def0;
     let gpu = with_venus()?;
@@ -42,7 +42,7 @@ pub fn outlive() -> Result<String> {
     let memory = blob.map_shared()?;
     drop(blob);
     drop(gpu);
-    // The device is told of one after the other: when the other blob is there, the context is gone.
+    // The device handles commands in order: once the other blob exists, the context is gone.
     let other = with_venus()?;
     let other = Blob::new(&other, PAGE)?;
     other.write(!WORD)?;
@@ -51,7 +51,7 @@ pub fn outlive() -> Result<String> {
     Ok("a blob outlived its context".into())
 }
 
-/// Makes blobs until one cannot be used any more; what came of it.
+/// Creates blobs until one cannot be used. Returns the reason.
 pub fn until_refused() -> Result<String> {
     let gpu = with_venus()?;
     println!("agent: going on");
@@ -64,11 +64,11 @@ pub fn until_refused() -> Result<String> {
             return Ok(format!("refused after some: {error}"));
         }
     }
-    Err(Failure("never refused".into()))
+    Err(Failure("no blob was refused".into()))
 }
 
-/// Does what the lines of standard input say: `others N` has N blobs shown, `pairs N` has N more shown,
-/// written to and taken away, one after the other. Each is answered by a line `agent: did NUMBER: … us.`, counted from 1.
+/// Follows the lines of standard input: `others N` keeps N blobs mapped; `pairs N` maps N more in turn, writes to each
+/// and unmaps it. Each line is answered by `agent: did NUMBER: … us.`, counted from 1.
 pub fn serve() -> Result<String> {
     let gpu = with_venus()?;
     let mut others = Vec::new();

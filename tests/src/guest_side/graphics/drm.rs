@@ -1,4 +1,4 @@
-//! 3D by the calls of the guest's driver, without Mesa.
+//! 3D through ioctls of the guest's driver, without Mesa.
 
 use crate::{
     Context, Failure, Result,
@@ -17,7 +17,7 @@ const CAPSET_VIRGL2: u64 = 2;
 const CAPSET_VENUS: u64 = 4;
 pub(super) const PAGE: u64 = 4096;
 
-/// The virtio GPU, with a context of this program's.
+/// Opens the virtio GPU and creates a context.
 fn with_context(capset: u64) -> Result<Device> {
     let device = Device::open()?;
     let mut params = [CONTEXT_PARAM_CAPSET_ID, capset];
@@ -31,12 +31,12 @@ fn with_context(capset: u64) -> Result<Device> {
     Ok(device)
 }
 
-/// The same for Vulkan, whose blobs can be made without a command stream.
+/// The same for Vulkan, whose contexts create blobs without a command stream.
 pub(super) fn with_venus() -> Result<Device> {
     with_context(CAPSET_VENUS)
 }
 
-/// A renderer blob; gone when dropped.
+/// A renderer blob, freed when dropped.
 pub(super) struct Blob<'a> {
     device: &'a Device,
     handle: u32,
@@ -44,12 +44,12 @@ pub(super) struct Blob<'a> {
 }
 
 impl<'a> Blob<'a> {
-    /// One of so many bytes, which the driver shows at once.
+    /// Creates a blob of `size` bytes, which the driver maps at once.
     pub(super) fn new(device: &'a Device, size: u64) -> Result<Self> {
         Self::with_flags(device, size, BLOB_FLAG_USE_MAPPABLE)
     }
 
-    /// The same, to be shared with other devices.
+    /// Creates a blob that other devices can use.
     pub(super) fn shareable(device: &'a Device, size: u64) -> Result<Self> {
         let flags = BLOB_FLAG_USE_MAPPABLE | BLOB_FLAG_USE_SHAREABLE;
         Self::with_flags(device, size, flags)
@@ -62,7 +62,7 @@ impl<'a> Blob<'a> {
             size,
             ..Default::default()
         };
-        // SAFETY: no command is given with it.
+        // SAFETY: the argument refers to no command.
         unsafe { device.call(&mut create) }.context("cannot make a blob")?;
         Ok(Blob {
             device,
@@ -81,19 +81,19 @@ impl<'a> Blob<'a> {
         Mmio::new(self.device.file(), map.offset, self.size).context("cannot map a blob")
     }
 
-    /// Its memory by way of a dma-buf, which stays when the blob and the device are gone.
+    /// Maps the memory through a dma-buf. The mapping stays valid after the blob and the device are gone.
     pub(super) fn map_shared(&self) -> Result<Mmio> {
         let dmabuf = self.device.export(self.handle)?;
         Mmio::new(&dmabuf, 0, self.size).context("cannot map a blob's dma-buf")
     }
 
-    /// Writes its first word.
+    /// Writes the first word.
     pub(super) fn write(&self, word: u64) -> Result<()> {
         self.map()?.write(0, word);
         Ok(())
     }
 
-    /// Reads its first word.
+    /// Reads the first word.
     pub(super) fn read(&self) -> Result<u64> {
         Ok(self.map()?.read(0))
     }
@@ -109,15 +109,15 @@ const PIPE_TEXTURE_2D: u32 = 2;
 const B8G8R8X8: u32 = 2;
 const BIND_RENDER_TARGET: u32 = 1 << 1;
 const BIND_SCANOUT: u32 = 1 << 18;
-/// `virgl_protocol.h`: commands, and the kind of object that a surface is.
+/// `virgl_protocol.h`: commands, and the object type of a surface.
 const CCMD_CREATE_OBJECT: u32 = 1;
 const CCMD_SET_FRAMEBUFFER_STATE: u32 = 5;
 const CCMD_CLEAR: u32 = 7;
 const OBJECT_SURFACE: u32 = 8;
 const PIPE_CLEAR_COLOR0: u32 = 4;
 
-/// Has the host fill a screen with a colour, and shows it until a line comes; then with the next one, of which nobody is
-/// told, until another line comes.
+/// Has the host fill a texture with a colour, and shows it until a line comes. Then fills it with the next colour
+/// without a flush, until another line comes.
 pub fn show(colours: [[f32; 3]; 2]) -> Result<String> {
     let card = Card::of(with_context(CAPSET_VIRGL2)?)?;
     let mode = preferred(&card)?;
@@ -180,7 +180,7 @@ fn wait_for_line() {
     let _ = std::io::stdin().read_line(&mut String::new());
 }
 
-/// Has the host fill a texture, and waits until it has.
+/// Has the host fill a texture, and waits for the end.
 fn fill(
     device: &Device,
     texture: &VirtgpuResourceCreate,
@@ -211,7 +211,7 @@ fn fill(
         num_bo_handles: 1,
         ..Default::default()
     };
-    // SAFETY: the stream has as many bytes as the size says, and there is one handle.
+    // SAFETY: the stream has the given size, and there is one handle.
     unsafe { device.call(&mut submit) }.context("cannot submit commands")?;
     let mut wait = VirtgpuWait {
         handle: texture.bo_handle,

@@ -1,4 +1,4 @@
-//! OpenGL ES as any program uses it: a picture without a window, drawn by whatever driver there is.
+//! OpenGL ES as any program uses it: an offscreen picture, drawn by the driver that the loader finds.
 
 #![allow(non_snake_case, reason = "the specification's names")]
 
@@ -23,7 +23,7 @@ macro_rules! functions {
                 let find = find.context("libEGL.so.1 is another library")?;
                 Ok(Self {
                     $($name: {
-                        // SAFETY: a name with its end.
+                        // SAFETY: the name ends with a NUL.
                         let at = unsafe { find(concat!(stringify!($name), "\0").as_ptr().cast()) };
                         if at.is_null() {
                             return Err(Failure(concat!("no ", stringify!($name)).into()));
@@ -110,10 +110,10 @@ fn done(what: &str, ok: bool) -> Result<()> {
     }
 }
 
-/// Draws red over the left half of a blue picture, and looks at every pixel of it. Who drew it.
+/// Draws red over the left half of a blue picture, and checks every pixel. Returns the renderer's name.
 pub fn draw() -> Result<String> {
     let gl = Functions::load()?;
-    // SAFETY: calls as the specification has them; what is pointed to lives for the time of each.
+    // SAFETY: calls follow the specification; pointers are valid during each call.
     unsafe {
         use std::ptr::{null, null_mut};
         let display = (gl.eglGetPlatformDisplay)(EGL_PLATFORM_SURFACELESS_MESA, null(), null());

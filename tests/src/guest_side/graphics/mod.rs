@@ -1,4 +1,4 @@
-//! Programs for guests that draw in 3D, by Mesa and by the guest's driver itself.
+//! Programs for guests that draw in 3D, through Mesa and through the guest's driver directly.
 
 pub mod blobs;
 pub mod drm;

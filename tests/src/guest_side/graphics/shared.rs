@@ -11,19 +11,19 @@ use crate::{
     guest_side::{drm::Device, edu::Edu},
 };
 
-/// A size that no other blob has, by which the driver's list of them tells where one lies.
+/// A size that no other blob has, by which the driver's list identifies this one.
 const SIZE: u64 = 37 * PAGE;
 const WORDS: usize = PAGE as usize / 8;
-/// Where in a blob the device reads, and where it writes.
+/// Offsets in a blob at which the device reads and writes.
 const FROM: usize = PAGE as usize;
 const TO: usize = 5 * PAGE as usize;
-/// The driver's list: `START-END: SIZE: used`, where a mounted debugfs has it.
+/// The driver's list of mapped blobs, in a mounted debugfs: `START-END: SIZE: used`.
 const LISTS: &str = "/sys/kernel/debug/dri";
 const LIST: &str = "virtio-gpu-host-visible-mm";
-/// A blob whose end the driver does not hear of for so long is stuck.
+/// The driver hears of the end of a blob in far less time.
 const PATIENCE: Duration = Duration::from_secs(60);
 
-/// Where the guest sees the blob of our size.
+/// The offset of the blob with our size in the host-visible region.
 fn place() -> Result<Option<u64>> {
     let dirs = fs::read_dir(LISTS).context("cannot list the driver's files")?;
     let list = dirs
@@ -34,17 +34,17 @@ fn place() -> Result<Option<u64>> {
     let line = list.lines().find_map(|line| line.strip_suffix(&ours));
     let start = line.and_then(|range| range.trim().split('-').next());
     let start = start.map(|start| u64::from_str_radix(start.trim_start_matches("0x"), 16));
-    start.transpose().context("an address of the driver's")
+    start.transpose().context("the driver lists a bad address")
 }
 
-/// Makes a blob, and finds it where one was before.
+/// Creates a blob, and checks that it is mapped where the blob before was.
 fn blob_at(gpu: &Device, shareable: bool, before: Option<u64>) -> Result<(Blob<'_>, u64)> {
     let blob = if shareable {
         Blob::shareable(gpu, SIZE)?
     } else {
         Blob::new(gpu, SIZE)?
     };
-    // The driver waits for it to be shown.
+    // The driver waits until the device has mapped the blob.
     blob.map()?;
     let at = place()?.ok_or_else(|| Failure("the driver does not list the blob".into()))?;
     let same = before.is_none_or(|before| before == at);
@@ -52,12 +52,12 @@ fn blob_at(gpu: &Device, shareable: bool, before: Option<u64>) -> Result<(Blob<'
     Ok((blob, at))
 }
 
-/// Lets a blob go, and waits until the driver knows that it is no longer shown.
+/// Frees a blob, and waits until the driver knows that it is unmapped.
 fn forget(blob: Blob<'_>) -> Result<()> {
     drop(blob);
     let start = Instant::now();
     while place()?.is_some() {
-        ensure(start.elapsed() < PATIENCE, "the blob stays")?;
+        ensure(start.elapsed() < PATIENCE, "the blob stays mapped")?;
         thread::sleep(Duration::from_millis(10));
     }
     Ok(())
@@ -67,8 +67,8 @@ fn pattern(index: usize, round: u64) -> u64 {
     (index as u64 + 1).wrapping_mul(0x9e37_79b9_7f4a_7c15) ^ round
 }
 
-/// Has the device copy within a blob that is shared. One that lies at the same place and is not shared, it neither
-/// reads nor writes.
+/// Has the device copy within a shared blob. A blob at the same place that is not shared must be neither read nor
+/// written.
 pub fn with_a_device() -> Result<String> {
     let (edu, gpu) = (Edu::open()?, with_venus()?);
     let mut first = None;
@@ -92,7 +92,7 @@ pub fn with_a_device() -> Result<String> {
         for index in 0..WORDS {
             memory.write(FROM + index * 8, !pattern(index, round));
         }
-        // It has the other blob's words in its buffer yet.
+        // The device's buffer still has the shared blob's words.
         edu.write(at + TO as u64)?;
         let written = (0..WORDS).filter(|index| memory.read::<u64>(TO + index * 8) != 0);
         let written = written.count();

@@ -1,4 +1,4 @@
-//! Vulkan as any program uses it: a computation and a picture, in memory that the processor reads.
+//! Vulkan as any program uses it: a computation and a picture, in memory that the CPU can read.
 
 use ash::vk;
 
@@ -7,7 +7,7 @@ use crate::{Context, Failure, Result};
 const NUMBERS: u32 = 256;
 const SIZE: u32 = 64;
 
-/// For each number of a buffer: times three, plus one.
+/// A compute shader that multiplies each number of a buffer by three and adds one.
 fn shader() -> Vec<u32> {
     let mut code = vec![0x0723_0203, 0x0001_0000, 0, 30, 0];
     let mut op = |number: u32, operands: &[u32]| {
@@ -66,7 +66,7 @@ fn shader() -> Vec<u32> {
     code
 }
 
-/// A device with a queue that computes and draws.
+/// A device with a queue for compute and graphics.
 struct Device {
     device: ash::Device,
     family: u32,
@@ -79,7 +79,7 @@ struct Device {
 
 impl Device {
     fn open() -> Result<Self> {
-        // SAFETY: the library is Vulkan's loader; calls are as the specification has them.
+        // SAFETY: the library is Vulkan's loader; calls follow the specification.
         unsafe {
             let entry = ash::Entry::load().context("no libvulkan.so.1")?;
             let application = vk::ApplicationInfo::default().api_version(vk::API_VERSION_1_1);
@@ -139,13 +139,13 @@ impl Device {
         unsafe { self.device.allocate_memory(&info, None) }.context("cannot allocate memory")
     }
 
-    /// A buffer of numbers that the processor sees.
+    /// A buffer of numbers that the CPU can access.
     fn buffer(&self, numbers: u32, usage: vk::BufferUsageFlags) -> Result<(vk::Buffer, *mut u32)> {
         let size = u64::from(numbers) * 4;
         let info = vk::BufferCreateInfo::default().size(size).usage(usage);
         let visible =
             vk::MemoryPropertyFlags::HOST_VISIBLE | vk::MemoryPropertyFlags::HOST_COHERENT;
-        // SAFETY: as the specification has it.
+        // SAFETY: calls follow the specification.
         unsafe {
             let buffer = self
                 .device
@@ -166,7 +166,7 @@ impl Device {
 
     /// Records commands, runs them, and waits.
     fn run(&self, record: impl FnOnce(vk::CommandBuffer)) -> Result<()> {
-        // SAFETY: as the specification has it.
+        // SAFETY: calls follow the specification.
         unsafe {
             let info = vk::CommandPoolCreateInfo::default().queue_family_index(self.family);
             let pool = self
@@ -202,7 +202,7 @@ impl Device {
     }
 }
 
-/// Computes with some numbers, fills a picture, and looks at all of both. Who did it.
+/// Computes with some numbers, fills a picture, and checks all results. Returns the device's name.
 pub fn work() -> Result<String> {
     let device = Device::open()?;
     compute(&device)?;
@@ -213,7 +213,7 @@ pub fn work() -> Result<String> {
 fn compute(device: &Device) -> Result<()> {
     let (buffer, numbers) = device.buffer(NUMBERS, vk::BufferUsageFlags::STORAGE_BUFFER)?;
     let vk = &device.device;
-    // SAFETY: as the specification has it; the memory is mapped and long enough.
+    // SAFETY: calls follow the specification; the memory is mapped and long enough.
     unsafe {
         for index in 0..NUMBERS {
             numbers.add(index as usize).write_volatile(index * 7);
@@ -285,7 +285,7 @@ fn compute(device: &Device) -> Result<()> {
     Ok(())
 }
 
-/// Draws an image by a render pass that clears it, and reads it back.
+/// Clears an image by a render pass, and reads it back.
 fn fill(device: &Device) -> Result<()> {
     let (buffer, pixels) = device.buffer(SIZE * SIZE, vk::BufferUsageFlags::TRANSFER_DST)?;
     let vk = &device.device;
@@ -294,7 +294,7 @@ fn fill(device: &Device) -> Result<()> {
         height: SIZE,
         depth: 1,
     };
-    // SAFETY: as the specification has it; the memory is mapped and long enough.
+    // SAFETY: calls follow the specification; the memory is mapped and long enough.
     unsafe {
         let info = vk::ImageCreateInfo::default()
             .image_type(vk::ImageType::TYPE_2D)

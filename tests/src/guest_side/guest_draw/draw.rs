@@ -1,4 +1,4 @@
-//! A program that draws in a guest as it is told on its standard input, and measures what the guest sees of it.
+//! A program that draws in a guest as its standard input says, and measures display commands from the guest's side.
 
 use std::{
     io::BufRead,
@@ -12,7 +12,7 @@ use crate::{
     guest_side::drm::{Card, Shown},
 };
 
-/// A flush that was held back for so long was not answered by who shows it.
+/// A flush that takes this long ended by the time limit: no viewer released the frame.
 const LATE: Duration = Duration::from_millis(30);
 
 /// A picture on the screen.
@@ -34,7 +34,7 @@ impl Picture {
         })
     }
 
-    /// Another colour for each pixel, and others for each number.
+    /// Each pixel has its own colour, and each number its own picture.
     fn draw(&self, number: u32) {
         let pixels = u32::from(self.width) * u32::from(self.height);
         for (place, at) in (0..pixels).zip((0..).step_by(4)) {
@@ -51,18 +51,18 @@ impl Picture {
     }
 }
 
-/// The screen, and what was asked for besides.
+/// The screen, and state of the other requests.
 struct Screen {
     card: Card,
     picture: Picture,
-    /// Microseconds of a frame.
+    /// Duration of a frame in microseconds.
     frame: u32,
     trace: Option<CommandTrace>,
     blob: Option<Shown>,
 }
 
 /// Shows a picture of one colour (hexadecimal, 0xRRGGBB) in a mode whose frames last `frame` microseconds, and then
-/// does what the lines of standard input say. Each is answered by a line `agent: did NUMBER: …`, counted from 1.
+/// follows the lines of standard input. Each line is answered by `agent: did NUMBER: …`, counted from 1.
 pub fn draw(width: u16, height: u16, frame: u32, colour: &str) -> Result<String> {
     let card = Card::open()?;
     let picture = Picture::new(&card, width, height)?;
@@ -121,7 +121,7 @@ impl Screen {
         }
     }
 
-    /// Bytes of the picture.
+    /// Size of the picture in bytes.
     fn bytes(&self) -> u64 {
         u64::from(self.picture.width) * u64::from(self.picture.height) * 4
     }
@@ -135,7 +135,7 @@ impl Screen {
         self.flush(1)
     }
 
-    /// Flushes the whole picture again and again, and waits for each.
+    /// Flushes the whole picture `count` times, and waits for each flush.
     fn flush(&self, count: u32) -> Result<String> {
         let (mut slowest, mut late) = (Duration::ZERO, 0);
         let start = Instant::now();
@@ -153,7 +153,7 @@ impl Screen {
         ))
     }
 
-    /// Has the device know this memory, under a number that the host can ask for.
+    /// Creates a blob of this memory, whose resource id the host can use.
     fn blob(&mut self, memory: Scattered) -> Result<String> {
         let trace = match self.trace.take() {
             Some(trace) => trace,
@@ -165,7 +165,7 @@ impl Screen {
             .card
             .import(&memory.dmabuf, width, height)
             .context(format!("cannot import {} pieces", memory.pieces))?;
-        // Answered behind the command that is measured.
+        // The reply comes after the reply to the measured command.
         self.card.dirty(&self.picture.shown)?;
         let took = trace.create_blob()?;
         self.trace = Some(trace);
@@ -177,17 +177,17 @@ impl Screen {
         ))
     }
 
-    /// Has the device copy a resource of its own again and again.
+    /// Has the device transfer a 2D resource `count` times.
     fn transfer(&self, width: u32, height: u32, count: u32) -> Result<String> {
         let resource = self.card.create_2d(width, height)?;
         let round = |count| {
             for _ in 0..count {
                 self.card.transfer(&resource)?;
             }
-            // Answered behind them all.
+            // The reply comes after the replies to all transfers.
             self.card.dirty(&self.picture.shown)
         };
-        // Its memory is touched for the first time.
+        // The first transfer touches the resource's memory.
         round(1)?;
         let start = Instant::now();
         round(count)?;

@@ -1,4 +1,4 @@
-//! What a guest's programs do with its screen, through the stock virtio-gpu driver.
+//! Guest programs that use the screen through the stock virtio-gpu driver.
 
 mod draw;
 mod pages;

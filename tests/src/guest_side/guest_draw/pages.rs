@@ -1,5 +1,5 @@
-//! Memory of chosen physical pages in a dma-buf: a memfd's pages, picked by where they lie, joined by the
-//! guest's own udmabuf. Drivers that import it list them as they lie.
+//! Memory of chosen physical pages in a dma-buf: pages of a memfd, chosen by physical address and joined by the guest's
+//! own udmabuf. Drivers that import it list them in this order.
 
 use std::{
     fs::{self, File},
@@ -22,23 +22,23 @@ const PAGE: u64 = 4096;
 const HUGE_PAGE: u64 = 2 << 20;
 const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
 const LIST_LIMIT: &str = "/sys/module/udmabuf/parameters/list_limit";
-/// Pages to choose from, for each that is wanted.
+/// Pages to choose from, for each wanted page.
 const CHOICE: u64 = 3;
-/// `/proc/PID/pagemap`: the page is there, and its number.
+/// Fields of a `/proc/PID/pagemap` entry: whether the page is present, and its frame number.
 const PRESENT: u64 = 1 << 63;
 const FRAME: u64 = (1 << 55) - 1;
 
-/// Memory that lies as it was asked to.
+/// Memory with a chosen physical layout.
 #[derive(Debug)]
 pub struct Scattered {
     /// The memory.
     pub dmabuf: OwnedFd,
-    /// Physically contiguous pieces that it consists of, in its order.
+    /// Physically contiguous pieces of the memory, in its order.
     pub pieces: usize,
 }
 
 impl Scattered {
-    /// `size` bytes in as few pieces as there can be.
+    /// Allocates `size` bytes in the fewest possible pieces.
     pub fn contiguous(size: u64) -> Result<Self> {
         let huge = size.div_ceil(HUGE_PAGE);
         fs::write(HUGE_PAGES, huge.to_string()).context("cannot reserve huge pages")?;
@@ -47,7 +47,7 @@ impl Scattered {
         memory.join(&pages)
     }
 
-    /// `size` bytes in pieces of `run` pages, none of which lies beside another.
+    /// Allocates `size` bytes in pieces of `run` pages, no two of them adjacent.
     pub fn in_pieces(size: u64, run: usize) -> Result<Self> {
         let wanted = size.div_ceil(PAGE);
         let memory = Memory::new(wanted * CHOICE * PAGE, MemfdFlags::empty())?;
@@ -60,7 +60,7 @@ impl Scattered {
     }
 }
 
-/// Indices of pages that lie in runs of `run`, with a gap behind each.
+/// Chooses indices of pages in runs of `run`, with a gap after each run.
 fn choose(frames: &[u64], run: usize, wanted: usize) -> Option<Vec<u64>> {
     let mut sorted: Vec<_> = frames.iter().copied().zip(0u64..).collect();
     sorted.sort_unstable();
@@ -71,7 +71,7 @@ fn choose(frames: &[u64], run: usize, wanted: usize) -> Option<Vec<u64>> {
         let (first, last) = (piece.first()?.0, piece.last()?.0);
         if last - first == run as u64 - 1 {
             chosen.extend(piece.iter().map(|&(_, index)| index));
-            // One more is left out, unless there is a hole anyway.
+            // One more page is left out, unless there is a gap anyway.
             at += run + 1;
         } else {
             at += 1;
@@ -81,7 +81,7 @@ fn choose(frames: &[u64], run: usize, wanted: usize) -> Option<Vec<u64>> {
     Some(chosen)
 }
 
-/// A memfd whose pages are all there.
+/// A memfd whose pages are all allocated.
 struct Memory {
     file: Arc<File>,
     size: u64,
@@ -101,12 +101,12 @@ impl Memory {
         Ok(memory)
     }
 
-    /// The physical page of each; those that were not there are made.
+    /// The physical page of each page. Allocates those that do not exist.
     fn frames(&self) -> Result<Vec<u64>> {
         mapped_frames(&self.file, self.size)
     }
 
-    /// These pages, in this order.
+    /// A dma-buf of these pages in this order.
     fn join(&self, pages: &[u64]) -> Result<Scattered> {
         fs::write(LIST_LIMIT, pages.len().max(1024).to_string())
             .context("cannot raise the guest's list_limit")?;
@@ -129,22 +129,22 @@ impl Memory {
     }
 }
 
-/// How many runs of consecutive pages these are.
+/// Number of runs of consecutive pages.
 fn pieces(frames: &[u64]) -> usize {
     let breaks = frames.windows(2).filter(|pair| pair[0] + 1 != pair[1]);
     breaks.count() + 1
 }
 
-/// The physical pages of the first `size` bytes of something that can be mapped.
+/// The physical pages of the first `size` bytes of a mappable file.
 fn mapped_frames(fd: impl AsFd, size: u64) -> Result<Vec<u64>> {
     let access = ProtFlags::READ | ProtFlags::WRITE;
     let how = MapFlags::SHARED | MapFlags::POPULATE;
     let anywhere = std::ptr::null_mut();
-    // SAFETY: a new mapping at an address of the kernel's choice.
+    // SAFETY: a new mapping at an address that the kernel chooses.
     let start = unsafe { mmap(anywhere, size as usize, access, how, fd, 0) }
         .context("cannot map memory to see where it lies")?;
     let frames = frames(start.addr() as u64, size / PAGE);
-    // SAFETY: the mapping was made here, and nobody else knows it.
+    // SAFETY: the mapping was made here, and no other owner exists.
     let _ = unsafe { munmap(start, size as usize) };
     frames
 }
@@ -171,7 +171,7 @@ mod tests {
 
     #[test]
     fn pages_are_chosen_in_runs_with_gaps() {
-        // Ten pages in a row, in disorder, and three elsewhere.
+        // Ten consecutive pages in mixed order, and three elsewhere.
         let frames = [15, 10, 11, 12, 14, 13, 16, 17, 18, 19, 40, 41, 42];
         let at = |chosen: Vec<u64>| -> Vec<u64> {
             chosen

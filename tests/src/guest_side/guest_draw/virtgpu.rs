@@ -1,4 +1,4 @@
-//! What only virtio-gpu's driver has: its own 2D resources, and how long its commands take
+//! Features of the virtio-gpu driver alone: 2D resources, and the duration of commands
 //! (`include/uapi/drm/virtgpu_drm.h`, `drivers/gpu/drm/virtio/virtgpu_trace.h`).
 
 use std::{fs, path::Path};
@@ -10,14 +10,14 @@ use crate::{
     },
 };
 
-/// `PIPE_TEXTURE_2D`, and the wire's number of XRGB8888.
+/// `PIPE_TEXTURE_2D`, and the protocol's number of XRGB8888.
 const TEXTURE_2D: u32 = 2;
 const B8G8R8X8: u32 = 2;
-/// The type of RESOURCE_CREATE_BLOB, as a trace writes it.
+/// The type of RESOURCE_CREATE_BLOB in a trace.
 const CREATE_BLOB: &str = "type=0x10c ";
 const TRACING: &str = "/sys/kernel/tracing";
 
-/// A 2D resource, which the host has a copy of.
+/// A 2D resource, of which the host has a copy.
 #[derive(Debug)]
 pub struct Resource2d {
     handle: u32,
@@ -26,7 +26,7 @@ pub struct Resource2d {
 }
 
 impl Card {
-    /// The number that the host knows a picture by.
+    /// The resource id of a picture, which the host uses too.
     pub fn resource_id(&self, shown: &Shown) -> Result<u32> {
         let mut info = VirtgpuResourceInfo {
             bo_handle: shown.handle,
@@ -56,7 +56,7 @@ impl Card {
         })
     }
 
-    /// Has the host copy all of a 2D resource. Does not wait for it.
+    /// Has the host copy a whole 2D resource, and does not wait.
     pub fn transfer(&self, resource: &Resource2d) -> Result<()> {
         let mut transfer = VirtgpuTransferToHost {
             bo_handle: resource.handle,
@@ -67,18 +67,18 @@ impl Card {
         unsafe { self.device().call(&mut transfer) }
     }
 
-    /// Lets a 2D resource go.
+    /// Frees a 2D resource.
     pub fn forget_2d(&self, resource: Resource2d) -> Result<()> {
         self.device().close(resource.handle)
     }
 }
 
-/// The kernel's own record of commands to the device.
+/// The kernel's trace of commands to the device.
 #[derive(Debug)]
 pub struct CommandTrace(());
 
 impl CommandTrace {
-    /// Starts recording. Mounts the kernel's tracing if it must.
+    /// Starts the trace. Mounts tracefs if necessary.
     pub fn start() -> Result<Self> {
         let at = Path::new(TRACING);
         if !at.join("trace").exists() {
@@ -93,12 +93,12 @@ impl CommandTrace {
         Ok(Self(()))
     }
 
-    /// Forgets what was recorded.
+    /// Clears the trace.
     pub fn clear(&self) -> Result<()> {
         fs::write(Path::new(TRACING).join("trace"), "").context("cannot clear the trace")
     }
 
-    /// Microseconds from the only RESOURCE_CREATE_BLOB's way into the queue to its answer.
+    /// Microseconds from the only RESOURCE_CREATE_BLOB in the queue to its response.
     pub fn create_blob(&self) -> Result<f64> {
         let text = fs::read_to_string(Path::new(TRACING).join("trace"));
         create_blob(&text.context("cannot read the trace")?)
@@ -106,7 +106,7 @@ impl CommandTrace {
 }
 
 fn create_blob(trace: &str) -> Result<f64> {
-    // A response repeats the request's sequence number, and has a type of its own.
+    // A response has the request's sequence number, and its own type.
     let field = |line: &str, name: &str| {
         line.split_whitespace()
             .find_map(|word| word.strip_prefix(name).map(str::to_owned))

@@ -1,12 +1,12 @@
-//! Many commands for one notification, which costs an exit and, in the nested host, far more than a command.
+//! Many commands for one notification: it costs an exit and, in the nested host, far more time than a command.
 
 use super::{Gpu, OK, PAGE, REQUEST, RESPONSE};
 use crate::{Result, ensure};
 
-/// Room of a request and of a response: as many of either as a queue takes, which has two descriptors for each.
+/// Bytes for each request and response. Both pages take as many as a queue, which has two descriptors for each command.
 const REQUEST_ROOM: usize = 64;
 const RESPONSE_ROOM: usize = 64;
-/// The most commands of a batch.
+/// The most commands in a batch.
 pub const MOST: usize = PAGE / REQUEST_ROOM;
 
 /// A command of 32-bit words.
@@ -17,7 +17,7 @@ pub struct Command {
 }
 
 impl Gpu {
-    /// Sends at most [`MOST`] commands together, each of which must be done.
+    /// Sends at most [`MOST`] commands together, each of which must succeed.
     pub fn batch(&mut self, commands: &[Command]) -> Result<()> {
         ensure(commands.len() <= MOST, "too many commands")?;
         let mut table = Vec::new();
@@ -26,10 +26,10 @@ impl Gpu {
             let head = [command.type_, 0, 0, 0, command.context, 0];
             let words = head.iter().chain(&command.body);
             let request: Vec<u8> = words.flat_map(|word| word.to_le_bytes()).collect();
-            ensure(request.len() <= REQUEST_ROOM, "a command too long")?;
+            ensure(request.len() <= REQUEST_ROOM, "the command is too long")?;
             let [from, to] = places(number.into());
             self.pages.write(from, &request);
-            // An answer of an earlier batch is none.
+            // Clears the response of an earlier batch.
             self.pages.write(to, &0u32.to_le_bytes());
             let next = number * 2 + 1;
             table.extend(self.descriptor(from, request.len(), 1, next));
@@ -49,7 +49,7 @@ impl Gpu {
     }
 }
 
-/// Where a command's request and response are.
+/// Offsets of a command's request and response.
 fn places(number: usize) -> [usize; 2] {
     [
         REQUEST + number * REQUEST_ROOM,

@@ -1,5 +1,5 @@
-//! Renderer blobs, shown and taken away with nothing else: RESOURCE_MAP_BLOB and RESOURCE_UNMAP_BLOB, which
-//! Linux's driver sends only together with what makes a blob and takes it apart (Virtio 1.4, 5.7.6.9 and 5.7.6.10).
+//! Renderer blobs, mapped and unmapped without other commands. Linux's driver sends RESOURCE_MAP_BLOB and
+//! RESOURCE_UNMAP_BLOB only when it creates and destroys a blob (Virtio 1.4, 5.7.6.9 and 5.7.6.10).
 
 use std::{
     io::BufRead,
@@ -23,20 +23,20 @@ const UNMAP_BLOB: u32 = 0x209;
 const CAPSET_VENUS: u32 = 4;
 const HOST3D: u32 = 2;
 const USE_MAPPABLE: u32 = 1;
-/// The capability of shared memory (4.1.4.7).
+/// The shared memory capability (4.1.4.7).
 const SHARED_MEMORY: u8 = 8;
 const CONTEXT: u32 = 1;
-/// The resource that comes and goes; others have the numbers after it.
+/// The resource that is mapped and unmapped; the others have the numbers after it.
 const GUEST: u32 = 1;
 
-/// The device with a context for Vulkan, whose blobs can be made without a command stream.
+/// The device with a Vulkan context, which creates blobs without a command stream.
 pub(super) struct Blobs {
     pub(super) gpu: Gpu,
     pub(super) region: Mmio,
     others: u32,
 }
 
-/// Makes a blob of a page.
+/// Creates a blob of one page.
 pub(super) fn create(id: u32) -> Command {
     Command {
         context: CONTEXT,
@@ -45,7 +45,7 @@ pub(super) fn create(id: u32) -> Command {
     }
 }
 
-/// Shows a blob at a page of the region.
+/// Maps a blob at a page of the region.
 pub(super) fn map(id: u32, page: usize) -> Command {
     let offset = (page * PAGE) as u64;
     Command {
@@ -55,7 +55,7 @@ pub(super) fn map(id: u32, page: usize) -> Command {
     }
 }
 
-/// Takes it away.
+/// Unmaps a blob.
 pub(super) fn unmap(id: u32) -> Command {
     Command {
         context: 0,
@@ -64,7 +64,7 @@ pub(super) fn unmap(id: u32) -> Command {
     }
 }
 
-/// Lets it go.
+/// Frees a blob.
 pub(super) fn unref(id: u32) -> Command {
     Command {
         context: 0,
@@ -77,7 +77,7 @@ impl Blobs {
     pub(super) fn open() -> Result<Self> {
         let mut gpu = Gpu::open(FEATURES)?;
         let (region, ..) = capability(&gpu.function, SHARED_MEMORY)?;
-        // No name, and the kind of context.
+        // An empty name, and the context's capset.
         let mut create = vec![0, CAPSET_VENUS];
         create.extend([0; 16]);
         gpu.command_of(CONTEXT, CREATE_CONTEXT, &create)?;
@@ -97,12 +97,12 @@ impl Blobs {
         self.gpu.command_of(*context, *type_, body)
     }
 
-    /// Shows a blob at the page of its number.
+    /// Maps a blob at the page of its number.
     fn map(&mut self, id: u32) -> Result<()> {
         self.one(&map(id, id as usize))
     }
 
-    /// Writes to a blob that is shown, and finds it there.
+    /// Writes to a mapped blob, and reads that back.
     fn touch(&self, id: u32) -> Result<()> {
         let at = id as usize * PAGE;
         self.region.write(at, id);
@@ -112,7 +112,7 @@ impl Blobs {
         }
     }
 
-    /// Has so many others shown.
+    /// Keeps `count` other blobs mapped.
     fn others(&mut self, count: u32) -> Result<()> {
         while self.others < count {
             let id = GUEST + 1 + self.others;
@@ -124,7 +124,7 @@ impl Blobs {
         Ok(())
     }
 
-    /// Shows so many blobs and takes them away, one after the other; how long that took without making them.
+    /// Maps and unmaps `count` new blobs in turn. Returns the time without their creation.
     fn pairs(&mut self, count: u32) -> Result<Duration> {
         let mut took = Duration::ZERO;
         for _ in 0..count {
@@ -135,7 +135,7 @@ impl Blobs {
         Ok(took)
     }
 
-    /// The same of one blob.
+    /// Maps and unmaps one blob `count` times.
     fn again(&mut self, count: u32) -> Result<Duration> {
         let mut took = Duration::ZERO;
         self.one(&create(GUEST))?;
@@ -146,7 +146,7 @@ impl Blobs {
         Ok(took)
     }
 
-    /// Shows as many blobs at once as can be told for one notification, and takes them away together, so many times.
+    /// Maps a batch of blobs for one notification and unmaps them together, `count` times.
     fn batches(&mut self, count: u32) -> Result<Duration> {
         let mut took = Duration::ZERO;
         let first = GUEST + 1 + self.others;
@@ -167,7 +167,7 @@ impl Blobs {
         Ok(took)
     }
 
-    /// Between the two the guest writes to it, so that there is something to take away.
+    /// Maps and unmaps the blob. The guest writes to it in between, so that a mapped page must be removed.
     fn pair(&mut self) -> Result<Duration> {
         let start = Instant::now();
         self.map(GUEST)?;
@@ -179,9 +179,9 @@ impl Blobs {
     }
 }
 
-/// Does what the lines of standard input say: `others N` has N blobs shown; `pairs N` shows N more, each a new one, and
-/// takes them away, one after the other; `again N` does that with one blob; `batches N` does it N times with many, whose
-/// commands come together. Each is answered by a line `agent: did NUMBER: … us.`, counted from 1.
+/// Follows the lines of standard input. `others N` keeps N blobs mapped. `pairs N` maps and unmaps N new blobs in turn,
+/// `again N` one blob N times, and `batches N` a batch N times. Each line is answered by `agent: did NUMBER: … us.`,
+/// counted from 1.
 pub fn serve() -> Result<String> {
     let mut blobs = Blobs::open()?;
     println!("agent: ready");

@@ -1,5 +1,5 @@
-//! A driver of a virtio GPU in a program, over what sysfs shows of the device: it asks for what Linux's driver
-//! never does, of the real transport and with real pages (Virtio 1.4, 4.1, 5.7).
+//! A virtio GPU driver in user space, over sysfs. It sends commands that Linux's driver never sends, through the real
+//! transport and with real pages (Virtio 1.4, 4.1, 5.7).
 
 mod batch;
 mod blobs;
@@ -33,15 +33,15 @@ const IDS: &str = "1af4:1050";
 const PAGE: usize = 4096;
 const HUGE_PAGE: usize = 2 << 20;
 const HUGE_PAGES: &str = "/proc/sys/vm/nr_hugepages";
-/// Far more than a command takes.
+/// Far longer than a command takes.
 const PATIENCE: Duration = Duration::from_secs(30);
 
-/// The picture has room between its lines and in front of the first.
+/// The picture has gaps between its lines and before the first.
 const STRIDE: u32 = WIDTH * 4 + 64;
 const OFFSET: u32 = 128;
 const BLOB_PAGES: usize = 3;
 
-/// Pages whose physical addresses are known, and stay.
+/// Locked pages whose physical addresses are known.
 struct Pages {
     start: *mut u8,
     physical: Vec<u64>,
@@ -52,7 +52,7 @@ impl Pages {
         Self::mapped(count, MapFlags::empty())
     }
 
-    /// Of 2 MiB each, as far as they go: pages that are neighbours.
+    /// Allocates huge pages of 2 MiB: the pages in each are adjacent.
     fn huge(count: usize) -> Result<Self> {
         let huge = (count * PAGE).div_ceil(HUGE_PAGE);
         fs::write(HUGE_PAGES, huge.to_string()).context("cannot reserve huge pages")?;
@@ -61,7 +61,7 @@ impl Pages {
 
     fn mapped(count: usize, kind: MapFlags) -> Result<Self> {
         let len = count * PAGE;
-        // SAFETY: a new mapping at an address of the kernel's choice, which stays for the program's life.
+        // SAFETY: a new mapping at an address that the kernel chooses, which stays for the program's life.
         let start = unsafe {
             let flags = MapFlags::PRIVATE | MapFlags::POPULATE | kind;
             mmap_anonymous(
@@ -78,9 +78,11 @@ impl Pages {
             let mut word = [0; 8];
             let page = (start as usize / PAGE + index) as u64;
             map.read_exact_at(&mut word, page * 8)?;
-            // Bits 0 to 54 are the number of the page's frame.
+            // Bits 0 to 54 are the page frame number.
             match u64::from_ne_bytes(word) & ((1 << 55) - 1) {
-                0 => Err(io::Error::other("pages are not shown; run this as root")),
+                0 => Err(io::Error::other(
+                    "the kernel hides page frames; run this as root",
+                )),
                 frame => Ok(frame * PAGE as u64),
             }
         });
@@ -97,26 +99,26 @@ impl Pages {
     fn write(&self, at: usize, bytes: &[u8]) {
         self.check(at, bytes.len());
         for (index, &byte) in bytes.iter().enumerate() {
-            // SAFETY: within the mapping; the device reads meanwhile.
+            // SAFETY: within the mapping; the access is volatile since the device may read.
             unsafe { self.start.add(at + index).write_volatile(byte) };
         }
     }
 
     fn read<T: Copy>(&self, at: usize) -> T {
         self.check(at, size_of::<T>());
-        // SAFETY: within the mapping, of a type that any bytes are; the device writes meanwhile.
+        // SAFETY: within the mapping, of a type that is valid for any bytes; the device may write.
         unsafe { self.start.add(at).cast::<T>().read_unaligned() }
     }
 }
 
-/// Where things are in the first pages.
+/// Offsets in the first pages.
 const TABLE: usize = 0;
 const AVAILABLE: usize = 0x800;
 const USED: usize = 0xa00;
 const REQUEST: usize = PAGE;
 const RESPONSE: usize = 2 * PAGE;
 const CURSOR_PAGE: usize = 3;
-/// Where a request goes on that is longer than a page.
+/// Further pages of a request that is longer than a page.
 const MORE_PAGES: usize = 4;
 const REQUEST_PAGES: usize = 10;
 const QUEUE_SIZE: u16 = 128;
@@ -142,11 +144,11 @@ const QUEUE_SIZE_AT: usize = 24;
 const QUEUE_ENABLE: usize = 28;
 const QUEUE_NOTIFY_OFF: usize = 30;
 const QUEUE_ADDRESSES: usize = 32;
-/// EDID, RESOURCE_UUID, RESOURCE_BLOB, BLOB_ALIGNMENT, as far as there; VERSION_1 is bit 0 of the second word.
+/// EDID, RESOURCE_UUID, RESOURCE_BLOB, BLOB_ALIGNMENT, if offered; VERSION_1 is bit 0 of the second word.
 const FEATURES: [u32; 2] = [1 << 1 | 1 << 2 | 1 << 3 | 1 << 5, 1];
-/// Nobody listens to interrupts: the driver looks at the queue.
+/// The driver polls the queue.
 const NO_INTERRUPT: u16 = 1;
-/// Answers from here up to the next multiple are good.
+/// Successful responses are from here up to the next multiple.
 const OK: u32 = 0x1100;
 
 fn word(function: &Function, at: usize) -> Result<u32> {
@@ -156,7 +158,7 @@ fn word(function: &Function, at: usize) -> Result<u32> {
     Ok(u32::from_le_bytes(bytes))
 }
 
-/// The BAR of the vendor capability of this type, where in it what it names begins, and where it is itself (4.1.4).
+/// For the vendor capability of this type: its mapped BAR, the offset that it names in it, and its own offset (4.1.4).
 fn capability(function: &Function, type_: u8) -> Result<(Mmio, usize, usize)> {
     let mut at = word(function, 0x34)? as usize & 0xfc;
     while at != 0 {
@@ -190,8 +192,11 @@ impl Gpu {
         }
         set(11);
         let status: u8 = registers.read(base + DEVICE_STATUS);
-        ensure(status & 8 != 0, "the device refuses its own features")?;
-        // The control queue last: its place for notifications is read then.
+        ensure(
+            status & 8 != 0,
+            "the device refused the features that it offers",
+        )?;
+        // The control queue comes last: its notification offset is read next.
         for (queue, size, page) in [(1u16, CURSOR_QUEUE_SIZE, CURSOR_PAGE), (0, QUEUE_SIZE, 0)] {
             registers.write(base + QUEUE_SELECT, queue);
             registers.write(base + QUEUE_SIZE_AT, size);
@@ -215,16 +220,19 @@ impl Gpu {
         })
     }
 
-    /// Sends a command of 32-bit words, which must be done.
+    /// Sends a command of 32-bit words, which must succeed.
     fn command(&mut self, type_: u32, body: &[u32]) -> Result<()> {
         self.command_of(0, type_, body)
     }
 
-    /// The same of a context's.
+    /// Sends a command for a context.
     fn command_of(&mut self, context: u32, type_: u32, body: &[u32]) -> Result<()> {
         let words = [&[type_, 0, 0, 0, context, 0], body].concat();
         let request: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
-        ensure(request.len() <= REQUEST_PAGES * PAGE, "a command too long")?;
+        ensure(
+            request.len() <= REQUEST_PAGES * PAGE,
+            "the command is too long",
+        )?;
         let pages = &self.pages;
         let mut table = Vec::new();
         for (part, next) in request.chunks(PAGE).zip(1u16..) {
@@ -237,7 +245,7 @@ impl Gpu {
         }
         table.extend(self.descriptor(RESPONSE, PAGE, 2, 0));
         self.submit(&table, &[0])
-            .context(format!("{type_:#x} is not done"))?;
+            .context(format!("the device did not do {type_:#x}"))?;
         let answer: u32 = self.pages.read(RESPONSE);
         ensure(
             answer & !0xff == OK,
@@ -255,7 +263,7 @@ impl Gpu {
         bytes
     }
 
-    /// Gives the device the chains of a table that begin at `heads`, and waits until it is done with all.
+    /// Submits the chains that begin at `heads`, and waits until the device has used them all.
     fn submit(&mut self, table: &[u8], heads: &[u16]) -> Result<()> {
         let pages = &self.pages;
         pages.write(TABLE, table);
@@ -290,7 +298,7 @@ const DETACH: u32 = 0x107;
 const CREATE_BLOB: u32 = 0x10c;
 const SET_SCANOUT_BLOB: u32 = 0x10d;
 
-/// Every other page from page `first` on, last first: pages that are no neighbours.
+/// Every other page from page `first` on, in reverse: no two are adjacent.
 fn scattered(first: usize) -> Vec<usize> {
     (0..BLOB_PAGES).rev().map(|page| first + page * 2).collect()
 }
@@ -303,7 +311,7 @@ fn entries(pages: &Pages, which: &[usize]) -> Vec<u32> {
     which.iter().flat_map(entry).collect()
 }
 
-/// Draws line by line into pages that are one buffer in the order given.
+/// Draws line by line into pages that form one buffer in the given order.
 fn draw(pages: &Pages, which: &[usize], (stride, offset): (u32, u32), round: u8) {
     for y in 0..HEIGHT {
         for x in 0..WIDTH {
@@ -313,7 +321,7 @@ fn draw(pages: &Pages, which: &[usize], (stride, offset): (u32, u32), round: u8)
     }
 }
 
-/// Makes a blob of pages that lie beside each other, and says so of each alone, as Linux's driver never does.
+/// Creates a blob of adjacent pages with an entry for each page, which Linux's driver never does.
 pub fn blob_of_neighbours(count: usize) -> Result<String> {
     let mut gpu = Gpu::open(FEATURES)?;
     let memory = Pages::huge(count)?;
@@ -331,8 +339,8 @@ pub fn blob_of_neighbours(count: usize) -> Result<String> {
     Ok("forgot it".into())
 }
 
-/// Shows every format on an output of its own, each as a blob and as a 2D resource; then gives the first blob
-/// other pages; then writes to those without a command. `next` is told what has been done, and waits.
+/// Shows every format on its own output, each as a blob and as a 2D resource. Then gives the first blob other pages,
+/// and then writes to those without a command. `next` gets the name of each step, and waits.
 pub fn show(mut next: impl FnMut(&str) -> Result<()>) -> Result<()> {
     let mut gpu = Gpu::open(FEATURES)?;
     let memory = Pages::new(4 * BLOB_PAGES)?;

@@ -1,4 +1,4 @@
-//! Tens of thousands of renderer blobs, shown at once, and others that come and go meanwhile.
+//! Tens of thousands of renderer blobs, mapped at once, and others that are mapped and unmapped meanwhile.
 
 use std::{ops::Range, time::Instant};
 
@@ -9,16 +9,16 @@ use super::{
 };
 use crate::{Result, ensure};
 
-/// The region's pages: `hostmem=256M`.
+/// Pages of the region: `hostmem=256M`.
 const WINDOW: usize = (256 << 20) / PAGE;
 /// The first and the last word of a page.
 const WORDS: [usize; 2] = [0, PAGE - 4];
-/// Something is said after so many: a silent guest hangs.
+/// Progress is printed after this many blobs: a silent guest counts as hanging.
 const STEP: usize = 10_000;
 
-/// Has `count` blobs shown at once, each at the page of its number, and does `pairs` more RESOURCE_MAP_BLOB and
-/// RESOURCE_UNMAP_BLOB meanwhile, of blobs that appear at all the other pages in turn. Every blob is blank at first and
-/// holds what was written to it, wherever it appears.
+/// Maps `count` blobs at once, each at the page of its number. Meanwhile sends `pairs` pairs of RESOURCE_MAP_BLOB and
+/// RESOURCE_UNMAP_BLOB for other blobs, at all other pages in turn. Every blob is zero at first and keeps its bytes
+/// wherever it is mapped.
 pub fn at_once(count: usize, pairs: usize) -> Result<String> {
     ensure(count < WINDOW, "more blobs than the region has pages")?;
     let mut all = Thousands {
@@ -32,13 +32,13 @@ pub fn at_once(count: usize, pairs: usize) -> Result<String> {
     }
     all.say("intact", count);
     all.take_away(0..count)?;
-    // Where the first was is room again, and nothing of it.
+    // The first blob's place is free again, and a new blob there has none of its bytes.
     all.show(1)?;
     all.take_away(0..1)?;
     Ok(format!("{count} blobs at once and {pairs} pairs"))
 }
 
-/// A blob's, which is never 0.
+/// Resource id of a blob, which is never 0.
 fn id(index: usize) -> u32 {
     index as u32 + 1
 }
@@ -54,7 +54,7 @@ impl Thousands {
         println!("agent: {count} {what} after {time} ms");
     }
 
-    /// Says which step was passed, if one was.
+    /// Prints which step was passed, if any.
     fn say_steps(&self, what: &str, done: Range<usize>) {
         let step = done.end / STEP;
         if step != done.start / STEP {
@@ -87,7 +87,7 @@ impl Thousands {
     fn show(&mut self, count: usize) -> Result<()> {
         for first in (0..count).step_by(MOST) {
             let part = first..count.min(first + MOST);
-            // Each is shown as soon as it is made, as by Linux's driver: its descriptor is still there.
+            // Each blob is mapped right after its creation, as by Linux's driver, while its descriptor is open.
             let make = |index| [create(id(index)), map(id(index), index)];
             self.send(part.clone().flat_map(make))?;
             for index in part.clone() {
@@ -99,7 +99,7 @@ impl Thousands {
         Ok(())
     }
 
-    /// In rounds: a batch of blobs appears, one of them is written to, and all disappear.
+    /// In each round a batch of blobs is mapped, one of them is written to, and all are unmapped.
     fn come_and_go(&mut self, count: usize, pairs: usize) -> Result<()> {
         let ids = id(count)..id(count + MOST);
         self.send(ids.clone().map(create))?;
@@ -120,7 +120,7 @@ impl Thousands {
     }
 
     fn take_away(&mut self, indices: Range<usize>) -> Result<()> {
-        // A page that the guest has touched takes a vCPU's exit: each step in a time of its own.
+        // Unmapping a page that the guest has touched makes a vCPU exit, so each step has its own time limit.
         let mut in_steps = |what: &str, command: fn(u32) -> Command| {
             for first in indices.clone().step_by(MOST) {
                 let part = first..indices.end.min(first + MOST);

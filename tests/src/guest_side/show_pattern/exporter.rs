@@ -1,4 +1,4 @@
-//! Buffers of the guest's own kernel module (`resources/guest-module`): in whatever memory, and moved.
+//! Buffers of the guest's kernel module (`resources/guest-module`): in any memory, and moved.
 
 use std::{
     fs::File,
@@ -41,7 +41,7 @@ struct Request {
     pad: u32,
 }
 
-/// A buffer.
+/// A buffer of the module.
 #[derive(Debug)]
 pub struct Buffer {
     module: File,
@@ -49,7 +49,7 @@ pub struct Buffer {
 }
 
 impl Buffer {
-    /// Makes a buffer of ranges behind each other.
+    /// Creates a buffer of consecutive ranges.
     pub fn create(ranges: &[Range]) -> Result<Self> {
         let module = File::options()
             .read(true)
@@ -57,26 +57,26 @@ impl Buffer {
             .open("/dev/fanlight-vram");
         let module = module.context("cannot open /dev/fanlight-vram")?;
         let fd = call(&module, CREATE, -1, ranges).context("cannot make a buffer")?;
-        // SAFETY: the module returned a new descriptor, which nobody else owns.
+        // SAFETY: the module returned a new descriptor, and no other owner exists.
         let dmabuf = unsafe { OwnedFd::from_raw_fd(fd.fd) }.into();
         Ok(Self { module, dmabuf })
     }
 
-    /// Puts its bytes into other ranges.
+    /// Moves the buffer's bytes to other ranges.
     pub fn move_to(&self, ranges: &[Range]) -> Result<()> {
         call(&self.module, MOVE, self.dmabuf.as_raw_fd(), ranges)
             .map(drop)
             .context("cannot move a buffer")
     }
 
-    /// How many of its ranges are in BARs, and how far the importer is from them; -1 if it cannot reach them.
+    /// How many ranges are in BARs, and the importer's distance to them; -1 if it cannot reach them.
     pub fn whereabouts(&self) -> Result<(u32, i32)> {
         let answer = call(&self.module, WHERE, self.dmabuf.as_raw_fd(), &[]);
         let answer = answer.context("cannot ask where a buffer is")?;
         Ok((answer.count, answer.distance))
     }
 
-    /// Its memory, to draw into.
+    /// Maps the buffer.
     pub fn map(&self, len: u64) -> Result<Mmio> {
         Mmio::new(&self.dmabuf, 0, len).context("cannot map a buffer")
     }
@@ -95,16 +95,15 @@ fn call(module: &File, request: u64, fd: i32, ranges: &[Range]) -> std::io::Resu
         ranges: ranges.as_ptr().expose_provenance() as u64,
         ..Default::default()
     };
-    // SAFETY: the module reads as many ranges as the count says, and writes the request.
+    // SAFETY: the module reads the number of ranges that the count gives, and writes the request.
     match unsafe { libc::ioctl(module.as_raw_fd(), request as _, &raw mut argument) } {
         0 => Ok(argument),
         _ => Err(std::io::Error::last_os_error()),
     }
 }
 
-/// Reads ranges, each of which is one of
-/// `ram,LEN`; `bar,IDS,BAR,OFFSET,LEN`; `pages,IDS,BAR,OFFSET,STEP,COUNT`, single pages in a mixed order;
-/// `raw,ADDRESS,LEN`. Numbers are hexadecimal.
+/// Parses ranges, each of which is one of `ram,LEN`; `bar,IDS,BAR,OFFSET,LEN`; `pages,IDS,BAR,OFFSET,STEP,COUNT`
+/// (single pages in mixed order); `raw,ADDRESS,LEN`. Numbers are hexadecimal.
 pub fn parse(texts: &[&str]) -> Result<Vec<Range>> {
     let mut ranges = Vec::new();
     for text in texts {
@@ -141,15 +140,15 @@ pub fn parse(texts: &[&str]) -> Result<Vec<Range>> {
                     pad: 0,
                 }));
             }
-            _ => return Err(Failure(format!("{text:?} is no range"))),
+            _ => return Err(Failure(format!("{text:?} is not a range"))),
         }
     }
     Ok(ranges)
 }
 
-/// 0 to `count`, none of which follows the one before it.
+/// 0 to `count` in an order in which no number follows its predecessor.
 fn mixed(count: u64) -> impl Iterator<Item = u64> {
-    /// Divides no count that is used.
+    /// Coprime to every count in use, so no number repeats.
     const STEP: u64 = 7;
     (0..count).map(move |index| index * STEP % count)
 }
@@ -158,7 +157,7 @@ fn number(text: &str) -> Result<u64> {
     u64::from_str_radix(text, 16).context(format!("{text:?} is not a number"))
 }
 
-/// Bus, device and function as one number.
+/// Bus, device and function in one number.
 fn device(ids: &str) -> Result<u32> {
     let function = Function::only(ids)?;
     function.enable(true)?;
@@ -168,7 +167,7 @@ fn device(ids: &str) -> Result<u32> {
         [_, bus, device, function] => {
             Ok((number(bus)? << 8 | number(device)? << 3 | number(function)?) as u32)
         }
-        _ => Err(Failure(format!("{address:?} is no address"))),
+        _ => Err(Failure(format!("{address:?} is not an address"))),
     }
 }
 

@@ -1,5 +1,5 @@
-//! What a guest's GPU driver and programs do with a passed-through device's memory: a picture is drawn there,
-//! exported as a dma-buf, imported into the stock virtio-gpu driver and shown.
+//! Display of a picture in a passed-through device's memory by a guest. The guest draws the picture there, exports it
+//! as a dma-buf, imports that into the stock virtio-gpu driver, and shows it.
 
 mod exporter;
 
@@ -26,8 +26,8 @@ fn draw(memory: &Mmio, number: u32) {
     }
 }
 
-/// Shows what lies at `offset` of BAR `bar` of the function with these ids, through the guest's own vfio-pci, and
-/// does what the lines of standard input say.
+/// Shows the memory at `offset` of BAR `bar` of the function with these ids, through the guest's own vfio-pci. Then
+/// follows the lines of standard input.
 pub fn show_bar(ids: &str, bar: u32, offset: u64) -> Result<String> {
     let function = Function::only(ids)?;
     let device = NoIommu::open(&function)?;
@@ -46,7 +46,7 @@ pub fn show_bar(ids: &str, bar: u32, offset: u64) -> Result<String> {
                 draw(&memory, number.parse().context("not a number")?);
                 card.dirty(&shown)?;
             }
-            // With the knowledge of the drivers, who take the memory from the GPU.
+            // With the drivers informed: they withdraw the memory from the GPU.
             ["memory", "off"] => device.enable(false)?,
             ["memory", "on"] => {
                 device.enable(true)?;
@@ -57,7 +57,7 @@ pub fn show_bar(ids: &str, bar: u32, offset: u64) -> Result<String> {
                 device.enable(true)?;
                 card.dirty(&shown)?;
             }
-            // Behind their backs.
+            // Without the drivers' knowledge.
             ["force", "off"] => function.enable(false)?,
             ["force", "on"] => function.enable(true)?,
             ["end"] => break,
@@ -84,7 +84,7 @@ pub fn show_buffers() -> Result<String> {
                     card.forget(shown)?;
                 }
                 let buffer = Buffer::create(&ranges)?;
-                // Nothing can be drawn into addresses of which nobody knows what they are.
+                // 0 means not to draw: the addresses may have no memory.
                 if *number != "0" {
                     draw(&buffer.map(SIZE)?, number.parse().context("not a number")?);
                 }
