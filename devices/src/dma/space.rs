@@ -29,11 +29,12 @@ pub(crate) enum MemoryKind {
 }
 
 impl DmaMemory {
-    /// A blob of `file`'s memory, from its first byte on, that is mapped at `host`; an error if it is of a kind that
-    /// devices cannot be given.
+    /// A blob in `file`'s memory from its first byte on, mapped at `host`. Fails if devices cannot be given this kind
+    /// of file.
     ///
     /// # Safety
-    /// It stays mapped there, and nobody in this process refers to it, while a [`SharedBlob`] made of this is there.
+    /// The blob must stay mapped there, and this process must not refer to it, while the [`SharedBlob`] made of this
+    /// exists.
     pub unsafe fn new(file: &File, host: u64) -> io::Result<Self> {
         Ok(Self(match FileKind::of(file)? {
             FileKind::Memory => MemoryKind::File(host),

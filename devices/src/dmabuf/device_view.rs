@@ -127,7 +127,7 @@ mod tests {
         let view = View::new(&[piece(&file, 2 * PAGE, 2 * PAGE)]).unwrap();
         let mut data = [0; 16];
         view.read(PAGE, &mut data).unwrap();
-        // A file that is cut off faults as a device does whose memory is off.
+        // A truncated file faults as a device does while its memory is off.
         file.set_len(3 * PAGE).unwrap();
         view.read(0, &mut data).unwrap();
         assert!(view.read(PAGE, &mut data).is_err());

@@ -52,7 +52,7 @@ impl PowerDevice {
         self.interrupt.write(1)
     }
 
-    /// Forgets events that nobody read (machine reset).
+    /// Clears unread events (machine reset).
     pub fn reset(&self) {
         self.pending.store(0, Ordering::Release);
     }

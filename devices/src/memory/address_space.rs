@@ -345,7 +345,7 @@ impl AddressSpace {
         Some((start, entry.len, entry.region.clone()))
     }
 
-    /// The map for many lookups. Nobody changes it while the view exists.
+    /// A locked view of the map for many lookups. The map does not change while the view exists.
     pub fn view(&self) -> MapView<'_> {
         MapView(self.entries.read())
     }

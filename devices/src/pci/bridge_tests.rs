@@ -6,7 +6,7 @@ use super::*;
 use crate::hypervisor::{Hypervisor, test_util::FakeHypervisor};
 
 impl Port {
-    /// A port that interrupts nobody.
+    /// A port without interrupts.
     pub fn for_tests(slot: u8) -> Arc<Self> {
         let vector = FakeHypervisor::default().msi_vector().unwrap();
         Arc::new(Self::new(PortKind::Root, slot, vector, Arc::new(|_| ())))
@@ -186,7 +186,7 @@ fn power_alone_does_not_take_a_card_out() {
     slot.power(true);
     assert!(slot.on_bus());
     slot.power(false);
-    // The guest does not use it: nobody need be asked.
+    // The guest does not use the card, so the unplug needs no consent.
     slot.port.request_unplug().unwrap();
     assert!(slot.port.is_empty());
     assert_eq!(slot.ejected.load(Ordering::Relaxed), 7);

@@ -57,7 +57,7 @@ pub fn create_list(device: &File, items: &[UdmabufItem]) -> io::Result<OwnedFd> 
     // SAFETY: `words` is a `udmabuf_create_list` with as many items behind it as it says, which the
     // kernel only reads.
     let fd = check(unsafe { ioctl_with_ptr(device, UDMABUF_CREATE_LIST(), words.as_ptr()) })?;
-    // SAFETY: the kernel just made the descriptor for this call; nobody else has it.
+    // SAFETY: the kernel just made the descriptor for this call; no other owner exists.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 

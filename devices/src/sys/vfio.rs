@@ -256,7 +256,7 @@ pub fn export_dma_buf(
     // SAFETY: the kernel reads `argsz` bytes, which is the length of `request`.
     let fd =
         check(unsafe { ioctl_with_mut_ptr(device, VFIO_DEVICE_FEATURE(), request.as_mut_ptr()) })?;
-    // SAFETY: the ioctl returned a new descriptor, which nobody else owns.
+    // SAFETY: the ioctl returned a new descriptor; no other owner exists.
     Ok(unsafe { OwnedFd::from_raw_fd(fd) })
 }
 

@@ -112,7 +112,7 @@ fn parse_type1_info(answer: &[u8]) -> Vec<RangeInclusive<u64>> {
 /// Maps `size` bytes at `host` for devices at `iova`.
 ///
 /// # Safety
-/// Devices write there until it is unmapped: nobody may have references into it.
+/// Devices write there until it is unmapped: no references into it may exist.
 pub unsafe fn map(container: &File, iova: u64, size: u64, host: *mut u8) -> io::Result<()> {
     let request = vfio_iommu_type1_dma_map {
         argsz: size_of::<vfio_iommu_type1_dma_map>() as u32,
@@ -167,7 +167,7 @@ pub fn device_of(group: &File, name: &CStr) -> io::Result<File> {
     // SAFETY: the kernel reads a string that ends.
     let device =
         check(unsafe { ioctl_with_ptr(group, VFIO_GROUP_GET_DEVICE_FD(), name.as_ptr()) })?;
-    // SAFETY: the ioctl returned a new descriptor, which nobody else owns.
+    // SAFETY: the ioctl returned a new descriptor; no other owner exists.
     Ok(unsafe { File::from_raw_fd(device) })
 }
 

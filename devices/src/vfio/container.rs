@@ -148,7 +148,7 @@ impl Container {
     /// Maps memory for the devices.
     ///
     /// # Safety
-    /// Devices write there until it is unmapped: nobody may have references into it.
+    /// Devices write there until it is unmapped: no references into it may exist.
     pub(super) unsafe fn map(&self, iova: u64, len: u64, host: *mut u8) -> io::Result<()> {
         // SAFETY: the caller's promise.
         unsafe { calls::map(&self.file, iova, len, host) }

@@ -212,7 +212,7 @@ impl Drop for HostDevice {
         match &*self.owner {
             Owner::Node(device) if !in_order => {
                 tracing::warn!(address = %self.address, "a device that does not answer is let go");
-                // SAFETY: nobody uses the descriptor after this: its owner is never dropped.
+                // SAFETY: the descriptor is not used after this: its owner is never dropped.
                 unsafe { libc::close(device.as_raw_fd()) };
             }
             // SAFETY: `owner` is not used after this.

@@ -181,7 +181,7 @@ impl Iommu {
     /// Maps what lies at `host` at `iova`: memory, or with a container a BAR's mapping too.
     ///
     /// # Safety
-    /// Devices write there while the result lives: nobody may have references into it.
+    /// Devices write there while the result lives: no references into it may exist.
     pub unsafe fn map_address(
         self: &Arc<Self>,
         iova: u64,

@@ -114,7 +114,7 @@ impl PeerMemory {
             let iommu = &self.device.iommu;
             let result = match &chunk.dmabuf {
                 Some(dmabuf) => iommu.map_file(iova, dmabuf, 0, len),
-                // SAFETY: nobody in this process accesses a region's mapping.
+                // SAFETY: this process does not access a region's mapping.
                 None => unsafe {
                     iommu.map_address(iova, self.mapping.host(chunk.range.start), len)
                 },

@@ -12,7 +12,7 @@ const MAX_ALIGN: u64 = 1 << 30;
 
 /// The mappable parts of a region, mapped at their offsets within one reservation.
 ///
-/// Nobody in this process reads or writes there: it is for memory slots and the IOMMU. The rest stays without
+/// This process neither reads nor writes there: the mapping is for memory slots and the IOMMU. The rest stays without
 /// access.
 #[derive(Debug)]
 pub struct RegionMapping {

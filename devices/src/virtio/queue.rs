@@ -53,7 +53,7 @@ impl DeviceQueue {
 
     /// Empties the kick descriptor.
     pub fn clear_kick(&self) {
-        // It is not an error that somebody emptied it before.
+        // An error means that the kick was cleared before.
         let _ = self.active.kick.read();
     }
 

@@ -1,4 +1,4 @@
-//! Entropy device (Virtio 1.3, 5.4): fills what the driver gives with the host's random bytes.
+//! Entropy device (Virtio 1.3, 5.4): fills the driver's buffers with random bytes of the host.
 
 use std::os::fd::{AsRawFd, RawFd};
 
@@ -10,8 +10,8 @@ use super::{
 use crate::GuestMemory;
 
 const QUEUE_SIZES: &[u16] = &[64];
-/// The most bytes for one request. The same memory can be described many times over in one chain, so
-/// without a bound a guest could have the host make gigabytes of random bytes for a single kick.
+/// The most bytes for one request. One chain can describe the same memory many times. Without a bound a guest could
+/// have the host generate gigabytes of random bytes for a single kick.
 const MAX_REQUEST: u64 = 64 << 10;
 
 /// The entropy device.

@@ -1,4 +1,4 @@
-//! The status of a device, which its threads and its transport share.
+//! The status of a device, which its threads share with its transport.
 
 use std::{
     fmt,
@@ -10,7 +10,7 @@ use std::{
 
 use crate::{hypervisor::MsiVector, sync::Mutex};
 
-/// The device's way to speak to its driver outside of a queue.
+/// The device's link to its driver outside of queues.
 #[derive(Clone, Debug)]
 pub struct DeviceStatus {
     shared: Arc<SharedStatus>,
@@ -25,12 +25,12 @@ struct SharedStatus {
     config_vector: Mutex<Option<Arc<dyn MsiVector>>>,
     /// Bumped with each change of device configuration (Virtio 1.3, 4.1.4.3: config_generation).
     generation: AtomicU8,
-    /// How often the device was broken.
+    /// How often the driver broke the rules.
     errors: AtomicU64,
     on_error: OnErrorSlot,
 }
 
-/// Told when a device breaks, on whatever thread; must not block.
+/// Called when a driver breaks the device, on any thread; must not block.
 pub type OnError = Box<dyn Fn() + Send + Sync>;
 
 #[derive(Default)]
@@ -49,7 +49,7 @@ impl Default for DeviceStatus {
 }
 
 impl DeviceStatus {
-    /// A device without problems and without a configuration vector.
+    /// The status of a working device without a configuration vector.
     pub fn new() -> Self {
         Self {
             shared: Arc::default(),
@@ -66,22 +66,22 @@ impl DeviceStatus {
         }
     }
 
-    /// How often the device was broken since it was made.
+    /// How often the driver broke the rules since the device was created.
     pub fn errors(&self) -> u64 {
         self.shared.errors.load(Ordering::Relaxed)
     }
 
-    /// Has `on_error` called when the device breaks. The first one stays.
+    /// Sets the function to call when the device breaks. Only the first call has an effect.
     pub fn set_on_error(&self, on_error: OnError) {
         let _ = self.shared.on_error.0.set(on_error);
     }
 
-    /// Whether the device is broken since its last reset.
+    /// Whether the driver broke the rules since the last reset.
     pub fn needs_reset(&self) -> bool {
         self.shared.needs_reset.load(Ordering::Acquire)
     }
 
-    /// Device configuration changed: bumps the generation and raises the configuration interrupt.
+    /// Reports a change of device configuration: increments the generation and raises the configuration interrupt.
     pub fn config_changed(&self) {
         self.shared.generation.fetch_add(1, Ordering::AcqRel);
         self.signal_config();
@@ -92,12 +92,12 @@ impl DeviceStatus {
         self.shared.generation.load(Ordering::Acquire)
     }
 
-    /// The transport's setting of config_msix_vector.
+    /// Sets the configuration vector (config_msix_vector).
     pub fn set_config_vector(&self, vector: Option<Arc<dyn MsiVector>>) {
         *self.shared.config_vector.lock() = vector;
     }
 
-    /// Forgets a broken state (device reset).
+    /// Clears DEVICE_NEEDS_RESET (device reset).
     pub fn clear(&self) {
         self.shared.needs_reset.store(false, Ordering::Release);
     }

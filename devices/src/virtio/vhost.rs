@@ -1,4 +1,4 @@
-//! Handing a device's queues to the host kernel: what vhost-net and vhost-vsock have in common.
+//! Gives a device's queues to the host kernel: common code of vhost-net and vhost-vsock.
 
 use std::io;
 
@@ -10,7 +10,7 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 use super::{ActivateError, ActiveQueue};
 use crate::GuestMemory;
 
-/// An [`ActivateError`] of a step that vhost refused.
+/// The [`ActivateError`] of a step that vhost refused.
 pub fn host_error(device: &'static str, action: &str, error: vhost::Error) -> ActivateError {
     ActivateError::Host {
         device,
@@ -19,7 +19,7 @@ pub fn host_error(device: &'static str, action: &str, error: vhost::Error) -> Ac
     }
 }
 
-/// Gives guest memory, the negotiated features and the queues to a backend. It does not run yet.
+/// Sets guest memory, negotiated features and queues of a backend, without starting it.
 pub fn set_up(
     device: &'static str,
     backend: &impl VhostBackend,

@@ -1,4 +1,4 @@
-//! Socket device (Virtio 1.3, 5.10): the host kernel's vhost-vsock moves the data.
+//! Socket device (Virtio 1.3, 5.10) by the host kernel's vhost-vsock.
 
 use std::{
     fs::File,
@@ -14,26 +14,27 @@ use vmm_sys_util::ioctl::ioctl_with_ref;
 use super::{ActivateError, Activation, ActiveQueue, VirtioDevice, read_bytes, vhost::set_up};
 use crate::GuestMemory;
 
-/// Context ids below are the hypervisor's, reserved, and the host's (`include/uapi/linux/vm_sockets.h`).
+/// Lower context ids are reserved: 0 for the hypervisor, 1 for loopback, 2 for the host
+/// (`include/uapi/linux/vm_sockets.h`).
 pub const MIN_CID: u32 = 3;
 const QUEUE_SIZES: &[u16] = &[128, 128, 128];
 const VIRTIO_VSOCK_F_SEQPACKET: u64 = 1 << 1;
-/// Transport features that the transport negotiates on its own.
+/// Features that the transport negotiates itself.
 const TRANSPORT: u64 = 1 << 28 | 1 << 29 | 1 << 32;
 
-/// Why there is no socket device.
+/// A socket device that cannot be created.
 #[derive(Debug, Error)]
 pub enum VsockError {
-    /// Not an id that a guest can have.
+    /// Not a context id for a guest.
     #[error("cid={0}: the id must be from {MIN_CID} to 4294967294")]
     Cid(u32),
-    /// The host's device is missing or closed to us.
+    /// The host's device is missing, or the user may not open it.
     #[error(
-        "cannot open {}; load it with `modprobe vhost_vsock`, and see that you may write it",
+        "cannot open {}; load it with `modprobe vhost_vsock`, and check that this user may write it",
         path.display()
     )]
     Open {
-        /// The device.
+        /// Path of the device.
         path: std::path::PathBuf,
         /// The cause.
         #[source]
@@ -42,7 +43,7 @@ pub enum VsockError {
     /// Another guest has the id.
     #[error("cid={0}: another guest has this id; give another")]
     CidInUse(u32),
-    /// vhost refused something.
+    /// vhost refused a step.
     #[error("vhost-vsock of the host cannot {action}")]
     Host {
         /// What was tried.
@@ -62,7 +63,8 @@ use ioctls::{VHOST_VSOCK_SET_GUEST_CID, VHOST_VSOCK_SET_RUNNING};
 /// Path of the host's device.
 pub const HOST_DEVICE: &str = "/dev/vhost-vsock";
 
-/// The host's device (`include/uapi/linux/vhost.h`). The crate's own type opens a path, always.
+/// The host's device (`include/uapi/linux/vhost.h`). The vhost crate's type always opens a path, so it is not used
+/// here.
 struct Backend {
     file: File,
     mem: Arc<GuestMemory>,
@@ -116,7 +118,7 @@ impl std::fmt::Debug for Vsock {
 }
 
 impl Vsock {
-    /// A device with context id `cid`, on the host's device `file`. The id is taken at once.
+    /// A device with context id `cid` on the open host device `file`. It claims the id at once.
     pub fn new(cid: u32, file: File, mem: &GuestMemory) -> Result<Self, VsockError> {
         if !(MIN_CID..u32::MAX).contains(&cid) {
             return Err(VsockError::Cid(cid));
@@ -132,7 +134,7 @@ impl Vsock {
             mem: Arc::new(mem.clone()),
         };
         match backend.set_owner() {
-            // It is ours from before the machine's last reset.
+            // This process has owned it since before the machine's last reset.
             Err(vhost::Error::IoctlError(error)) if error.kind() == io::ErrorKind::ResourceBusy => {
             }
             result => result.map_err(fail("be owned"))?,
@@ -155,7 +157,7 @@ impl Vsock {
         })
     }
 
-    /// Opens the host's device at `path`.
+    /// Opens the host device at `path`.
     pub fn open_host_device(path: &std::path::Path) -> Result<File, VsockError> {
         use std::os::unix::fs::OpenOptionsExt;
         std::fs::OpenOptions::new()
@@ -193,7 +195,7 @@ impl VirtioDevice for Vsock {
 
     fn write_config(&mut self, _offset: u64, _data: &[u8]) {}
 
-    /// The event queue stays with the driver: there is nothing to report before live migration.
+    /// The event queue is not given to vhost: without live migration there are no events.
     fn activate(&mut self, activation: Activation) -> Result<(), ActivateError> {
         let queues: Vec<&ActiveQueue> = activation.queues[..2]
             .iter()

@@ -1,4 +1,4 @@
-//! The thread on which a device serves its queues.
+//! Threads that serve a device's queues.
 
 use std::{
     io,
@@ -18,12 +18,12 @@ use super::{
     status::DeviceStatus,
 };
 
-/// A device's work on its own thread.
+/// Work of a device on its own thread.
 pub trait QueueHandler: Send {
-    /// Descriptors to wait on, fixed for the handler's life.
+    /// Descriptors to wait on, constant for the handler's life.
     fn sources(&self) -> Vec<RawFd>;
 
-    /// The source of this index became readable. It is not told again before it has been emptied.
+    /// Called when the source of this index becomes readable, and not again until the handler has emptied it.
     fn ready(&mut self, source: usize) -> Result<(), QueueError>;
 }
 
@@ -36,7 +36,7 @@ pub struct Worker {
     thread: Option<JoinHandle<()>>,
 }
 
-/// Data of the event that stops the thread; sources have their index.
+/// Event data of the stop request; events of sources have their index.
 const STOP: u32 = u32::MAX;
 
 struct Subscriber<H> {

@@ -94,9 +94,9 @@ pub struct DiskImage {
 }
 
 impl DiskImage {
-    /// Opens and locks an image. Without a format it is raw, unless it looks like qcow2: that is refused as a
-    /// mistake of the user. Detecting the format would let a guest write a qcow2 header into its raw disk, and so
-    /// read other files of the host at its next start.
+    /// Opens and locks an image. Without a format it is raw. A raw image that looks like qcow2 is refused as a user's
+    /// mistake. With detection of the format, a guest could write a qcow2 header into its raw disk. At its next start
+    /// it could then read other host files.
     pub fn open(
         path: &Path,
         readonly: bool,

@@ -76,7 +76,7 @@ pub struct DisplaySubscriber {
     display: WakingHandle,
 }
 
-/// Wakes the device when dropped: nobody waits for a subscriber that has gone.
+/// Wakes the device when dropped: no frame waits for a subscriber that has gone.
 #[derive(Debug)]
 struct WakingHandle(DisplayHandle);
 

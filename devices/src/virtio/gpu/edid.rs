@@ -1,5 +1,5 @@
-//! What an output says of itself: EDID 1.4 (VESA E-EDID A.2), with a DisplayID 1.3 extension for modes that
-//! its timing descriptor has no room for.
+//! EDID 1.4 of an output (VESA E-EDID A.2). A DisplayID 1.3 extension holds modes for which the timing descriptor has
+//! no room.
 
 use super::output::Mode;
 

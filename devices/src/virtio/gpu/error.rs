@@ -68,7 +68,7 @@ impl CommandError {
     pub fn is_of_host(&self) -> bool {
         match self {
             Self::Host(_) | Self::RendererFiles => true,
-            // A lost arena stops the process before anybody asks.
+            // A lost arena stops the process, so this answer is never read.
             Self::Map(error) => error.is_of_host(),
             Self::Truncated
             | Self::Unknown(_)

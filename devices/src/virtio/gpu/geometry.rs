@@ -42,7 +42,7 @@ impl Area {
         self.right() <= width && self.bottom() <= height
     }
 
-    /// What of this lies in `other`.
+    /// The part of this that is in `other`.
     pub fn intersection(&self, other: &Self) -> Option<Self> {
         let (x, y) = (self.x.max(other.x), self.y.max(other.y));
         let (right, bottom) = (

@@ -72,7 +72,7 @@ pub const VIRTIO_GPU_MAX_RINGS: u8 = 64;
 pub const VIRTIO_GPU_CAPSET_VIRGL: u32 = 1;
 pub const VIRTIO_GPU_CAPSET_VIRGL2: u32 = 2;
 pub const VIRTIO_GPU_CAPSET_VENUS: u32 = 4;
-/// What of `context_init` says of which capability set a context is.
+/// Bits of `context_init` with the capability set of a context.
 pub const VIRTIO_GPU_CONTEXT_INIT_CAPSET_ID_MASK: u32 = 0xff;
 
 pub const VIRTIO_GPU_BLOB_MEM_GUEST: u32 = 1;

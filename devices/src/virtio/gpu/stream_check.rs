@@ -1,5 +1,4 @@
-//! Streams of commands, of whatever kind, checked against what the specification makes of them: for fuzzing
-//! and for unit tests.
+//! Checks streams of any commands against the specification: for fuzzing and for unit tests.
 //!
 //! A stream is a list of requests, each with two bytes in front: the queue (bit 0) with where the request is
 //! cut into descriptors, and its length.

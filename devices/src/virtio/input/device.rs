@@ -1,4 +1,4 @@
-//! An input device, and the handle by which the host sends events to it.
+//! An input device, and the host's handle that sends it events.
 
 use std::{
     collections::VecDeque,
@@ -23,7 +23,7 @@ use crate::virtio::{
 const EVENT_QUEUE: u16 = 0;
 const STATUS_QUEUE: u16 = 1;
 const QUEUE_SIZES: &[u16] = &[64, 64];
-/// Events that wait for the guest; a report that does not fit is refused.
+/// Events queued for the guest; a report that does not fit is refused.
 const CAPACITY: usize = 1024;
 
 /// `struct virtio_input_event` (5.8.6).
@@ -52,12 +52,12 @@ pub enum InputError {
     /// The device has no such key or axis.
     #[error("the {device} has no event of type {type_:#x} and code {code:#x}", device = kind.name(), type_ = event.type_, code = event.code)]
     Unknown {
-        /// The device.
+        /// The kind of the device.
         kind: InputKind,
-        /// What it was to send.
+        /// The refused event.
         event: InputEvent,
     },
-    /// The guest does not take what there is already.
+    /// The queue is full because the guest does not read it.
     #[error("the guest does not take the input that waits for it")]
     Full,
 }
@@ -66,9 +66,9 @@ pub enum InputError {
 struct State {
     /// Whole reports.
     events: VecDeque<InputEvent>,
-    /// Whether a driver takes events: without one they would come late, and all at once.
+    /// Whether a driver reads events. Events queued without one would arrive late and all at once.
     active: bool,
-    /// Lights of a keyboard, a bit each.
+    /// LEDs of a keyboard, one bit each.
     leds: u32,
 }
 
@@ -86,12 +86,12 @@ impl Shared {
     }
 }
 
-/// The host's side of an input device. Outlives it, as the display's does.
+/// The host's handle of an input device, which outlives it, as a display's handle does.
 #[derive(Clone, Debug)]
 pub struct InputHandle(Arc<Shared>);
 
 impl InputHandle {
-    /// The host's side of a device that is not there yet.
+    /// Creates the handle before its device exists.
     pub fn new(kind: InputKind) -> io::Result<Self> {
         Ok(Self(Arc::new(Shared {
             kind,
@@ -100,13 +100,12 @@ impl InputHandle {
         })))
     }
 
-    /// What kind of device it is.
+    /// The kind of the device.
     pub fn kind(&self) -> InputKind {
         self.0.kind
     }
 
-    /// Sends events that happen at once: the guest sees all of them or none. Without a driver there is
-    /// nobody to see them, and nothing happens.
+    /// Sends events that happen at once: the guest gets all of them or none. Without a driver they are dropped.
     pub fn send(&self, report: &[InputEvent]) -> Result<(), InputError> {
         let kind = self.0.kind;
         if let Some(&event) = report.iter().find(|event| !kind.has(event)) {
@@ -132,7 +131,7 @@ impl InputHandle {
         Ok(())
     }
 
-    /// Lights that the guest has turned on: bit `LED_CAPSL` and so on.
+    /// LEDs that the guest has turned on: bit `LED_CAPSL` and so on.
     pub fn leds(&self) -> u32 {
         self.0.lock().leds
     }
@@ -148,7 +147,7 @@ pub struct Input {
 }
 
 impl Input {
-    /// The device whose host's side is `handle`.
+    /// The device of `handle`.
     pub fn new(handle: &InputHandle) -> Self {
         Self {
             shared: handle.0.clone(),
@@ -308,7 +307,7 @@ mod tests {
         (Input::new(&handle), handle)
     }
 
-    /// What the device says of itself, read as Linux reads it.
+    /// Reads device configuration as Linux reads it.
     fn ask(device: &mut Input, select: u8, subsel: u8) -> Vec<u8> {
         device.write_config(0, &[select]);
         device.write_config(1, &[subsel]);

@@ -7,6 +7,6 @@ pub struct InputEvent {
     pub type_: u16,
     /// Key, axis.
     pub code: u16,
-    /// 1 and 0 for keys that are pressed and released, a distance or a position for axes.
+    /// 1 or 0 for a key press or release, a distance or position for axes.
     pub value: i32,
 }

@@ -1,4 +1,4 @@
-//! The three devices: what each is called and which keys and axes it has.
+//! The three input devices: their names, keys and axes.
 
 use zerocopy::{Immutable, IntoBytes, little_endian::U16, little_endian::U32};
 
@@ -15,9 +15,9 @@ const VIRTIO_INPUT_CFG_ABS_INFO: u8 = 0x12;
 const BUS_VIRTUAL: u16 = 0x06;
 const VENDOR: u16 = 0x1af4;
 
-/// Positions go from 0 to this, whatever the output's size is.
+/// Positions go from 0 to this value, whatever the output's size is.
 pub const AXIS_MAX: i32 = 0x7fff;
-/// Fingers that are told apart.
+/// Fingers that the device distinguishes.
 pub const TOUCHES: i32 = 10;
 const TRACKING_ID_MAX: i32 = 0xffff;
 
@@ -45,11 +45,11 @@ struct DevIds {
 /// A kind of input device.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum InputKind {
-    /// Keys and lights.
+    /// Keys and LEDs.
     Keyboard,
     /// An absolute pointer with buttons and two wheels.
     Pointer,
-    /// A screen that is touched with several fingers.
+    /// A multi-touch screen.
     Touch,
 }
 
@@ -63,12 +63,12 @@ impl InputKind {
         }
     }
 
-    /// The codes of a type of event that the device sends, or takes.
+    /// The event codes of a type that the device sends or accepts.
     fn codes(self, type_: u16) -> Vec<u16> {
         match (self, type_) {
             (Self::Keyboard, EV_KEY) => (KEY_ESC..=KEY_MICMUTE).collect(),
             (Self::Keyboard, EV_LED) => vec![LED_NUML, LED_CAPSL, LED_SCROLLL],
-            // The type counts, not the code.
+            // Only the type matters, not the code.
             (Self::Keyboard, EV_REP) => vec![0],
             (Self::Pointer, EV_KEY) => {
                 vec![BTN_LEFT, BTN_RIGHT, BTN_MIDDLE, BTN_SIDE, BTN_EXTRA]
@@ -96,7 +96,7 @@ impl InputKind {
             && self.codes(event.type_).contains(&event.code)
     }
 
-    /// What the configuration holds for a selection (5.8.5): nothing where there is nothing to say.
+    /// The configuration for a selection (5.8.5); empty if the device has none.
     pub(super) fn describe(self, select: u8, subsel: u8) -> Vec<u8> {
         match (select, subsel) {
             (VIRTIO_INPUT_CFG_ID_NAME, 0) => format!("Fanlight {}", self.name()).into(),
@@ -128,7 +128,7 @@ impl InputKind {
     }
 }
 
-/// A bit for each code, as short as it can be.
+/// A bit for each code, without trailing zero bytes.
 fn bitmap(codes: &[u16]) -> Vec<u8> {
     let len = codes.iter().max().map_or(0, |max| usize::from(max / 8) + 1);
     let mut bits = vec![0; len];

@@ -1,5 +1,5 @@
-//! Input devices (Virtio 1.4, 5.8): a keyboard, an absolute pointer with wheels, and a touch screen. What
-//! each has is in `kinds`; events are Linux's (`include/uapi/linux/input-event-codes.h`).
+//! Input devices (Virtio 1.4, 5.8): a keyboard, an absolute pointer with wheels, and a touch screen. `kinds` lists the
+//! properties of each; events are Linux's (`include/uapi/linux/input-event-codes.h`).
 
 mod codes;
 mod device;

@@ -1,4 +1,4 @@
-//! The network device: its configuration, and which of kernel and threads serves its queues.
+//! The network device: its configuration, and the choice of vhost-net or threads for its queues.
 
 use std::{fmt, io, sync::Arc};
 
@@ -37,10 +37,10 @@ const QUEUE_SIZES: &[u16] = &[256, 256];
 const RECEIVE_QUEUE: u16 = 0;
 const TRANSMIT_QUEUE: u16 = 1;
 
-/// Features that vhost-net takes part in; offloads are between driver and tap.
+/// Features that need vhost-net's support. Offloads are between driver and tap.
 const VHOST_FEATURES: u64 = VIRTIO_NET_F_MRG_RXBUF | 1 << 28 | 1 << 29 | 1 << 32;
 
-/// Device configuration (`struct virtio_net_config`), as far as it is offered.
+/// Device configuration (`struct virtio_net_config`), up to the last offered field.
 #[derive(Clone, Debug, IntoBytes, Immutable)]
 #[repr(C)]
 struct Config {
@@ -66,7 +66,7 @@ impl fmt::Debug for Net {
     }
 }
 
-/// Why there is no vhost-net though it was asked for.
+/// vhost-net was required and cannot be used.
 #[derive(Debug, Error)]
 #[error(
     "cannot use /dev/vhost-net; load it with `modprobe vhost_net`, and check that this user may write it"
@@ -74,8 +74,7 @@ impl fmt::Debug for Net {
 pub struct VhostNetError(#[source] io::Error);
 
 impl Net {
-    /// A device on `tap`. `vhost` says whether vhost-net must or must not be used; where it is absent it is
-    /// used if it can be.
+    /// A device on `tap`. `vhost` requires or forbids vhost-net; with `None` it is used if possible.
     pub fn new(
         tap: Arc<Tap>,
         mac: Mac,
@@ -199,7 +198,7 @@ impl VirtioDevice for Net {
         match &mut self.backend {
             Backend::Kernel(kernel) => {
                 for index in 0..QUEUE_SIZES.len() {
-                    // A queue that never ran has no backend to take away.
+                    // A queue that never ran has no backend to remove.
                     let _ = kernel.set_backend(index, None);
                 }
             }

@@ -1,14 +1,14 @@
-//! Hardware addresses.
+//! MAC addresses.
 
 use std::{fmt, str::FromStr};
 
 use thiserror::Error;
 
-/// A hardware address.
+/// A MAC address.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mac(pub [u8; 6]);
 
-/// Not a hardware address of one interface.
+/// Not a unicast MAC address.
 #[derive(Clone, Debug, Error, PartialEq, Eq)]
 #[error(
     "{0:?} is not a hardware address for a guest: write six bytes such as 52:54:00:12:34:56, the first even"
@@ -28,7 +28,7 @@ impl FromStr for Mac {
             .collect::<Option<_>>()
             .ok_or_else(|| MacError(text.into()))?;
         match <[u8; 6]>::try_from(bytes) {
-            // An odd first byte is a group of interfaces.
+            // An odd first byte is a multicast address.
             Ok(mac) if mac[0] & 1 == 0 && mac != [0; 6] => Ok(Self(mac)),
             _ => Err(MacError(text.into())),
         }
@@ -43,7 +43,7 @@ impl fmt::Display for Mac {
 }
 
 impl Mac {
-    /// The same address for the same name each time: locally administered, from a hash (FNV-1a).
+    /// A locally administered address derived from a name (FNV-1a hash): the same name gives the same address.
     pub fn for_name(name: &str) -> Self {
         let hash = name.bytes().fold(0xcbf2_9ce4_8422_2325u64, |hash, byte| {
             (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3)

@@ -1,5 +1,5 @@
-//! Network device (Virtio 1.3, 5.1) on a tap interface. The host kernel's vhost-net moves the frames
-//! where it is there; else two threads of ours do.
+//! Network device (Virtio 1.3, 5.1) on a tap interface. The host kernel's vhost-net moves the frames if it is
+//! available; otherwise two threads of this process do.
 
 mod device;
 mod mac;

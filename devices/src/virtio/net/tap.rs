@@ -15,7 +15,7 @@ use vmm_sys_util::{
     ioctl_ior_nr, ioctl_iow_nr,
 };
 
-/// `struct virtio_net_hdr_v1`, in front of every frame.
+/// `struct virtio_net_hdr_v1`, before every frame.
 pub const HEADER_LEN: usize = 12;
 
 ioctl_iow_nr!(TUNSETIFF, b'T' as u32, 202, libc::c_int);
@@ -23,10 +23,10 @@ ioctl_iow_nr!(TUNSETOFFLOAD, b'T' as u32, 208, libc::c_uint);
 ioctl_ior_nr!(TUNGETIFF, b'T' as u32, 210, libc::c_uint);
 ioctl_iow_nr!(TUNSETVNETHDRSZ, b'T' as u32, 216, libc::c_int);
 
-/// Why there is no tap interface.
+/// A tap interface that cannot be used.
 #[derive(Debug, Error)]
 pub enum TapError {
-    /// Not a name for an interface.
+    /// Not an interface name.
     #[error("tap={0}: an interface's name has 1 to 15 bytes, without slashes or white space")]
     Name(String),
     /// The host has no tun driver.
@@ -38,24 +38,24 @@ pub enum TapError {
         #[source]
         source: io::Error,
     },
-    /// It is not ours to use, or not there and not ours to make.
+    /// The user may not use the interface, or it does not exist and the user may not create it.
     #[error(
         "tap={0}: no permission on it, or it does not exist; make it with \
          `ip tuntap add dev {0} mode tap user $USER vnet_hdr` as root"
     )]
     Permission(String),
-    /// Somebody has it open.
+    /// Another process has it open.
     #[error("tap={0}: in use by another process; give each guest an interface of its own")]
     Busy(String),
     /// An interface of another kind.
     #[error("tap={0}: that interface is not a tap; give the name of one")]
     NotATap(String),
-    /// A descriptor that is not an interface, or not set up as one that a guest can use.
+    /// The descriptor is not a tap interface, or its flags do not suit a guest.
     #[error(
         "tap={0}: not a tap with IFF_NO_PI and IFF_VNET_HDR; open /dev/net/tun and attach it so"
     )]
     NotATapDescriptor(String),
-    /// The kernel refused something else.
+    /// The kernel refused another step.
     #[error("tap={name}: cannot {action}")]
     Host {
         /// The interface.
@@ -68,28 +68,28 @@ pub enum TapError {
     },
 }
 
-/// What the guest's driver can leave to us in frames that it receives.
+/// Work on received frames that the guest's driver can take over.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Offload {
-    /// Checksums not filled in.
+    /// It accepts frames without checksums.
     pub checksum: bool,
-    /// TCP over IPv4 not segmented.
+    /// It accepts unsegmented TCP over IPv4.
     pub tso4: bool,
-    /// TCP over IPv6 not segmented.
+    /// It accepts unsegmented TCP over IPv6.
     pub tso6: bool,
-    /// With congestion notification.
+    /// It accepts them with explicit congestion notification.
     pub ecn: bool,
 }
 
-/// An open tap interface, not blocking.
+/// An open tap interface in non-blocking mode.
 #[derive(Debug)]
 pub struct Tap {
     file: File,
 }
 
 impl Tap {
-    /// Attaches to the interface of the given name. Where it does not exist and the caller may make one, it
-    /// lives as long as the result.
+    /// Attaches to the interface of the given name. If it does not exist and the caller may create it, it lives as long
+    /// as the result.
     pub fn open(name: &str) -> Result<Self, TapError> {
         let valid = (1..libc::IFNAMSIZ).contains(&name.len())
             && name
@@ -130,7 +130,7 @@ impl Tap {
         Self::attached(file, name)
     }
 
-    /// Takes over an interface that somebody has attached; `name` is what messages call it.
+    /// Uses a descriptor that is attached to a tap interface; `name` identifies it in messages.
     pub fn from_fd(fd: OwnedFd, name: &str) -> Result<Self, TapError> {
         let file = File::from(fd);
         // SAFETY: all-zero bytes are a valid `ifreq`: it holds integers and arrays of them.
@@ -166,7 +166,7 @@ impl Tap {
         Ok(Self { file })
     }
 
-    /// Tells the kernel what frames the guest can take.
+    /// Tells the kernel which offloads the guest accepts.
     pub fn set_offload(&self, offload: Offload) -> io::Result<()> {
         let bit = |set: bool, flag: libc::c_uint| if set { flag } else { 0 };
         // The kernel refuses segmentation without checksums.
@@ -182,7 +182,7 @@ impl Tap {
         check(unsafe { ioctl_with_val(&self.file, TUNSETOFFLOAD(), flags.into()) })
     }
 
-    /// The descriptor: frames are read and written whole, with a header of [`HEADER_LEN`] bytes.
+    /// The descriptor. Frames are read and written whole, with a header of [`HEADER_LEN`] bytes.
     pub fn file(&self) -> &File {
         &self.file
     }

@@ -1,4 +1,4 @@
-//! Moving frames between the queues and the tap without vhost: a thread for each direction.
+//! Moves frames between the queues and the tap without vhost: a thread for each direction.
 
 use std::{
     io::{ErrorKind, Read, Write},
@@ -11,17 +11,17 @@ use crate::virtio::{DeviceQueue, QueueError, QueueHandler, Request};
 
 /// The largest frame that segmentation offload makes, with its header.
 const MAX_FRAME: usize = HEADER_LEN + 14 + 65_535 + 14;
-/// Where the header counts the buffers that a frame was spread over.
+/// Position of `num_buffers` in the header: the number of buffers that hold the frame.
 const NUM_BUFFERS: std::ops::Range<usize> = 10..12;
 
 /// Frames from the tap to the driver.
 pub struct Receive {
     queue: DeviceQueue,
     tap: Arc<Tap>,
-    /// Whether a frame may be spread over several requests (MRG_RXBUF).
+    /// Whether a frame may be spread over several buffers (MRG_RXBUF).
     merge: bool,
     frame: Vec<u8>,
-    /// Length of a frame that was read and found no buffers.
+    /// Length of a frame that was read before the driver had buffers for it.
     waiting: Option<usize>,
 }
 
@@ -36,13 +36,14 @@ impl Receive {
         }
     }
 
-    /// Requests with room for `len` bytes; `None` if the driver has not given that many. Those that were
-    /// taken are kept for the next try.
+    /// Pops requests until `taken` has room for `len` bytes. Returns false if the driver has not given that many; the
+    /// popped requests stay in `taken`.
     fn buffers(&mut self, len: usize, taken: &mut Vec<Request>) -> Result<bool, QueueError> {
         let mut room: u64 = taken.iter().map(|request| request.writable.len()).sum();
         while room < len as u64 {
             if !taken.is_empty() && !self.merge {
-                // The driver's only buffer for it is too small: the frame is lost, as in any network.
+                // Without MRG_RXBUF one buffer must hold the frame. This one is too small: the frame is lost, as in any
+                // network.
                 return Ok(true);
             }
             let Some(request) = self.queue.pop()? else {
@@ -97,7 +98,7 @@ impl QueueHandler for Receive {
                 },
             };
             while !self.buffers(len, &mut taken)? {
-                // Ask for a kick, then look again: buffers may have come in between.
+                // Buffers may have arrived before the kick was enabled, so the loop looks again.
                 if !self.queue.set_notification(true)? {
                     self.waiting = Some(len);
                     self.give_back(taken);
@@ -110,7 +111,7 @@ impl QueueHandler for Receive {
 }
 
 impl Receive {
-    /// Returns requests that were too few to the queue, to be taken again.
+    /// Returns the popped requests to the queue, to be popped again.
     fn give_back(&mut self, taken: Vec<Request>) {
         for _ in taken {
             self.queue.unpop();
@@ -144,7 +145,7 @@ impl QueueHandler for Transmit {
         self.queue.clear_kick();
         let Self { queue, tap, frame } = self;
         queue.drain(|mem, request| {
-            // What is not a frame, and what the tap does not take, is lost, as in any network.
+            // Invalid frames and frames that the tap refuses are lost, as in any network.
             let len = request.readable.len();
             if let Ok(len) = usize::try_from(len)
                 && let Some(frame) = frame.get_mut(..len)

@@ -1,4 +1,4 @@
-//! DRIVER_OK and reset: the device gets its queues, and gives them back.
+//! DRIVER_OK gives the queues to the device; a reset takes them back.
 
 use super::{
     function::VirtioPciFunction,
@@ -49,14 +49,14 @@ impl VirtioPciFunction {
             status: self.device_status.clone(),
         })?;
         state.active = true;
-        // What was kicked before the device listened must not be lost.
+        // Kicks from before the device listened must not be lost.
         for kick in &self.kicks {
             let _ = kick.write(1);
         }
         Ok(())
     }
 
-    /// Device reset (Virtio 1.3, 2.4.1): the device gives its queues back, and every register has its first value.
+    /// Device reset (Virtio 1.3, 2.4.1): the device returns its queues, and every register gets its initial value.
     pub(super) fn reset_device(&self, state: &mut State) {
         state.device.reset();
         state.active = false;

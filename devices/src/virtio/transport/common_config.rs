@@ -1,9 +1,9 @@
-//! Common configuration (Virtio 1.3, 4.1.4.3): features, status and the registers of queues.
+//! Common configuration (Virtio 1.3, 4.1.4.3): features, status and queue registers.
 
 use super::{function::VirtioPciFunction, layout::*, state::State};
 
 impl VirtioPciFunction {
-    /// Common configuration as it reads now (Virtio 1.3, 4.1.4.3).
+    /// Reads common configuration (Virtio 1.3, 4.1.4.3).
     pub(super) fn read_common(&self, state: &State, offset: u64, data: &mut [u8]) {
         let offered = state.device.features() | TRANSPORT_FEATURES;
         let half = |features: u64, select: u32| match select {
@@ -75,13 +75,13 @@ impl VirtioPciFunction {
         }
     }
 
-    /// The driver wrote device_status (Virtio 1.3, 3.1.1).
+    /// Handles a write of device_status (Virtio 1.3, 3.1.1).
     fn set_status(&self, state: &mut State, status: u8) {
         if status == 0 {
             return self.reset_device(state);
         }
         let added = status & !state.status;
-        // Bits are only ever added; the device's own is not the driver's to set.
+        // The driver can only add bits, and cannot set the device's own bit.
         state.status |= status & !STATUS_DEVICE_NEEDS_RESET;
         if added & STATUS_FEATURES_OK != 0 {
             let offered = state.device.features() | TRANSPORT_FEATURES;

@@ -1,4 +1,4 @@
-//! Doorbells: the driver's kicks, as ioeventfds where KVM takes them.
+//! Doorbells: the driver's kicks, as ioeventfds if KVM accepts them.
 
 use super::{
     function::VirtioPciFunction,
@@ -6,7 +6,8 @@ use super::{
 };
 
 impl VirtioPciFunction {
-    /// A kick that reached user space: by the configuration window, or where KVM has no ioeventfd.
+    /// Handles a kick that reached user space: through the configuration window, or because KVM has no ioeventfd for
+    /// it.
     pub(super) fn ring_doorbell(&self, offset: u64) {
         let queue = usize::try_from(offset / NOTIFY_OFF_MULTIPLIER)
             .ok()
@@ -18,8 +19,8 @@ impl VirtioPciFunction {
         }
     }
 
-    /// Registers the doorbells at their new place. Without them the guest's kicks exit to user space and
-    /// work all the same.
+    /// Registers the doorbells at their new address. If that fails, kicks exit to user space, which is slower but
+    /// works.
     pub(super) fn move_doorbells(&self, address: Option<u64>) {
         let mut doorbells = self.doorbells.lock();
         for (index, kick) in self.kicks.iter().enumerate() {

@@ -1,4 +1,4 @@
-//! A virtio device as a PCI function: its BAR, its capabilities, its configuration space.
+//! A virtio device as a PCI function: its BAR, capabilities and configuration space.
 
 use std::sync::{Arc, MutexGuard, Weak};
 
@@ -23,7 +23,7 @@ pub struct VirtioPciFunction {
     /// One for each queue, for the life of the function.
     pub(super) kicks: Vec<EventFd>,
     pub(super) counters: Vec<Arc<QueueCounters>>,
-    /// The configuration space of a function that nobody has touched.
+    /// Configuration space after a reset.
     pub(super) initial_config: ConfigSpace,
     /// Address of the BAR for which doorbells are registered.
     pub(super) doorbells: Mutex<Option<u64>>,
@@ -33,14 +33,14 @@ pub struct VirtioPciFunction {
     pub(super) name: &'static str,
 }
 
-/// What lies behind the BAR. The function owns the BAR, so this must not own the function.
+/// Content of the BAR. The function owns the BAR, so this holds only a weak reference to the function.
 struct Registers(Weak<VirtioPciFunction>);
 
 impl VirtioPciFunction {
     /// Wraps a device.
     ///
     /// # Panics
-    /// If the device has more than 256 queues: their number is the machine's choice, not the guest's.
+    /// If the device has more than 256 queues: the number is Fanlight's choice, not the guest's.
     pub fn new(
         device: Box<dyn VirtioDevice>,
         class: u32,
@@ -170,7 +170,7 @@ impl VirtioPciFunction {
         }
     }
 
-    /// Applies what a write to configuration space means beyond the bytes themselves.
+    /// Applies the effects of a configuration space write on BARs and MSI-X.
     fn after_config_write(&self, state: &mut State, offset: usize, len: usize) {
         let touches = |start: usize, size: usize| offset < start + size && start < offset + len;
         if touches(0x04, 2) || touches(0x10, 24) {
@@ -183,7 +183,7 @@ impl VirtioPciFunction {
         }
     }
 
-    /// What the configuration window stands for, if the access is to it (Virtio 1.3, 4.1.4.9).
+    /// The BAR offset that the configuration window refers to, if the access is to the window (Virtio 1.3, 4.1.4.9).
     fn pci_cfg_target(&self, state: &State, offset: usize, len: usize) -> Option<u64> {
         let at = state.pci_cfg_at;
         let bar = state.config.u32(at + CAP_BAR) as u8;
@@ -261,7 +261,7 @@ impl IoHandler for Registers {
 }
 
 impl BarHandler for Registers {
-    /// Called with the function's state locked: touches only what never changes.
+    /// Called with the function's state locked, so it uses only constant fields.
     fn mapped(&self, address: Option<u64>) {
         let Some(function) = self.0.upgrade() else {
             return;

@@ -1,4 +1,4 @@
-//! Queues: how the driver sets them up, how the device gets them, and how they are reset.
+//! Queues: their setup by the driver, their handover to the device, and their reset.
 
 use virtio_queue::{Queue, QueueT};
 use vmm_sys_util::eventfd::EventFd;
@@ -6,7 +6,7 @@ use vmm_sys_util::eventfd::EventFd;
 use super::layout::VIRTIO_MSI_NO_VECTOR;
 use crate::GuestMemory;
 
-/// Registers of one queue, as the driver writes them before it enables it.
+/// Registers of one queue, as the driver writes them before it enables the queue.
 #[derive(Clone, Copy, Debug)]
 pub struct QueueRegisters {
     pub size: u16,
@@ -18,7 +18,7 @@ pub struct QueueRegisters {
 }
 
 impl QueueRegisters {
-    /// A queue that the driver has not touched since the last reset.
+    /// The registers after a reset.
     pub fn new(size: u16) -> Self {
         Self {
             size,
@@ -30,8 +30,8 @@ impl QueueRegisters {
         }
     }
 
-    /// The queue, if the driver set it up validly: a size that is a power of two and not above `max`,
-    /// rings aligned and in RAM.
+    /// Builds the queue if the driver's setup is valid. The size must be a power of two of at most `max`, and the rings
+    /// aligned and in RAM.
     pub fn build(&self, max: u16, event_idx: bool, mem: &GuestMemory) -> Option<Queue> {
         if !self.size.is_power_of_two() || self.size > max {
             return None;
@@ -54,10 +54,10 @@ impl QueueRegisters {
     }
 }
 
-/// The registers of all queues after a device reset. The device has given the queues back already.
+/// The registers of all queues after a device reset. The device has returned the queues already.
 pub fn reset_queues(sizes: &[u16], kicks: &[EventFd]) -> Vec<QueueRegisters> {
     for kick in kicks {
-        // Empties the descriptor. It is no error if it was empty.
+        // Empties the descriptor; an error means that it was empty.
         let _ = kick.read();
     }
     sizes

@@ -1,4 +1,4 @@
-//! What a function is and does now, for people and programs outside of the machine.
+//! Properties and state of a function, for `device.list`.
 
 use super::{function::VirtioPciFunction, layout::TRANSPORT_FEATURES};
 use crate::{pci::BarReport, virtio::QueueCounters};
@@ -10,16 +10,16 @@ pub struct FunctionReport {
     pub name: &'static str,
     /// BARs.
     pub bars: Vec<BarReport>,
-    /// Feature bits offered, the transport's included.
+    /// Offered feature bits, including the transport's.
     pub offered: u64,
-    /// Feature bits that the driver took.
+    /// Feature bits that the driver accepted.
     pub taken: u64,
     /// Whether the device has its queues.
     pub active: bool,
 }
 
 impl VirtioPciFunction {
-    /// What the function is and does now.
+    /// The function's properties and state.
     pub fn report(&self) -> FunctionReport {
         let state = self.lock();
         FunctionReport {
@@ -31,7 +31,7 @@ impl VirtioPciFunction {
         }
     }
 
-    /// What each queue has done.
+    /// Counters of each queue.
     pub fn counters(&self) -> impl Iterator<Item = &QueueCounters> {
         self.counters.iter().map(|counters| &**counters)
     }

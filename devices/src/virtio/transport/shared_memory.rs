@@ -1,23 +1,23 @@
-//! Memory that a device shares with its driver (Virtio 1.3, 2.10 and 4.1.4.7): a BAR of its own, and the
-//! capability that says where it lies.
+//! Memory that a device shares with its driver (Virtio 1.3, 2.10 and 4.1.4.7): a separate BAR, and the capability that
+//! describes it.
 
 use super::layout::CAP_ID_VENDOR;
 use crate::pci::{BarContent, BarKind, Bars, Capability, ConfigSpace};
 
-/// Behind the BAR with the registers, which takes two.
+/// The first BAR after the 64-bit BAR of the registers.
 const BAR: u8 = 2;
 const VIRTIO_PCI_CAP_SHARED_MEMORY_CFG: u8 = 8;
-/// `struct virtio_pci_cap64`: Linux takes no other length.
+/// Length of `struct virtio_pci_cap64`: Linux accepts no other length.
 const CAP64_LEN: u8 = 24;
 
 /// A device's shared memory.
 #[derive(Clone)]
 pub struct SharedMemory {
-    /// Its number (`shmid`).
+    /// Shared memory id (`shmid`).
     pub id: u8,
     /// Length in bytes: a power of two.
     pub len: u64,
-    /// What lies there.
+    /// Content of the BAR.
     pub content: BarContent,
 }
 
@@ -32,7 +32,7 @@ impl SharedMemory {
             0,
             0,
         ];
-        // The whole BAR: offset, length, and the upper half of either.
+        // The whole BAR: offset and length, low halves first.
         for word in [0, low, 0, high] {
             body.extend(word.to_le_bytes());
         }

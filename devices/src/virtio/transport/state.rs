@@ -12,7 +12,7 @@ use crate::{
     virtio::VirtioDevice,
 };
 
-/// What the driver's accesses change.
+/// State that the driver's accesses change.
 pub struct State {
     pub config: ConfigSpace,
     pub bars: Bars,
@@ -32,7 +32,7 @@ pub struct State {
 }
 
 impl State {
-    /// The number to read back and the vector for what the driver wrote.
+    /// The vector number to read back, and the vector, for a number that the driver wrote.
     pub fn vector(&self, index: u16) -> (u16, Option<Arc<dyn MsiVector>>) {
         match self.msix.vector(index) {
             Some(vector) => (index, Some(vector)),
@@ -40,7 +40,7 @@ impl State {
         }
     }
 
-    /// Features are fixed once the driver has said FEATURES_OK.
+    /// Features are fixed once the driver has set FEATURES_OK.
     pub fn set_driver_features(&mut self, value: u32) {
         if self.status & STATUS_FEATURES_OK != 0 {
             return;
@@ -53,7 +53,7 @@ impl State {
         }
     }
 
-    /// Changes the selected queue, unless the device already has it.
+    /// Changes the registers of the selected queue, unless the device has the queues.
     pub fn with_queue(&mut self, change: impl FnOnce(&mut QueueRegisters)) {
         if self.active {
             return;

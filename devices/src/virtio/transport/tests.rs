@@ -1,4 +1,4 @@
-//! The transport against drivers that follow the rules, and ones that do not.
+//! The transport under drivers that follow the rules, and drivers that break them.
 
 use std::sync::Arc;
 
@@ -12,7 +12,7 @@ use crate::{
     virtio::{ActivateError, Activation, VirtioDevice, test_util::environment},
 };
 
-/// A device that remembers what it was activated with.
+/// A device that records its activations.
 #[derive(Clone, Debug, Default)]
 struct Probe(Arc<Mutex<Vec<Activation>>>);
 
@@ -145,7 +145,7 @@ impl Setup {
         self.read::<1>(0x14)[0]
     }
 
-    /// Takes the given features and says FEATURES_OK; whether the device agreed.
+    /// Accepts the given features and sets FEATURES_OK. Returns whether the device accepted.
     fn negotiate(&self, features: u64) -> bool {
         self.write(0x14, &[3]);
         for (select, half) in [(0u32, features as u32), (1, (features >> 32) as u32)] {
@@ -302,7 +302,7 @@ fn a_function_that_is_dropped_takes_its_device_along() {
 
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(300))]
-    /// Whatever is written where, in whatever width, the transport neither panics nor hangs.
+    /// Any writes of any width at any offset neither panic nor hang.
     #[test]
     fn any_accesses_are_survived(
         accesses in prop::collection::vec(

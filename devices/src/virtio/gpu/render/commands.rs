@@ -214,8 +214,8 @@ impl Renderer {
         )
     }
 
-    /// Blobs of the context stay mapped. The driver of Linux maps a blob until nobody has it, and a frame that one
-    /// program gave to another outlives the first.
+    /// Blobs of the context stay mapped. Linux's driver maps a blob until its last user has closed it. A frame that one
+    /// program gave to another outlives the first program.
     fn destroy_context(&mut self, id: u32) -> Result<CommandOutcome, CommandError> {
         if self.is_gone() {
             return Ok(Response::OK.into());

@@ -1,4 +1,4 @@
-//! The device behind queues in memory, driven as Linux drives it, and as nobody should.
+//! The device behind queues in memory, driven as Linux drives it, and by drivers that break the rules.
 
 use std::sync::Arc;
 

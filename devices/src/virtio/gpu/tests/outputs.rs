@@ -1,4 +1,4 @@
-//! Outputs as the driver hears of them and as the host changes them.
+//! Outputs as the driver sees them and as the host changes them.
 
 use super::*;
 
