@@ -53,7 +53,7 @@ impl ClientError {
     }
 }
 
-/// What a server sends: an answer or a notification.
+/// A message from a server: an answer or a notification.
 #[derive(Deserialize)]
 struct Message {
     id: Option<Id>,

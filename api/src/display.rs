@@ -214,10 +214,10 @@ pub enum DisplayUpdate {
     Scanout {
         /// The output.
         output: u32,
-        /// What it shows.
+        /// Its frame; absent while it shows none, or with `error`.
         frame: Option<ExportedFrame>,
-        /// Why `frame` is absent although the guest shows one: it cannot be exported, or it is in memory of a
-        /// passed-through device that is off for the moment.
+        /// Why the guest's frame is absent: it cannot be exported, or it is in memory of a passed-through device that
+        /// is off.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         error: Option<String>,
     },

@@ -1,6 +1,5 @@
-//! What people and programs describe and drive a machine with: the types of the command line, of
-//! `--config` files and of the control API; the API's framing, client and server. Knows neither KVM nor
-//! any device.
+//! Types that describe and drive a machine, for the command line, `--config` files and the control API; the API's
+//! framing, client and server. Knows neither KVM nor any device.
 //!
 //! `docs/src/guide/protocol.md` describes the protocol for clients in other languages.
 

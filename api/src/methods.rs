@@ -1,8 +1,8 @@
 //! The methods: names, descriptions, parameters and results. One line here makes a method known to the
 //! server, its schema, the client and `fanlight ctl`.
 //!
-//! The group that a method stands in says who answers it. Each group is an enum of its own, which its one place
-//! matches without a wildcard: a method that nothing answers does not compile.
+//! The group of a method says who answers it. Each group is its own enum, and the one place that answers it matches
+//! without a wildcard. So a method without an answer does not compile.
 
 use schemars::{JsonSchema, Schema, SchemaGenerator};
 use serde::{Serialize, de::DeserializeOwned};

@@ -1,8 +1,8 @@
 //! Bytes and descriptors over a UNIX stream socket.
 //!
-//! Descriptors travel with the line that names them. The kernel keeps them with the bytes of one
-//! `sendmsg`, and one `recvmsg` ends with the bytes that brought descriptors; so those that come belong to
-//! the line of the last byte that came.
+//! Descriptors travel with the line that names them. The kernel keeps descriptors with the bytes of their `sendmsg`,
+//! and a `recvmsg` ends with the bytes that brought descriptors. So received descriptors belong to the line of the last
+//! received byte.
 
 use std::{
     collections::VecDeque,
@@ -77,7 +77,7 @@ pub fn send(socket: impl AsFd, bytes: &[u8], fds: &[BorrowedFd<'_>]) -> io::Resu
     )?)
 }
 
-/// Takes lines and their descriptors out of a stream.
+/// Splits a stream into lines with their descriptors.
 #[derive(Debug, Default)]
 pub struct LineReader {
     input: Vec<u8>,
@@ -138,7 +138,7 @@ impl LineReader {
         at.map(|_| self.scanned + 1)
     }
 
-    /// Whether a whole line is there.
+    /// Whether a whole line has arrived.
     pub fn has_line(&mut self) -> bool {
         self.line_end().is_some()
     }

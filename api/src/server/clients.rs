@@ -54,7 +54,7 @@ struct Client {
     lines: (u64, usize),
     /// The oldest descriptor that waits for its line to end, by its place in the stream, and since when.
     oldest_fd: Option<(u64, Instant)>,
-    /// What the socket is waited for.
+    /// Readiness that the server waits for.
     interest: EventFlags,
 }
 
@@ -161,7 +161,7 @@ impl Clients {
         Ok(())
     }
 
-    /// How long the first of those can still wait whose descriptors wait for the end of a line.
+    /// The shortest time that descriptors of an unfinished line may still wait.
     fn fds_patience(&self) -> Option<Duration> {
         let waiting = self.clients.values().filter_map(|client| client.oldest_fd);
         let since = waiting.map(|(_, since)| since).min()?;
@@ -169,7 +169,7 @@ impl Clients {
     }
 
     /// Disconnects clients whose descriptors have waited too long. A client that sent an end of its own connection
-    /// would otherwise keep it open for ever.
+    /// would otherwise keep that connection open forever.
     fn drop_overdue(&mut self) {
         let overdue = |client: &Client| {
             let since = client.oldest_fd.map(|(_, since)| since);
@@ -189,7 +189,7 @@ impl Clients {
         }
     }
 
-    /// Descriptors that are kept for clients: of unfinished lines, of requests under way, and of unread answers.
+    /// Descriptors kept for clients: of unfinished lines, of requests in progress, and of unread answers.
     fn held_fds(&mut self) -> usize {
         self.in_work.retain(|message| message.count() > 0);
         let in_work: usize = self.in_work.iter().map(Untaken::count).sum();
@@ -197,7 +197,7 @@ impl Clients {
         self.clients.values().map(of).sum::<usize>() + in_work
     }
 
-    /// Clients that were answered: sends, and goes on with what waited for room.
+    /// Serves clients that were answered: sends the answers, and continues with lines that waited for room.
     fn look_after_ready(&mut self) {
         loop {
             let mut ready = self.wake.take_ready();
@@ -219,13 +219,13 @@ impl Clients {
         }
     }
 
-    /// Makes a client of a connection, or refuses it.
+    /// Adds a connection as a client, or refuses it.
     pub fn admit(&mut self, socket: UnixStream, peer: Peer) {
         let others = || self.clients.values().filter(|client| !client.peer.own);
         let refusal = if !peer.allowed {
             Some((
                 ErrorKind::Forbidden,
-                "may not use this socket; --api-allow-uid lets more users in",
+                "may not use this socket; ask its owner to allow this user",
             ))
         } else if self.clients.len() >= MAX_CLIENTS || !peer.own && others().count() >= MAX_OTHERS {
             Some((ErrorKind::Busy, "is one client too many"))
@@ -423,7 +423,7 @@ fn refuse(socket: &UnixStream, name: &str, kind: ErrorKind, why: &str) {
     tracing::warn!("{name} {why}: disconnected");
     let error = ApiError::new(kind, format!("{name} {why}"));
     let text = line(&Response::new(Id::Null, Err(error)));
-    // A peer that does not read it misses it.
+    // A peer that does not read does not get the reason.
     let _ = crate::socket::send(socket, &text, &[]);
 }
 
@@ -474,7 +474,7 @@ fn take_call(
     }
 }
 
-/// Answers what concerns the server itself.
+/// Answers calls about the server itself.
 fn answer(call: ServerCall, events: &Events, reply: Reply) {
     match call {
         ServerCall::ApiVersion(_) => reply.send::<ApiVersion>(Ok(Version {

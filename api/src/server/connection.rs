@@ -93,7 +93,7 @@ pub fn locked<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// A line to send, or what is left of it.
+/// A line to send, or the rest of one.
 #[derive(Debug)]
 struct Message {
     bytes: Vec<u8>,

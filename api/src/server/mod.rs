@@ -1,7 +1,7 @@
 //! The server: transport and policy. Its [`Handler`] answers the methods.
 //!
 //! One thread serves all clients. A client that sends half a line, floods, stops reading or dies does not disturb the
-//! others: what the server keeps for it is bounded, and beyond the bound it is disconnected.
+//! others. Each client's state is bounded; a client that exceeds a bound is disconnected.
 
 mod clients;
 mod connection;

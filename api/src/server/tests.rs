@@ -23,8 +23,8 @@ use crate::{
     types::{EventName, NoParams, Subscribe},
 };
 
-/// Answers `vm.power_button` at once, `console.attach` with a descriptor, keeps `vm.wait` until it is
-/// told, and drops all others.
+/// Answers `vm.power_button` at once and `console.attach` with a descriptor. Keeps the replies of `vm.wait` for the
+/// test, and drops all others.
 #[derive(Default)]
 struct Example {
     waiting: Mutex<Vec<Reply>>,
@@ -97,7 +97,7 @@ impl Setup {
         UnixStream::connect(self.path()).unwrap()
     }
 
-    /// What the server says to `bytes` until it closes.
+    /// The server's messages after `bytes`, until it closes.
     fn say(&self, bytes: &[u8]) -> Vec<Value> {
         let mut stream = self.stream();
         // The server may close before it has read all.
@@ -405,8 +405,8 @@ fn request() -> impl Strategy<Value = Value> {
     })
 }
 
-/// Whether the test may count descriptors or limit them. `cargo test` runs others as threads of the same
-/// process, so it runs the test again alone, and then there is nothing left to do here.
+/// Whether the test may count or limit descriptors. `cargo test` runs other tests as threads of the same process. So
+/// this runs the test again in its own process, and returns false.
 fn is_alone(test: &str) -> bool {
     const ALONE: &str = "FANLIGHT_TEST_ALONE";
     if std::env::var_os(ALONE).is_some() {
@@ -437,7 +437,7 @@ fn random_input_neither_ends_the_server_nor_leaks() {
     std::thread::sleep(Duration::from_millis(200));
     let before = open_descriptors();
     let settled = || {
-        // What was sent before is read before this is answered.
+        // The server reads earlier input before it answers this.
         setup.alive();
         setup.handler.waiting.lock().unwrap().clear();
         wait_until("descriptors are closed", || open_descriptors() <= before);

@@ -51,7 +51,7 @@ fn notification(method: &str) -> String {
     format!("{{\"jsonrpc\":\"2.0\",\"method\":\"{method}\"}}\n")
 }
 
-/// A server whose thread is kept at the gate.
+/// A server with its thread blocked at the gate.
 fn gated() -> (Server, Arc<Gate>, tempfile::TempDir) {
     let dir = tempfile::tempdir().unwrap();
     let settings = Settings {
@@ -110,7 +110,7 @@ fn errors_do_not_repeat_a_megabyte() {
     }
 }
 
-/// What the server says to a client, until it closes.
+/// The server's messages to a client, until it closes.
 fn told(mut client: &UnixStream) -> String {
     let mut text = String::new();
     client
