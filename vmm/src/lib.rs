@@ -1,5 +1,5 @@
-//! A virtual machine monitor in rooms: what the host gives (`host`), the machine (`vm`) on KVM (`kvm`), its control
-//! API (`control`), its displays (`display`), its 3D renderer (`renderer`), and the Wayland window (`viewer`).
+//! A virtual machine monitor in modules: host resources (`host`), the machine (`vm`) on KVM (`kvm`), its control API
+//! (`control`), displays (`display`), 3D renderer (`renderer`), and the Wayland window (`viewer`).
 //!
 //! The program `fanlight` (`cli`) is a crate of its own on top of these; nothing here imports it.
 

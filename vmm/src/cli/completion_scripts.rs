@@ -95,7 +95,7 @@ mod tests {
 
     use super::*;
 
-    /// What the engine answers when the last of `arguments` is completed.
+    /// The engine's answer when the last of `arguments` is completed.
     fn completions(arguments: &[&str]) -> Vec<String> {
         let arguments: Vec<OsString> = ["fanlight"]
             .iter()

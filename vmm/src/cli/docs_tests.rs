@@ -1,4 +1,4 @@
-//! Command lines in the documentation are what the program takes.
+//! Tests that the program accepts the command lines in the documentation.
 
 use std::{
     collections::BTreeSet,
@@ -99,7 +99,7 @@ fn words(line: &str) -> Option<Vec<String>> {
     Some(own.filter(|word| !is_redirection(word)).collect())
 }
 
-/// What is wrong with a call by `fanlight ctl`.
+/// Describes the fault of a call by `fanlight ctl`, if it has one.
 fn wrong_call(options: &CtlOptions) -> Option<String> {
     let name = options.method.as_deref()?;
     let methods = schema::document()["methods"].as_array()?;
@@ -119,7 +119,7 @@ fn wrong_call(options: &CtlOptions) -> Option<String> {
     })
 }
 
-/// What is wrong with a command line.
+/// Describes the fault of a command line, if it has one.
 fn wrong_with(words: &[String]) -> Option<String> {
     match Options::try_parse_from(words) {
         Ok(Options {

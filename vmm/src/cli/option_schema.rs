@@ -86,7 +86,7 @@ fn description(schema: &Json) -> Option<String> {
     Some(text.replace('\n', " ").replace('`', ""))
 }
 
-/// The schema that a property means: what it refers to, an item of its list, or what is not null.
+/// The schema behind a property: the target of its reference, the items of its list, or its type other than null.
 fn target(property: &Json) -> &Json {
     if let Some(reference) = property["$ref"].as_str() {
         let name = reference.trim_start_matches("#/$defs/");

@@ -1,7 +1,7 @@
 //! The control API of a machine, and the loop that runs it.
 //!
 //! Calls come in on the server's thread (`requests`). Those that need the machine wait in a queue (`queue`) for the
-//! main thread, which answers them (`handlers` and `hotplug` while a machine runs, `serve` otherwise). Every mapping
+//! main thread. It answers them in `handlers` and `hotplug` while a machine runs, otherwise in `serve`. Every mapping
 //! of an internal error to an API error is in `errors`.
 
 mod console_input;

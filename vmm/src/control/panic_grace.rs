@@ -5,7 +5,7 @@
 
 use std::time::{Duration, Instant};
 
-/// The guest has finished when its vCPUs have not exited for so long.
+/// The guest has finished once its vCPUs have not exited for this long.
 const QUIET: Duration = Duration::from_millis(300);
 /// The machine ends after this at the latest.
 const LONGEST: Duration = Duration::from_secs(5);

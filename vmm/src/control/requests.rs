@@ -35,7 +35,7 @@ pub struct RequestHandler {
     pub commands: Sender<Command>,
     /// Wakes the main thread.
     pub wake: EventFd,
-    /// What is known of the machine.
+    /// The machine's status.
     pub status: VmStatus,
     /// What `log.set_level` calls.
     pub set_log: SetLog,

@@ -38,7 +38,7 @@ use crate::{
 
 /// How long a guest has to shut down after SIGTERM pressed its power button.
 const SHUTDOWN_PATIENCE: Duration = Duration::from_secs(30);
-/// So many restarts in a row, each within this time of its start, mean a guest that cannot start.
+/// A guest that restarts this many times in a row, each within this time of its start, cannot start.
 const RESTART_LOOP: (u32, Duration) = (5, Duration::from_secs(1));
 /// Bytes of input kept for a console that is full. More stays in the terminal or the socket.
 const PENDING_INPUT: usize = 4096;

@@ -30,7 +30,7 @@ pub struct Inputs {
     state: Arc<Mutex<State>>,
 }
 
-/// What is pressed, so that it can be released.
+/// Pressed keys, buttons and fingers, so that they can be released.
 #[derive(Debug, Default)]
 struct State {
     keys: BTreeSet<u16>,

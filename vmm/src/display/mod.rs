@@ -1,5 +1,5 @@
-//! Displays of the machine as the API offers them: frames and outputs (`api`), streams of updates (`stream`), and
-//! the input that a viewer sends back (`input`).
+//! The machine's displays for the API: frames and outputs (`api`), streams of updates (`stream`), and input from
+//! viewers (`input`).
 
 pub mod api;
 pub mod input;

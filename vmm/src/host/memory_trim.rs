@@ -1,8 +1,8 @@
 //! Drops pages that only the start of the program needed.
 //!
-//! Parsing options, unpacking a kernel and writing tables touch more code than running a guest does, and the kernel
-//! maps sixteen pages for each one touched. Nothing is lost: a page that is used again comes from the page cache, at
-//! the cost of a minor fault.
+//! Parsing options, unpacking a kernel and writing tables use more code than running a guest, and the kernel maps
+//! sixteen pages for each one touched. Nothing is lost: a page that is used again comes from the page cache, at the
+//! cost of a minor fault.
 
 use std::ffi::{c_int, c_void};
 
@@ -13,7 +13,7 @@ use libc::{MADV_DONTNEED, PF_W, PT_LOAD, dl_iterate_phdr, dl_phdr_info, madvise}
 pub fn drop_startup_pages() {
     // SAFETY: `drop_segments` has the type that is asked for, does not unwind, and ignores its data pointer.
     unsafe { dl_iterate_phdr(Some(drop_segments), std::ptr::null_mut()) };
-    // SAFETY: takes memory from the allocator's free lists only.
+    // SAFETY: only frees memory of the allocator's free lists.
     #[cfg(target_env = "gnu")]
     unsafe {
         libc::malloc_trim(0)
@@ -40,8 +40,8 @@ unsafe extern "C" fn drop_segments(
         }
         let start = (base + header.p_vaddr) & !(PAGE_SIZE - 1);
         let end = base + header.p_vaddr + header.p_memsz;
-        // SAFETY: a segment without PF_W is mapped from its file and was never written (relocations are in writable
-        // segments), so its pages read the same after they are dropped.
+        // SAFETY: a segment without PF_W is mapped from its file and was never written: relocations are in writable
+        // segments. So its pages read the same after they are dropped.
         unsafe { madvise(start as *mut c_void, (end - start) as usize, MADV_DONTNEED) };
     }
     0

@@ -185,7 +185,7 @@ impl KvmVm {
             .map_err(ioctl("honour the guest's memory types"))
     }
 
-    /// What the guest's clocks show now. No vCPU may run.
+    /// The current values of the guest's clocks. No vCPU may run.
     pub fn clock(&self) -> Result<ClockState, KvmError> {
         let clock = self
             .vm
@@ -197,7 +197,7 @@ impl KvmVm {
         })
     }
 
-    /// Sets the paravirtual clock to what it was. No vCPU may run.
+    /// Sets the paravirtual clock back to an earlier value. No vCPU may run.
     pub fn set_clock(&self, state: &ClockState) -> Result<(), KvmError> {
         let clock = kvm_clock_data {
             clock: state.nanoseconds,

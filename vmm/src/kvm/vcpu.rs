@@ -159,8 +159,8 @@ pub fn catch_kicks() -> io::Result<()> {
 extern "C" fn on_kick(_: libc::c_int, _: *mut libc::siginfo_t, _: *mut libc::c_void) {
     let flag = IMMEDIATE_EXIT.get();
     if !flag.is_null() {
-        // SAFETY: the pointer is into the kvm_run mapping of a vCPU that this very thread owns and has
-        // not dropped: `KvmVcpu::bind` sets it and `Drop` clears it.
+        // SAFETY: the pointer is into the kvm_run mapping of a live vCPU that this very thread owns: `KvmVcpu::bind`
+        // sets it and `Drop` clears it.
         unsafe { flag.write_volatile(1) };
     }
 }
@@ -248,8 +248,8 @@ impl KvmVcpu {
         };
         if let Some((port, data, len)) = access {
             self.replay_coalesced(ports);
-            // SAFETY: KVM filled the `io` member for this exit, and `data` with `len` bytes lies in the
-            // vCPU's kvm_run mapping, which lives as long as `self.fd`, apart from the fields read.
+            // SAFETY: KVM filled the `io` member for this exit. `data` with `len` bytes is in the vCPU's kvm_run
+            // mapping, apart from the fields read, and the mapping lives as long as `self.fd`.
             let (io, data) = unsafe {
                 (
                     self.fd.get_kvm_run().__bindgen_anon_1.io,

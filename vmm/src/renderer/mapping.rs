@@ -19,7 +19,7 @@ impl Mapping {
     /// Maps the whole file.
     pub fn new(file: &File) -> io::Result<Self> {
         let len = usize::try_from(file.metadata()?.len()).map_err(io::Error::other)?;
-        // SAFETY: a new mapping at an address of the kernel's choice. No reference points into it.
+        // SAFETY: a new mapping at an address that the kernel chooses. No reference points into it.
         let start = unsafe {
             mmap(
                 std::ptr::null_mut(),

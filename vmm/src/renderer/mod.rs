@@ -1,8 +1,8 @@
 //! The renderer: this program again, in a process of its own, with virglrenderer in it. Command streams of the guest
 //! reach C code only there.
 //!
-//! `launcher` starts it; the rest of this module runs in it: `process` talks to the device, `commands` has the
-//! `library` execute what it asks, in a `sandbox`.
+//! `launcher` starts the renderer; the other modules run in it. `process` serves the device's requests, and `commands`
+//! has the `library` execute them in a `sandbox`.
 
 mod commands;
 mod launcher;

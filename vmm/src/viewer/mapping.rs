@@ -22,7 +22,7 @@ impl Mapping {
         } else {
             ProtFlags::READ
         };
-        // SAFETY: a new mapping at an address of the kernel's choice.
+        // SAFETY: a new mapping at an address that the kernel chooses.
         let start = unsafe { mmap(ptr::null_mut(), len, access, MapFlags::SHARED, fd, 0) }?;
         Ok(Self {
             start: start.cast(),
@@ -57,7 +57,7 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
-        // SAFETY: the mapping is this value's, and nothing points into it.
+        // SAFETY: this value owns the mapping, and nothing points into it.
         let _ = unsafe { munmap(self.start.cast(), self.len) };
     }
 }

@@ -139,7 +139,7 @@ impl State {
 
     /// Shows another frame, or black.
     ///
-    /// A guest that shows nothing has a black window: a window without a buffer disappears, and can come back only
+    /// A guest that shows nothing has a black window: a window without a buffer disappears. It could come back only
     /// after the compositor has configured it again (xdg-shell, xdg_surface).
     pub fn show(&mut self, frame: Option<Frame>) -> io::Result<()> {
         self.blank = frame.is_none();

@@ -1,4 +1,4 @@
-//! What the guest needs to start: addresses of PCI devices, firmware tables, the kernel, and vCPUs.
+//! Prepares the guest's start: addresses of PCI devices, firmware tables, the kernel, and vCPUs.
 
 use std::{
     fs::File,

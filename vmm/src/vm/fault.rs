@@ -1,4 +1,4 @@
-//! Who is at fault when something fails: decides the exit status and the API's kind of error.
+//! The party at fault for an error, which decides the exit status and the API's error kind.
 //!
 //! Every implementation of [`Classify`] matches all variants: a new variant does not compile until it is sorted.
 //! Errors of one kind of device are sorted in the file of that kind, all others here.
@@ -14,7 +14,7 @@ use vm_memory::GuestMemoryError;
 
 use crate::kvm::{KvmError, VcpuError, processor_virtualizes};
 
-/// Who is at fault.
+/// The party at fault.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Fault {
     /// The configuration: this host cannot provide it. Nothing was started (exit status 2).
@@ -37,9 +37,9 @@ impl Fault {
     }
 }
 
-/// An error that knows who is at fault.
+/// An error with a party at fault.
 pub trait Classify: std::error::Error {
-    /// Who is at fault.
+    /// The party at fault.
     fn fault(&self) -> Fault;
 }
 

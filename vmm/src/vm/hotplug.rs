@@ -32,7 +32,7 @@ pub struct AddError {
     pub cause: AddFailure,
 }
 
-/// What is wrong with a device to add.
+/// The cause of an [`AddError`].
 #[derive(Debug, Error)]
 pub enum AddFailure {
     /// None or several.

@@ -30,7 +30,7 @@ use crate::{
     },
 };
 
-/// What the machine calls on events of the guest and of vCPUs.
+/// Callbacks of the machine for events of the guest and of vCPUs.
 #[derive(Clone)]
 pub struct Callbacks {
     /// The guest asked for something.

@@ -107,7 +107,7 @@ impl Classify for OpenError {
 
 /// Everything that is open.
 pub struct Resources {
-    /// What the guest boots.
+    /// Files that the guest boots.
     pub boot: BootFiles,
     /// Guest RAM.
     pub ram: GuestRam,
@@ -129,7 +129,7 @@ pub struct HotplugState {
     pub requests: HostRequests,
 }
 
-/// Paths and files of what the guest boots.
+/// Paths and files that the guest boots.
 pub struct BootFiles {
     /// The kernel's.
     pub kernel: (PathBuf, File),

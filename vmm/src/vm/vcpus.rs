@@ -40,7 +40,7 @@ enum Order {
     Run,
     /// Pause.
     Pause,
-    /// Stay paused, and move the guest's time stamp counter back by so many cycles.
+    /// Stay paused, and move the guest's time stamp counter back by this many cycles.
     SkipCycles(u64),
     /// End.
     Stop,
@@ -166,7 +166,7 @@ impl VcpuThreads {
         self.order(Order::Pause);
     }
 
-    /// Moves the guest's time stamp counters back by so many cycles. Only while the vCPUs are paused.
+    /// Moves the guest's time stamp counters back by `cycles`. Only while the vCPUs are paused.
     pub fn skip_cycles(&self, cycles: u64) {
         self.order(Order::SkipCycles(cycles));
     }

@@ -1,4 +1,4 @@
-//! What a check found, and the report as text and as JSON.
+//! Results of checks, and the report as text and as JSON.
 
 use serde::Serialize;
 

@@ -1,4 +1,4 @@
-//! What the library calls: passed fences and messages for the log.
+//! Callbacks of the library: passed fences and log messages.
 
 use std::ffi::{CStr, c_char, c_int, c_void};
 
@@ -49,7 +49,7 @@ pub unsafe extern "C" fn log(level: c_int, message: *const c_char, _: *mut c_voi
         return;
     }
     let logged = LOGGED.fetch_add(1, Ordering::Relaxed);
-    // SAFETY: the caller's promise, for the time of the call.
+    // SAFETY: the caller guarantees the string during the call.
     let message = unsafe { CStr::from_ptr(message) }.to_string_lossy();
     if logged < MAX_MESSAGES {
         tracing::warn!("renderer: {}", message.trim_end());

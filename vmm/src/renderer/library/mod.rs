@@ -228,14 +228,14 @@ impl Library {
     pub unsafe fn attach_memory(&self, resource: u32, memory: &mut [iovec]) -> Result<(), Refused> {
         let count = c_int::try_from(memory.len()).map_err(|_| Refused)?;
         let resource = resource.cast_signed();
-        // SAFETY: the caller's promise.
+        // SAFETY: the caller guarantees that the memory stays valid.
         done(unsafe { (self.functions.attach_iov)(resource, memory.as_mut_ptr(), count) })
     }
 
     /// Detaches guest memory from a resource.
     pub fn detach_memory(&self, resource: u32) {
         let (mut memory, mut count) = (ptr::null_mut(), 0);
-        // SAFETY: both are written; the list still belongs to who attached it.
+        // SAFETY: both arguments are written; the list still belongs to the caller of `attach_memory`.
         unsafe { (self.functions.detach_iov)(resource.cast_signed(), &mut memory, &mut count) };
     }
 

@@ -1,6 +1,6 @@
-//! The renderer's sandbox, which holds whatever a guest's command streams make the library do: no new privileges, no
-//! capabilities, only files of the system and of GPUs ([`landlock`]), and no system call that drivers have no use for
-//! ([`seccomp`]). Programs that the renderer starts inherit it.
+//! The renderer's sandbox, which confines all that a guest's command streams make the library do. It allows no new
+//! privileges, no capabilities, and only files of the system and of GPUs ([`landlock`]). It refuses system calls that
+//! no driver needs ([`seccomp`]). Programs that the renderer starts inherit it.
 
 mod landlock;
 mod seccomp;

@@ -1,9 +1,9 @@
 //! System calls that the renderer cannot make, by seccomp.
 //!
-//! A list of refused calls, not of allowed ones: the calls of a driver for hardware that nobody has tested are unknown.
+//! The list names refused calls, not allowed ones: drivers of untested hardware may make calls that are unknown here.
 //!
-//! The renderer cannot make, connect or accept sockets, except netlink sockets, and it can make socket pairs. One gap
-//! is left: from a pair of datagram sockets it can send to the path of a datagram socket that its user may write to.
+//! The renderer cannot make, connect or accept sockets, except netlink sockets and socket pairs. One gap is left: from
+//! a pair of datagram sockets it can send to any datagram socket whose path its user may write to.
 
 use std::collections::BTreeMap;
 

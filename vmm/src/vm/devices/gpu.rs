@@ -57,7 +57,7 @@ impl Classify for ArenaError {
     }
 }
 
-/// At most so many GPUs a machine.
+/// The most GPUs in a machine.
 const MAX_GPUS: usize = 8;
 
 /// Why a GPU cannot be opened or built.

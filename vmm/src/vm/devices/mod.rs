@@ -1,8 +1,8 @@
 //! The kinds of devices that a machine can have, one file each, behind one trait.
 //!
-//! The file of a kind owns the way from its configuration to open host resources (kept over resets), and to the
-//! function that a machine has between two resets. A new kind needs its file, its line in [`KINDS`], its type in the
-//! configuration of the API, and tests.
+//! The file of a kind opens host resources from the kind's configuration, which are kept over resets. It also builds
+//! the function that a machine has between two resets. A new kind needs its file, its line in [`KINDS`], its type in
+//! the configuration of the API, and tests.
 
 mod console;
 pub mod disk;

@@ -8,7 +8,7 @@ use thiserror::Error;
 use super::{DeviceError, Place, hotplug_kinds};
 use crate::vm::fault::{Classify, Fault};
 
-/// What is wrong with a device's name or port.
+/// Why a device's name or port is refused.
 #[derive(Debug, Error)]
 pub enum NameError {
     /// Not a name for a device.

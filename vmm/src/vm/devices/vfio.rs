@@ -283,8 +283,8 @@ impl Found {
     }
 }
 
-/// Closes a descriptor that the process was started with, after it was duplicated: the host gets a device or a group
-/// back when the last descriptor is closed.
+/// Closes an inherited descriptor after it was duplicated: the host gets a device or group back when the last
+/// descriptor is closed.
 fn close_inherited(number: u32) {
     if let Ok(number) = i32::try_from(number) {
         // SAFETY: a node that was open when the process started, so no value in this process owns it.
