@@ -12,6 +12,20 @@ use crate::{memory::IoHandler, sync::Mutex};
 /// How many ports the device answers.
 pub const PORTS: u64 = 8;
 
+/// Interrupt Enable Register, and its bit for received data (PC16550D data sheet, 8.7).
+const IER: u8 = 1;
+const IER_RECEIVED_DATA: u8 = 1 << 0;
+/// Interrupt Identification Register (8.6): no interrupt is pending, or received data is available.
+const IIR: u8 = 2;
+const IIR_NONE: u8 = 1 << 0;
+const IIR_RECEIVED_DATA: u8 = 0b100;
+/// Line Control Register: while this bit is set, IER's place has the divisor.
+const LCR: u8 = 3;
+const LCR_DIVISOR_LATCH: u8 = 1 << 7;
+/// Line Status Register: the receive FIFO has data.
+const LSR: u8 = 5;
+const LSR_DATA_READY: u8 = 1 << 0;
+
 type Uart = Serial<InterruptLine, Room, Box<dyn Write + Send>>;
 
 /// Signals that the guest has read all of its input.
@@ -47,6 +61,19 @@ impl SerialPort {
         self.0.lock()
     }
 
+    /// Reads the IIR. vm-superio forgets received data when the guest has read one byte of it. Linux reads at most 256
+    /// bytes at a time, then asks again: told of no interrupt, it left the rest, for which none would come.
+    fn read_iir(uart: &mut Uart) -> u8 {
+        let pending = uart.read(IIR);
+        let is_waiting = uart.read(LSR) & LSR_DATA_READY != 0
+            && uart.read(LCR) & LCR_DIVISOR_LATCH == 0
+            && uart.read(IER) & IER_RECEIVED_DATA != 0;
+        if pending & IIR_NONE != 0 && is_waiting {
+            return pending & !IIR_NONE | IIR_RECEIVED_DATA;
+        }
+        pending
+    }
+
     /// Gives input to the guest, and returns how many bytes there was room for.
     pub fn input(&self, bytes: &[u8]) -> usize {
         let mut uart = self.uart();
@@ -65,7 +92,11 @@ impl SerialPort {
 impl IoHandler for SerialPort {
     fn read(&self, offset: u64, data: &mut [u8]) {
         if let ([byte], Ok(register)) = (data, u8::try_from(offset)) {
-            *byte = self.uart().read(register);
+            let mut uart = self.uart();
+            *byte = match register {
+                IIR => Self::read_iir(&mut uart),
+                _ => uart.read(register),
+            };
         }
     }
 
@@ -85,7 +116,6 @@ mod tests {
     use super::*;
 
     const DATA: u64 = 0;
-    const LSR: u64 = 5;
 
     #[derive(Clone, Default)]
     struct Collect(Arc<Mutex<Vec<u8>>>);
@@ -112,12 +142,38 @@ mod tests {
         assert_eq!(*out.0.lock(), b"x");
         assert_eq!(port.input(b"ab"), 2);
         let mut byte = [0];
-        port.read(LSR, &mut byte);
-        assert_eq!(byte[0] & 1, 1);
+        port.read(LSR.into(), &mut byte);
+        assert_eq!(byte[0] & LSR_DATA_READY, LSR_DATA_READY);
         port.read(DATA, &mut byte);
         assert_eq!(byte, *b"a");
         port.read(DATA, &mut byte);
         assert_eq!(room.read().unwrap(), 1);
+    }
+
+    #[test]
+    fn received_data_is_pending_until_all_of_it_is_read() {
+        let port = SerialPort::new(
+            EventFd::new(0).unwrap(),
+            Box::new(Collect::default()),
+            EventFd::new(0).unwrap(),
+        );
+        let read = |register: u8| {
+            let mut byte = [0];
+            port.read(register.into(), &mut byte);
+            byte[0]
+        };
+        let pending = || read(IIR) & (IIR_NONE | IIR_RECEIVED_DATA);
+        port.write(IER.into(), &[IER_RECEIVED_DATA]);
+        port.input(b"ab");
+        assert_eq!(pending(), IIR_RECEIVED_DATA);
+        assert_eq!(read(DATA as u8), b'a');
+        assert_eq!(pending(), IIR_RECEIVED_DATA);
+        assert_eq!(read(DATA as u8), b'b');
+        assert_eq!(pending(), IIR_NONE);
+        // Nobody asked to be told.
+        port.write(IER.into(), &[0]);
+        port.input(b"c");
+        assert_eq!(pending(), IIR_NONE);
     }
 
     #[test]
