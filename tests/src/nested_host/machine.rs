@@ -138,7 +138,7 @@ impl L1Device {
     }
 }
 
-/// A directory of this machine that L1 mounts.
+/// A directory of this machine that L1 mounts. Nothing else changes it while L1 runs.
 #[derive(Clone, Debug)]
 pub struct Share {
     /// `/share` or `/cache` in L1.
