@@ -32,7 +32,9 @@ use crate::{
 const TESTS_PER_L1: usize = 10;
 /// Runs of a test whose L1 failed: the emulator crashes now and then under nested guests, which says nothing about
 /// the test. A test that fails by itself is not run again.
-const TRIES: usize = 4;
+const TRIES: usize = 2;
+/// Runs that may be repeated in all. More of them hide something that is worth a look.
+const REPEATS: usize = 3;
 /// Faults of the emulator, as the output of a failed test shows them: a processor of L1 stood still; a guest was silent
 /// for minutes, as it is when the emulator lost its timer; or a socket behind which a guest is timed out (`EAGAIN`).
 /// A guest that hangs in each run hangs.
@@ -104,24 +106,31 @@ impl L1Pool {
             let fault = match self.run_once(case, &mut output) {
                 Ok(0) => return Ok(output),
                 Ok(_) => {
-                    let fault = EMULATOR_FAULTS
-                        .iter()
-                        .find(|fault| output.contains(**fault));
-                    match fault {
-                        Some(fault) if run < TRIES => (*fault).to_owned(),
-                        _ => return Err(Failure(output)),
+                    let mut faults = EMULATOR_FAULTS.iter();
+                    match faults.find(|fault| output.contains(**fault)) {
+                        Some(fault) => (*fault).to_owned(),
+                        None => return Err(Failure(output)),
                     }
                 }
-                Err(error) if run == TRIES => return Err(Failure::new(error, output)),
                 Err(error) => error.to_string(),
             };
-            self.repeated.fetch_add(1, Ordering::Relaxed);
+            if run == TRIES || !self.may_repeat() {
+                return Err(Failure::new(fault, output));
+            }
             let name = case.name.replace("::", "-");
             let log = self.setup.logs.join(format!("{name}-{run}.log"));
             fs::write(&log, output).context(format!("cannot write {}", log.display()))?;
             let log = log.display();
             eprintln!("fanlight: {}: {fault}; it runs again ({log})", case.name);
         }
+    }
+
+    /// Counts a repeated run, if there may be one.
+    fn may_repeat(&self) -> bool {
+        let more = |count| (count < REPEATS).then_some(count + 1);
+        self.repeated
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
+            .is_ok()
     }
 
     /// Runs a test in an L1; its exit status. An error says that L1 failed.

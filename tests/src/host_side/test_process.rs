@@ -123,13 +123,15 @@ pub fn interfaces() -> Result<Vec<String>> {
 /// Returns the exit status.
 pub fn run(mut command: Command, output: &mut dyn Write) -> Result<i32> {
     let dir = tempfile::tempdir().context("cannot make a directory")?;
+    // Programs that the test starts keep caches there, which are not what a test leaves behind.
+    let home = tempfile::tempdir().context("cannot make a directory")?;
     let (mut reader, writer) = io::pipe().context("cannot make a pipe")?;
     let errors = writer
         .try_clone()
         .context("cannot duplicate a descriptor")?;
     command
         .env("TMPDIR", dir.path())
-        .env("HOME", dir.path())
+        .env("HOME", home.path())
         .stdin(Stdio::null())
         .stdout(writer)
         .stderr(errors);

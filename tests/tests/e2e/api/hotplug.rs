@@ -113,8 +113,9 @@ fn hotplug_reset(assets: &Assets) -> Result<()> {
     guest.send("come\nwrite\n")?;
     guest.wait_for("done write")?;
     let list = api.call("device.list", json!({}))?;
-    ensure(list["devices"][0]["id"] == "disk0", &list)?;
-    ensure(list["devices"][0]["port"] == 1, &list)
+    let devices = list["devices"].as_array();
+    let disk = devices.and_then(|all| all.iter().find(|device| device["id"] == "disk0"));
+    ensure(disk.is_some_and(|disk| disk["port"] == 1), &list)
 }
 
 fn hotplug_net(assets: &Assets) -> Result<()> {

@@ -78,7 +78,7 @@ pub fn fifty_starts_leave_nothing(assets: &Assets) -> Result<()> {
                 let other = [first.as_fd(), first.as_fd()];
                 let refused = call("device.add", json!({"vfio": device}), &other).err();
                 let why = refused.map_or_else(String::new, |error| error.to_string());
-                ensure(why.contains("not VFIO's container"), &why)?;
+                ensure(why.contains("not a VFIO container"), &why)?;
                 let fds = [first.as_fd(), container.as_fd()];
                 call("device.add", json!({"vfio": device}), &fds)?;
                 device = json!({"device": memory, "group": {"fd": 0}});
