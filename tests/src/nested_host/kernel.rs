@@ -31,7 +31,7 @@ impl BuiltKernel {
     }
 }
 
-/// The kernel from the cache, or built: about five minutes on two cores.
+/// The kernel from the cache, or built: five to twelve minutes on two cores.
 pub fn built_kernel(cache: &Cache) -> Result<BuiltKernel> {
     let mut hasher = DefaultHasher::new();
     (CONFIG, CHANGES).hash(&mut hasher);
@@ -40,7 +40,7 @@ pub fn built_kernel(cache: &Cache) -> Result<BuiltKernel> {
         return Ok(BuiltKernel::at(&dir));
     }
     let inputs = BuildInputs::get(cache)?;
-    let what = "the L1 kernel, which takes about five minutes";
+    let what = "the L1 kernel, which takes five to twelve minutes";
     let dir = cache.entry(&key, what, |at, step| {
         let tree = KernelTree::new(inputs, at, &[], step)?;
         step.detail("compiling");
