@@ -119,7 +119,7 @@ impl RunningMachine<'_> {
             let statistics = gpu.display().statistics();
             GpuStats {
                 flushes: statistics.flushes,
-                copied: statistics.transferred_bytes,
+                copied: statistics.copied_bytes,
                 resource_memory: statistics.resource_memory,
             }
         });

@@ -73,9 +73,11 @@ fn run_lives(
     started: Instant,
 ) -> Result<Ending, RunError> {
     let mut restarts = 0;
+    // A guest that restarts when it is asked to shut down gets no more time by that.
+    let mut kill_at = None;
     loop {
         let begun = Instant::now();
-        let outcome = live(&mut resources, signals, queue, started)?;
+        let outcome = live(&mut resources, signals, queue, started, &mut kill_at)?;
         match outcome {
             Outcome::End(ending) => return Ok(ending),
             Outcome::Failed(error) => return Err(error),
@@ -106,6 +108,7 @@ fn live(
     signals: &Signals,
     queue: &mut ControlQueue,
     started: Instant,
+    kill_at: &mut Option<Instant>,
 ) -> Result<Outcome, RunError> {
     let host = |action| move |source| RunError::Host { action, source };
     let (sender, events) = mpsc::channel();
@@ -138,7 +141,7 @@ fn live(
         events,
         wake,
         signals,
-        kill_at: None,
+        kill_at,
         panic_grace: None,
     });
     loop {
@@ -192,8 +195,8 @@ struct MainLoop<'a> {
     events: Receiver<Event>,
     wake: EventFd,
     signals: &'a Signals,
-    /// When a guest that was asked to shut down is stopped.
-    kill_at: Option<Instant>,
+    /// When a guest that was asked to shut down is stopped, in this life or a later one.
+    kill_at: &'a mut Option<Instant>,
     /// The time that a guest has after a panic to flush its consoles, and what follows it.
     panic_grace: Option<(PanicGrace, Outcome)>,
 }
@@ -210,7 +213,8 @@ impl MainLoop<'_> {
     fn timeout(&self) -> i32 {
         let grace = self.panic_grace.as_ref().map(|(grace, _)| grace.check_at());
         self.kill_at
-            .into_iter()
+            .iter()
+            .copied()
             .chain(grace)
             .min()
             .map_or(-1, |at| {
@@ -310,7 +314,7 @@ impl MainLoop<'_> {
             self.vm.resume_silently();
         }
         tracing::info!("asked the guest to shut down; a second signal stops it at once");
-        self.kill_at = Some(Instant::now() + SHUTDOWN_PATIENCE);
+        *self.kill_at = Some(Instant::now() + SHUTDOWN_PATIENCE);
         if let Err(error) = self.vm.machine.press_power_button() {
             tracing::error!(%error, "cannot press the guest's power button");
             self.vm.end(Outcome::End(Ending::Stopped));
