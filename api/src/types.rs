@@ -176,7 +176,8 @@ pub struct MemoryStats {
 pub struct GpuStats {
     /// Flushes that the guest asked for.
     pub flushes: u64,
-    /// Bytes of pixels copied from guest memory for flushes. Blobs are not copied.
+    /// Bytes of pixels that were copied: for flushes of resources that are not blobs, for pictures, and for viewers
+    /// that get no dma-buf.
     pub copied: u64,
     /// Host memory that the guest's resources hold, in bytes.
     pub resource_memory: u64,

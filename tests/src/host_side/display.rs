@@ -18,8 +18,9 @@ use fanlight_api::{
         DisplayUpdate, ExportedFrame, OutputIndex, Screenshot, SetOutput, SubscribeDisplay,
         ViewerMessage,
     },
-    methods::{DisplaySubscribe, GpuExportScanout, GpuScreenshot, GpuSetOutput},
+    methods::{DisplaySubscribe, GpuExportScanout, GpuScreenshot, GpuSetOutput, VmStats},
     stream::MessageStream,
+    types::NoParams,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
@@ -30,6 +31,13 @@ use crate::{Context, Failure, Result, ensure, host_side::guest::PATIENCE};
 
 /// Red, green and blue.
 pub type Colour = [u8; 3];
+
+/// Bytes of pixels that Fanlight has copied for the first GPU.
+pub fn copied(client: &mut Client) -> Result<u64> {
+    let stats = client.call::<VmStats>(&NoParams {}).context("vm.stats")?;
+    let gpu = stats.gpus.first().ok_or(Failure("no GPU".into()))?;
+    Ok(gpu.copied)
+}
 
 /// The display of a machine's GPU.
 pub struct Screen {

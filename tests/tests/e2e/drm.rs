@@ -12,7 +12,7 @@ use fanlight_tests::{
     common::pixel_formats,
     ensure,
     host_side::{
-        display::{Colour, Picture, Screen},
+        display::{Colour, Picture, Screen, copied},
         guest::{Assets, Guest, GuestBuilder},
         test_case::TestCase,
     },
@@ -336,11 +336,15 @@ fn copies(assets: &Assets) -> Result<()> {
     let mut again = screen.watch(false)?;
     let console = again.picture(0)?;
     ensure(console.is(|_, _| [0x55; 4]), "the copy has other pixels")?;
+    let before = copied(screen.client())?;
+    ensure(before >= 640 * 480 * 4, format!("{before} bytes"))?;
     guest.send("head -c 1228800 /dev/zero | tr '\\0' '\\063' > /dev/fb0; echo re''painted\n")?;
     guest.wait_for("repainted")?;
     again.find(|news, _| {
         matches!(news, DisplayUpdate::Damage { .. } if console.is(|_, _| [0x33; 4])).then_some(())
     })?;
+    let drawn = copied(screen.client())? - before;
+    ensure(drawn >= 640 * 480 * 4, format!("{drawn} bytes"))?;
     guest.send("poweroff -f\n")?;
     guest.expect_exit(0)?;
     let said = guest.transcript();

@@ -18,6 +18,7 @@ use fanlight_api::{
 use fanlight_tests::{
     Context, Failure, Result, ensure,
     host_side::{
+        display::copied,
         guest::{Assets, Guest, GuestBuilder},
         test_case::TestCase,
     },
@@ -72,7 +73,14 @@ pub fn one(fds: Vec<OwnedFd>) -> Result<OwnedFd> {
 /// Has the guest draw random pixels, and compares checksums of all bytes and of red, green and blue alone.
 fn screenshot(assets: &Assets) -> Result<()> {
     let (mut guest, mut client, _) = drawing(assets)?;
+    ensure(copied(&mut client)? == 0, "a frame was copied for nobody")?;
     let picture = take_picture(&mut client)?;
+    let one_picture = u64::from(WIDTH * HEIGHT * 4);
+    let read = copied(&mut client)?;
+    ensure(
+        read == one_picture,
+        format!("{read} bytes were copied for a picture, not {one_picture}"),
+    )?;
     let (exported, fds) = client
         .call_with::<GpuExportScanout>(&OutputIndex::default(), &[])
         .context("gpu.export_scanout")?;
@@ -82,16 +90,19 @@ fn screenshot(assets: &Assets) -> Result<()> {
     )?;
     let pixels = Pixels::map(&one(fds)?, &exported)?;
     ensure(pixels.rgb() == picture, "the picture is not the dma-buf's")?;
-    if exported.location == PixelLocation::GuestRam {
-        // No call is needed: the dma-buf shows the guest's writes.
-        guest.send("head -c 1228800 /dev/zero | tr '\\0' '\\125' > /dev/fb0; echo pain''ted\n")?;
-        guest.wait_for("painted")?;
-        let painted = |rgb: Vec<u8>| rgb.iter().all(|&byte| byte == 0x55);
-        ensure(
-            painted(pixels.rgb()),
-            "a write does not show in the dma-buf",
-        )?;
-    }
+    ensure(
+        exported.location == PixelLocation::GuestRam,
+        format!("{exported:?}"),
+    )?;
+    // No call is made: what the guest writes is there.
+    guest.send("head -c 1228800 /dev/zero | tr '\\0' '\\125' > /dev/fb0; echo pain''ted\n")?;
+    guest.wait_for("painted")?;
+    let painted = |rgb: Vec<u8>| rgb.iter().all(|&byte| byte == 0x55);
+    ensure(
+        painted(pixels.rgb()),
+        "a write does not show in the dma-buf",
+    )?;
+    ensure(copied(&mut client)? == read, "the export copied")?;
     let outputs = client
         .call::<GpuSetOutput>(&SetOutput {
             gpu: 0,
@@ -193,6 +204,7 @@ fn stream(assets: &Assets) -> Result<()> {
     })?;
     let say = |stream: &mut MessageStream, says| stream.send(&says, vec![]).context("cannot say");
     say(&mut stream, ViewerMessage::Release { serial })?;
+    ensure(copied(&mut client)? == 0, "a watched frame was copied")?;
 
     // The input device queues events only for open files.
     guest.send("for e in /dev/input/event*; do grep -q keyboard /sys/class/input/${e##*/}/device/name || continue; exec 3< $e; echo liste''ning; dd bs=24 count=1 <&3 2>/dev/null | od -An -tu2 -j 16 -N 8 | sed 's/^/key: /'; echo hea''rd; done\n")?;

@@ -1,5 +1,7 @@
 //! Commands (Virtio 1.4, 5.7.6) as the device itself carries them out.
 
+use std::sync::atomic::Ordering;
+
 use rustix::rand::{GetRandomFlags, getrandom};
 
 use super::{
@@ -297,8 +299,8 @@ impl State {
         let area = area(&command.r)?;
         match &self.resources.get(command.resource_id.get())?.kind {
             ResourceKind::Image(image) => {
-                self.statistics.transferred_bytes +=
-                    transfer(mem, image, area, command.offset.get())?;
+                let bytes = transfer(mem, image, area, command.offset.get())?;
+                self.copied.fetch_add(bytes, Ordering::Relaxed);
             }
             // Linux transfers blobs too; their pixels are in place already.
             ResourceKind::Blob(_) => {}

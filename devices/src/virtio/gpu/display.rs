@@ -4,7 +4,7 @@
 use std::{
     io,
     os::fd::OwnedFd,
-    sync::{Arc, Weak},
+    sync::{Arc, Weak, atomic::Ordering},
 };
 
 use thiserror::Error;
@@ -253,6 +253,7 @@ impl DisplayHandle {
     pub fn statistics(&self) -> Statistics {
         let state = self.0.state.lock();
         Statistics {
+            copied_bytes: state.copied.load(Ordering::Relaxed),
             resource_memory: state.resources.memory_used(),
             ..state.statistics
         }

@@ -1,6 +1,13 @@
 //! A frame: what an output shows, and its dma-buf.
 
-use std::{io, os::fd::OwnedFd, sync::Arc};
+use std::{
+    io,
+    os::fd::OwnedFd,
+    sync::{
+        Arc,
+        atomic::{AtomicU64, Ordering},
+    },
+};
 
 use super::{
     format::{DRM_FORMAT_MOD_LINEAR, Format},
@@ -22,6 +29,8 @@ pub struct Frame {
     pub location: Location,
     /// The memory.
     pub surface: Arc<Surface>,
+    /// Counts the bytes that are read from frames.
+    pub copied: Arc<AtomicU64>,
 }
 
 /// What the descriptor of a frame is.
@@ -142,6 +151,9 @@ pub(super) struct Rows<'a> {
 impl Rows<'_> {
     /// Reads pixels of one row, from `x` on. Both count from the corner of the frame.
     pub(super) fn read(&self, x: u32, y: u32, to: &mut [u8]) -> Result<(), FrameError> {
+        self.frame
+            .copied
+            .fetch_add(to.len() as u64, Ordering::Relaxed);
         let row = u64::from(y) * u64::from(self.frame.layout.stride);
         let at = self.frame.offset() + row + u64::from(x) * u64::from(Format::BYTES);
         Ok(self.reader.read(at, to)?)

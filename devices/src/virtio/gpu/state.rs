@@ -1,6 +1,6 @@
 //! State of the device and of its outputs, behind one lock.
 
-use std::sync::MutexGuard;
+use std::sync::{Arc, MutexGuard, atomic::AtomicU64};
 
 use super::{
     cursor::Cursor,
@@ -19,8 +19,9 @@ use crate::{sync::Mutex, virtio::DeviceStatus};
 pub struct Statistics {
     /// RESOURCE_FLUSH commands.
     pub flushes: u64,
-    /// Pixels that TRANSFER_TO_HOST_2D copied, in bytes.
-    pub transferred_bytes: u64,
+    /// Bytes of pixels that were copied: by TRANSFER_TO_HOST_2D, from textures that outputs cannot show, and from
+    /// frames for pictures and for subscribers without dma-bufs.
+    pub copied_bytes: u64,
     /// Host memory that resources of the guest hold, in bytes.
     pub resource_memory: u64,
 }
@@ -69,6 +70,7 @@ impl SharedState {
             resources: Resources::new(max_resource_memory),
             subscribers: Subscribers::default(),
             statistics: Statistics::default(),
+            copied: Arc::default(),
             features: 0,
             events: 0,
             stale_info: StaleDisplayInfo::default(),
@@ -91,6 +93,8 @@ pub struct State {
     pub resources: Resources,
     pub subscribers: Subscribers,
     pub statistics: Statistics,
+    /// See [`Statistics::copied_bytes`]. Frames count too, without the lock.
+    pub copied: Arc<AtomicU64>,
     /// Features that the driver accepted.
     pub features: u64,
     /// `events_read` of the configuration.
@@ -157,6 +161,7 @@ impl State {
             area: scanout.area,
             location: location(resource),
             surface: resource.surface()?.clone(),
+            copied: self.copied.clone(),
         })
     }
 }

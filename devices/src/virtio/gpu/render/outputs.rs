@@ -1,6 +1,6 @@
 //! Textures and blobs of the renderer on outputs.
 
-use std::fs::File;
+use std::{fs::File, sync::atomic::Ordering};
 
 use fanlight_arch::layout::PAGE_SIZE;
 use zerocopy::FromBytes;
@@ -90,6 +90,7 @@ impl Renderer {
         let id = command.resource_id.get();
         let flushed = area(&command.r)?;
         let visible = visible(&state, id, &flushed);
+        let copied = state.copied.clone();
         if !self.is_gone()
             && let Some(visible) = visible
             && let Ok(host) = state.resources.host_mut(id)
@@ -98,6 +99,8 @@ impl Renderer {
             let stride = shown.layout.stride;
             let (file, body) = match &shown.copy {
                 CopyTo::Shown(file) => {
+                    let pixels = u64::from(visible.width) * u64::from(visible.height);
+                    copied.fetch_add(pixels * u64::from(Format::BYTES), Ordering::Relaxed);
                     let row = u64::from(visible.y) * u64::from(stride);
                     let body = ReadBack {
                         resource: id,

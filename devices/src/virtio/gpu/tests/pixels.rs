@@ -36,8 +36,10 @@ fn a_2d_resource_shows_what_was_transferred() {
     assert_eq!(shown.rgba(0, 0), Some([0x5a, 2, 2, 0xff]));
     assert_eq!(shown.rgba(1, 3), Some([0xff; 4]));
     assert_eq!(shown.rgba(1, 4), Some([0x5a, 6, 3, 0xff]));
-    let transferred = u64::from(width * height + 20) * 4;
-    assert_eq!(machine.display.statistics().transferred_bytes, transferred);
+    // Two transfers and two pictures.
+    let (transferred, read) = (width * height + 20, width * height + 8 * 8);
+    let copied = u64::from(transferred + read) * 4;
+    assert_eq!(machine.display.statistics().copied_bytes, copied);
 
     let unref = VIRTIO_GPU_CMD_RESOURCE_UNREF;
     assert_eq!(machine.on_resource(unref, 1), VIRTIO_GPU_RESP_OK_NODATA);
@@ -67,7 +69,8 @@ fn a_blob_is_shown_in_place() {
         machine.transfer(5, rect(0, 0, 32, 16), 0),
         VIRTIO_GPU_RESP_OK_NODATA
     );
-    assert_eq!(machine.display.statistics().transferred_bytes, 0);
+    let pictures = 2 * 32 * 16 * 4;
+    assert_eq!(machine.display.statistics().copied_bytes, pictures);
 }
 
 /// A file stands for the BAR of a device: the first half of the path is the same.
