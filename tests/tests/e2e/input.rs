@@ -10,7 +10,7 @@ use std::{
 use fanlight_tests::{
     Context, Result, ensure,
     host_side::{
-        guest::{Assets, make_image},
+        guest::{Assets, make_image, qemu_img},
         test_case::TestCase,
     },
 };
@@ -134,15 +134,30 @@ fn disks(assets: &Assets) -> Result<()> {
         format!("path={},format=qcow2", raw.display()),
         "not a qcow2 image",
     )?;
+    let raw_name = text(&raw);
+    let (backed, split) = (dir.path().join("backed"), dir.path().join("split"));
+    let of_raw = ["create", "-q", "-f", "qcow2", "-b", raw_name, "-F", "raw"];
+    qemu_img(assets, &of_raw, &backed, &[])?;
+    let data_file = format!("data_file={}", text(&dir.path().join("data")));
+    let with_data = ["create", "-q", "-f", "qcow2", "-o", &data_file];
+    qemu_img(assets, &with_data, &split, &["16M"])?;
+    for image in [backed, split] {
+        refuse(
+            format!("path={},format=qcow2", image.display()),
+            "backing or data files must be converted first",
+        )?;
+    }
     let mut guest = assets
         .guest("echo ready; sleep 1000")
-        .option("--disk", format!("path={}", raw.display()))
+        .option("--disk", format!("path={raw_name}"))
         .start()?;
     guest.wait_for("ready")?;
-    refuse(
-        format!("path={}", raw.display()),
-        "in use by another process",
-    )
+    refuse(format!("path={raw_name}"), "in use by another process")?;
+    let by_qemu = qemu_img(assets, &["resize", "-q", "-f", "raw"], &raw, &["32M"]);
+    let error = by_qemu
+        .err()
+        .map_or_else(String::new, |error| error.to_string());
+    ensure(error.contains("lock"), format!("QEMU took it: {error}"))
 }
 
 fn kvm(assets: &Assets) -> Result<()> {

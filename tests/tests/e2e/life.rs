@@ -1,6 +1,9 @@
 //! Machines end and restart with the documented exit statuses.
 
-use std::time::Duration;
+use std::{
+    fs,
+    time::{Duration, Instant},
+};
 
 use fanlight_tests::{
     Context, Result, ensure,
@@ -18,11 +21,17 @@ use super::drm::{FLIP, MODETEST, flipping};
 pub const TESTS: &[TestCase] = &[
     TestCase::new("life::power_off_is_status_0", power_off),
     TestCase::new("life::a_reset_restarts_in_place", reset_in_place),
+    TestCase::new("life::a_reset_clears_memory", ram_is_cleared),
     TestCase::new("life::a_reset_can_end", reset_exits),
     TestCase::new("life::a_triple_fault_is_a_reset", triple_fault),
     TestCase::new("life::a_panic_has_its_status", panic),
-    TestCase::new("life::sigterm_presses_the_power_button", sigterm),
+    TestCase::new("life::a_panic_can_restart", panic_restarts),
+    TestCase::new("life::a_panic_can_be_left_to_the_guest", panic_continues),
+    TestCase::new("life::signals_press_the_power_button", signals),
     TestCase::new("life::a_second_sigterm_stops", second_sigterm),
+    TestCase::new("life::a_second_sigterm_stops_a_later_life", reboots_instead),
+    TestCase::new("life::a_guest_that_ignores_the_button_is_stopped", ignores),
+    TestCase::new("life::a_guest_that_cannot_start_ends", cannot_start),
     TestCase::new("life::kexec_takes_the_devices_over", kexec),
 ];
 
@@ -45,12 +54,50 @@ fn reset_in_place(assets: &Assets) -> Result<()> {
         .option("--disk", format!("path={}", image.display()))
         .option("--cpus", "2")
         .start()?;
-    let pid = guest.pid();
-    guest.wait_for_times("fanlight-init: up", 2)?;
+    guest.wait_for("life")?;
+    let before = open_files(guest.pid())?;
+    guest.wait_for("second")?;
+    let after = open_files(guest.pid())?;
+    ensure(before == after, format!("{before:#?} became {after:#?}"))?;
     guest.expect_exit(0)?;
     let said = guest.transcript();
-    ensure(said.contains("second") && said.contains("rng: 16"), &said)?;
-    ensure(guest.pid() == pid, "another process")
+    ensure(said.contains("rng: 16"), &said)
+}
+
+/// The open files of a process, sorted, without the numbers that differ from one life to the next.
+fn open_files(pid: u32) -> Result<Vec<String>> {
+    let dir = fs::read_dir(format!("/proc/{pid}/fd")).context("cannot list descriptors")?;
+    let mut files: Vec<_> = dir
+        .flatten()
+        .filter_map(|entry| fs::read_link(entry.path()).ok())
+        .map(|link| {
+            link.to_string_lossy()
+                .replace(|digit: char| digit.is_ascii_digit(), "")
+        })
+        .collect();
+    files.sort();
+    Ok(files)
+}
+
+/// What the first life leaves in RAM, the second must not find. Patterns do not match themselves.
+fn ram_is_cleared(assets: &Assets) -> Result<()> {
+    let guest = assets.guest(
+        "mark=$(dd if=/dev/vda bs=4 count=1 2>/dev/null)
+        if [ \"$mark\" != seen ]; then
+            mount -t tmpfs tmpfs /mnt; yes left''-over | head -c 33554432 > /mnt/x
+            echo first: $(grep -c -a 'left[-]over' /proc/kcore)
+            printf seen | dd of=/dev/vda conv=fsync,notrunc 2>/dev/null; reboot -f; sleep 100
+        fi
+        echo second: $(grep -c -a 'left[-]over' /proc/kcore)",
+    );
+    let image = guest.path("disk");
+    make_image(assets, &image, "raw", "1M")?;
+    let said = guest
+        .option("--disk", format!("path={}", image.display()))
+        .run()?;
+    let found = |life: &str| value(&said, life)?.parse::<u64>().context(&said);
+    ensure(found("first:")? > 100_000, &said)?;
+    ensure(found("second:")? == 0, &said)
 }
 
 fn reset_exits(assets: &Assets) -> Result<()> {
@@ -78,12 +125,45 @@ fn panic(assets: &Assets) -> Result<()> {
     ensure(said.contains("Kernel Offset"), said)
 }
 
-fn sigterm(assets: &Assets) -> Result<()> {
-    let mut guest = assets.guest(PRESSED).start()?;
-    guest.wait_for("ready")?;
-    guest.signal(Signal::TERM)?;
-    guest.wait_for("pressed")?;
-    guest.expect_exit(0)
+fn panic_restarts(assets: &Assets) -> Result<()> {
+    let guest = assets.guest(
+        "mark=$(dd if=/dev/vda bs=4 count=1 2>/dev/null); [ \"$mark\" = seen ] && exit
+        printf seen | dd of=/dev/vda conv=fsync,notrunc 2>/dev/null
+        echo c > /proc/sysrq-trigger",
+    );
+    let image = guest.path("disk");
+    make_image(assets, &image, "raw", "1M")?;
+    let mut guest = guest
+        .option("--disk", format!("path={}", image.display()))
+        .option("--on-panic", "restart")
+        .start()?;
+    guest.expect_exit(0)?;
+    let said = guest.transcript();
+    let lives = said.matches("fanlight-init: up").count();
+    ensure(lives == 2 && said.contains("Kernel panic"), said)
+}
+
+/// The guest resets itself after its panic, and that decides.
+fn panic_continues(assets: &Assets) -> Result<()> {
+    let mut guest = assets
+        .guest("echo c > /proc/sysrq-trigger")
+        .option("--on-panic", "continue")
+        .option("--on-reset", "exit")
+        .start()?;
+    guest.expect_exit(32)?;
+    let said = guest.transcript();
+    ensure(said.contains("Kernel panic"), said)
+}
+
+fn signals(assets: &Assets) -> Result<()> {
+    for signal in [Signal::TERM, Signal::INT, Signal::HUP] {
+        let mut guest = assets.guest(PRESSED).start()?;
+        guest.wait_for("ready")?;
+        guest.signal(signal)?;
+        guest.wait_for("pressed")?;
+        guest.expect_exit(0)?;
+    }
+    Ok(())
 }
 
 fn second_sigterm(assets: &Assets) -> Result<()> {
@@ -93,6 +173,100 @@ fn second_sigterm(assets: &Assets) -> Result<()> {
     std::thread::sleep(Duration::from_millis(500));
     guest.signal(Signal::TERM)?;
     guest.expect_exit(34)
+}
+
+/// A guest that restarts when it is asked to shut down.
+fn reboots_instead(assets: &Assets) -> Result<()> {
+    let script = format!("{PRESSED}; reboot -f; sleep 100");
+    let mut guest = assets.guest(&script).start()?;
+    guest.wait_for("ready")?;
+    guest.signal(Signal::TERM)?;
+    guest.wait_for_times("fanlight-init: up", 2)?;
+    guest.signal(Signal::TERM)?;
+    guest.expect_exit(34)?;
+    let said = guest.transcript();
+    ensure(!said.contains("fanlight-init: done"), said)
+}
+
+/// A signal, and then nothing: the guest has half a minute.
+fn ignores(assets: &Assets) -> Result<()> {
+    let mut guest = assets.guest("echo ready; sleep 1000").start()?;
+    guest.wait_for("ready")?;
+    let asked = Instant::now();
+    guest.signal(Signal::TERM)?;
+    guest.expect_exit(34)?;
+    let (patience, said) = (asked.elapsed(), guest.transcript());
+    ensure(
+        patience >= Duration::from_secs(29),
+        format!("{patience:?}: {said}"),
+    )?;
+    ensure(said.contains("did not shut down"), said)
+}
+
+/// A kernel whose first instruction is undefined (UD2), without an IDT: a triple fault.
+fn cannot_start(assets: &Assets) -> Result<()> {
+    let guest = assets.guest("");
+    let kernel = guest.path("kernel");
+    fs::write(&kernel, kernel_that_faults()).context("cannot write a kernel")?;
+    let mut guest = guest.option("--kernel", &kernel).start()?;
+    guest.expect_exit(1)?;
+    let said = guest.transcript();
+    ensure(said.contains("restarted 5 times"), said)
+}
+
+/// An ELF file (ELF-64 1.5) with one segment of one instruction, and the note that names its PVH entry.
+fn kernel_that_faults() -> Vec<u8> {
+    const HEADER: u64 = 64;
+    const PROGRAM_HEADER: u64 = 56;
+    const ENTRY: u64 = 0x10_0000;
+    /// `XEN_ELFNOTE_PHYS32_ENTRY`.
+    const PHYS32_ENTRY: u32 = 18;
+    let mut note = [4u32, 8, PHYS32_ENTRY].map(u32::to_le_bytes).concat();
+    note.extend(b"Xen\0");
+    note.extend(ENTRY.to_le_bytes());
+    let code = [0x0f, 0x0b, 0, 0];
+    let note_at = HEADER + 2 * PROGRAM_HEADER;
+    let code_at = note_at + note.len() as u64;
+    let half = |words: &[u16]| {
+        words
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect::<Vec<_>>()
+    };
+    let word = |words: &[u32]| {
+        words
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect::<Vec<_>>()
+    };
+    let long = |words: &[u64]| {
+        words
+            .iter()
+            .flat_map(|word| word.to_le_bytes())
+            .collect::<Vec<_>>()
+    };
+    let program_header = |kind, flags, at, address, len: usize| {
+        let len = len as u64;
+        [
+            word(&[kind, flags]),
+            long(&[at, address, address, len, len, 4]),
+        ]
+        .concat()
+    };
+    [
+        b"\x7fELF\x02\x01\x01".to_vec(),
+        vec![0; 9],
+        half(&[2, 62]),
+        word(&[1]),
+        long(&[ENTRY, HEADER, 0]),
+        word(&[0]),
+        half(&[HEADER as u16, PROGRAM_HEADER as u16, 2, 0, 0, 0]),
+        program_header(4, 4, note_at, 0, note.len()),
+        program_header(1, 5, code_at, ENTRY, code.len()),
+        note,
+        code.to_vec(),
+    ]
+    .concat()
 }
 
 /// A second kernel finds devices in the state in which the first one's drivers left them, the GPU in mid-frame.
@@ -120,7 +294,7 @@ fn kexec(assets: &Assets) -> Result<()> {
     ))?
     .file(
         "vmlinuz",
-        &std::fs::read(&assets.stock.image).context("cannot read the kernel")?,
+        &fs::read(&assets.stock.image).context("cannot read the kernel")?,
     )
     .file("second.cpio", &second.initrd()?);
     let (image, socket) = (first.path("disk"), first.path("api"));
