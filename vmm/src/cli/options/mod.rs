@@ -106,8 +106,8 @@ Exit status:
   2   bad input; nothing was started
   32  the guest requested a reset, with --on-reset exit
   33  the guest kernel panicked, with --on-panic exit
-  34  stopped without the guest's consent: Ctrl-A x, a second SIGTERM, or
-      no shutdown within 30 s
+  34  stopped from outside: Ctrl-A x, vm.stop, a second signal, or no
+      shutdown within 30 s after a signal
 
 Signals:
   SIGTERM, SIGINT and SIGHUP press the power button of the guest. A second
