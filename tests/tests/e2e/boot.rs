@@ -63,8 +63,8 @@ fn memory(assets: &Assets, size: &str, mib: u64) -> Result<()> {
             "echo total: $(grep MemTotal /proc/meminfo | tr -dc 0-9)
              mount -t tmpfs -o size=90% t /mnt; free=$(grep MemAvailable /proc/meminfo | tr -dc 0-9)
              dd if=/dev/urandom bs=1M count=$(($free / 2048 > 64 ? 64 : $free / 2048)) 2>/dev/null |
-                 tee /mnt/x | md5sum | sed 's/^/written: /'
-             echo read: $(md5sum < /mnt/x)",
+                 tee /mnt/x | md5sum | sed 's/ .*//; s/^/written: /'
+             echo read: $(md5sum < /mnt/x | cut -d' ' -f1)",
         )
         .option("--memory", size)
         .run()?;
