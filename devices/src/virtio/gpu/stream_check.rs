@@ -194,8 +194,8 @@ pub fn check(mut stream: &[u8]) {
             assert!(!done);
             continue;
         };
-        let fence = header.flags.get() & VIRTIO_GPU_FLAG_FENCE;
-        assert_eq!(answer.flags.get(), fence);
+        let repeated = VIRTIO_GPU_FLAG_FENCE | VIRTIO_GPU_FLAG_INFO_RING_IDX;
+        assert_eq!(answer.flags.get(), header.flags.get() & repeated);
         assert_eq!(answer.fence_id, header.fence_id);
         if queue == CONTROL_QUEUE {
             model.control(header.type_.get(), body, done);
