@@ -323,7 +323,7 @@ fn transfer(vmm: Vmm, guest: &mut Guest, bytes: u64, count: usize) -> Result<Cos
     })
 }
 
-/// A thread of a VMM's.
+/// A thread of a VMM.
 struct Thread {
     id: Pid,
     dir: PathBuf,
@@ -357,7 +357,7 @@ fn threads(vmm: Vmm, pid: u32) -> Result<Vec<Thread>> {
     Ok(all)
 }
 
-/// Seconds of processor time of a VMM's threads, but for its vCPU's.
+/// Processor time of the threads of a VMM without its vCPU, in seconds.
 fn processor_time(vmm: Vmm, pid: u32) -> Result<f64> {
     let mut nanoseconds = 0.0;
     for thread in threads(vmm, pid)? {

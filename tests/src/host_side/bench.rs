@@ -1,5 +1,5 @@
 //! What benchmarks have in common: they run where guests can run, compare VMMs in turn in one run, and print a
-//! table of the README's.
+//! table of the book.
 
 use std::{
     fmt::Debug,

@@ -42,8 +42,8 @@ fn power_off(assets: &Assets) -> Result<()> {
     assets.guest("").run().map(drop)
 }
 
-/// Restarts once. A mark on the disk distinguishes the second life from the first.
-const TWO_LIVES: &str = "echo life; mark=$(dd if=/dev/vda bs=4 count=1 2>/dev/null)
+/// Restarts once, and waits for a line in each life. A mark on the disk distinguishes the second life from the first.
+const TWO_LIVES: &str = "echo life; read -r go; mark=$(dd if=/dev/vda bs=4 count=1 2>/dev/null)
     if [ \"$mark\" != seen ]; then
         printf seen | dd of=/dev/vda conv=fsync,notrunc 2>/dev/null; reboot -f; sleep 100
     fi
@@ -59,12 +59,14 @@ fn reset_in_place(assets: &Assets) -> Result<()> {
         .start()?;
     guest.wait_for("life")?;
     let before = open_files(guest.pid())?;
-    guest.wait_for("second")?;
+    guest.send("\n")?;
+    guest.wait_for_times("life", 2)?;
     let after = open_files(guest.pid())?;
+    guest.send("\n")?;
     ensure(before == after, format!("{before:#?} became {after:#?}"))?;
     guest.expect_exit(0)?;
     let said = guest.transcript();
-    ensure(said.contains("rng: 16"), &said)
+    ensure(said.contains("second") && said.contains("rng: 16"), &said)
 }
 
 /// The open files of a process, sorted, without the numbers that differ from one life to the next.
