@@ -46,8 +46,9 @@ struct Inner {
     released: u64,
     /// The last flush that it has read.
     told: u64,
-    /// It let a fence expire, and paces nothing until it has caught up.
-    lagging: bool,
+    /// The last flush whose fence it let expire. It paces nothing until it has released this one and all that it has
+    /// read.
+    expired: Option<u64>,
 }
 
 /// One subscriber.
@@ -87,7 +88,7 @@ impl Subscriber {
     fn change(&self, change: impl FnOnce(&mut Inner)) {
         change(&mut self.lock());
         if let Err(error) = self.ready.write(1) {
-            tracing::error!(%error, "cannot wake who subscribers the display");
+            tracing::error!(%error, "cannot wake a subscriber of the display");
         }
     }
 
@@ -112,8 +113,11 @@ impl Subscriber {
     pub fn release(&self, serial: u64) {
         let mut inner = self.lock();
         inner.released = inner.released.max(serial);
-        if inner.released >= inner.told {
-            inner.lagging = false;
+        if inner
+            .expired
+            .is_some_and(|expired| inner.released >= expired.max(inner.told))
+        {
+            inner.expired = None;
         }
     }
 
@@ -127,12 +131,12 @@ impl Subscriber {
                 *damage = vec![whole];
             }
         });
-        self.paces && !self.lock().lagging
+        self.paces && self.lock().expired.is_none()
     }
 
     fn is_done_with(&self, serial: u64) -> bool {
         let inner = self.lock();
-        inner.lagging || inner.released >= serial
+        inner.expired.is_some() || inner.released >= serial
     }
 }
 
@@ -229,7 +233,7 @@ impl FlushFence {
         for subscriber in self.subscribers.iter().filter_map(Weak::upgrade) {
             let mut inner = subscriber.lock();
             if inner.released < self.serial {
-                inner.lagging = true;
+                inner.expired = inner.expired.max(Some(self.serial));
             }
         }
     }
@@ -295,6 +299,17 @@ mod tests {
         assert!(
             flush(&mut subscribers).is_signalled(),
             "who lags holds nothing"
+        );
+        subscriber.release(0);
+        assert!(
+            flush(&mut subscribers).is_signalled(),
+            "who reads nothing does not catch up by releasing"
+        );
+        let serial = subscriber.take().serial;
+        subscriber.release(serial - 1);
+        assert!(
+            flush(&mut subscribers).is_signalled(),
+            "what was released is not all that was read"
         );
         let serial = subscriber.take().serial;
         subscriber.release(serial);
