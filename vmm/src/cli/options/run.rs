@@ -42,7 +42,7 @@ pub struct RunOptions {
     /// Kernel command line
     ///
     /// The default is "console=ttyS0 panic=-1". With panic=-1 a guest whose kernel has no panic device resets
-    /// after a panic, so that the machine ends.
+    /// after a panic; --on-reset then decides.
     #[arg(long, value_name = "TEXT", allow_hyphen_values = true, help_heading = BOOT)]
     cmdline: Option<String>,
     /// Where to decompress a bzImage [default: host]
