@@ -49,7 +49,7 @@ use fanlight_tests::{
     nested_host::{
         ApiClients, Busybox, Cache, DebianPrograms, Drivers, Emulator, GraphicsStack, L1Kernel,
         Modules, NestedHost, Share, StockKernel, build_program, built_kernel, cpu_watchdog,
-        guest_archive, guest_module,
+        guest_archive, guest_module, program_under_test,
     },
 };
 use libtest_mimic::{Arguments, Trial};
@@ -248,7 +248,7 @@ fn run(mut arguments: Arguments) -> Result<ExitCode> {
     let dir = tempfile::tempdir().context("cannot make a directory")?;
     let cache = Cache::open()?;
     let parts = Parts {
-        fanlight: build_program("fanlight", "fanlight")?,
+        fanlight: program_under_test()?,
         guest_archive: dir.path().join("guest.cpio"),
         cache: cache.root().into(),
     };
@@ -275,9 +275,7 @@ fn run(mut arguments: Arguments) -> Result<ExitCode> {
                 move |test| pool.run(test)
             });
             let conclusion = libtest_mimic::run(&arguments, trials);
-            let (started, repeated) = pool.counts();
-            let hosts = format!("{started} nested hosts started, {repeated} runs repeated; ");
-            (conclusion, hosts)
+            (conclusion, format!("{}; ", pool.summary()))
         }
     };
     eprintln!(
@@ -288,19 +286,20 @@ fn run(mut arguments: Arguments) -> Result<ExitCode> {
     Ok(conclusion.exit_code())
 }
 
-/// Runs the tests on this machine's own KVM. Those that pass the nested host's devices through are left out; a device
-/// of this machine is tried if one is named.
+/// Runs the tests on this machine's own KVM. Those that pass the nested host's devices through, or change settings of
+/// the kernel, are left out; a device of this machine is tried if one is named.
 fn here(arguments: &Arguments, times: &Arc<Times>, parts: &Parts) -> libtest_mimic::Conclusion {
     let has_device = std::env::var_os(VARIABLE).is_some();
-    if !has_device {
-        eprintln!(
-            "fanlight: tests that pass devices through are left out: {}=force runs them in the nested host, \
-             {VARIABLE}=ADDRESS tries a device of this machine",
-            kvm_host::NESTED_HOST
-        );
-    }
-    let runs =
-        move |test: &TestCase| test.devices.is_empty() || (has_device && test.takes_named_device);
+    let runs = move |test: &TestCase| test.shares_host() || (has_device && test.takes_named_device);
+    let tests = tests();
+    let run = tests.iter().filter(|test| runs(test)).count();
+    eprintln!(
+        "fanlight: {run} of {} tests run on this machine's /dev/kvm; those that pass devices through or change settings \
+         of the kernel are left out: {}=force runs them in the nested host, {VARIABLE}=ADDRESS tries a device of this \
+         machine",
+        tests.len(),
+        kvm_host::NESTED_HOST
+    );
     let parts = parts.clone();
     let host = Arc::new(RwLock::new(()));
     let trials = trials(

@@ -8,20 +8,23 @@ use std::{
     process::ExitCode,
 };
 
+use rustix::thread::UnshareFlags;
+
 use crate::{
     Context, Failure, Result,
-    host_side::kvm_host::{self, Kvm},
+    host_side::{
+        kvm_host::{self, Kvm},
+        test_process,
+    },
     nested_host::{
-        Busybox, Cache, Emulator, L1Device, L1Kernel, NestedHost, Share, StockKernel,
-        build_program, built_kernel,
+        Busybox, Cache, Emulator, L1Device, L1Kernel, NestedHost, Share, StockKernel, built_kernel,
+        program_under_test,
     },
 };
 
 /// Default number of rounds, of which medians are taken; [`ROUNDS`] overrides it.
 const DEFAULT_ROUNDS: usize = 5;
 const ROUNDS: &str = "FANLIGHT_BENCH_ROUNDS";
-/// The program to measure, where it is not the one of this checkout.
-const PROGRAM: &str = "FANLIGHT_BENCH_PROGRAM";
 /// The command line of every guest.
 pub const CMDLINE: &str = "console=ttyS0 panic=-1 quiet";
 
@@ -135,16 +138,17 @@ fn prepare(
     }
     let cache = Cache::open()?;
     let dir = tempfile::tempdir().context("cannot make a directory")?;
-    let fanlight = match std::env::var_os(PROGRAM) {
-        Some(path) => PathBuf::from(path),
-        None => build_program("fanlight", "fanlight")?,
-    };
+    let fanlight = program_under_test()?;
     fs::copy(&fanlight, dir.path().join(FANLIGHT)).context("cannot share a program")?;
     let initrd = initrd(&cache)?;
     fs::write(dir.path().join(INITRD), initrd).context("cannot write the guest's root")?;
     StockKernel::get(&cache)?;
     let emulator = Emulator::get(&cache)?;
     if devices.is_empty() && kvm_host::kvm() == Kvm::Host {
+        // Mounts that a benchmark makes go with it. Only root can make any.
+        if rustix::process::geteuid().is_root() {
+            test_process::own_mounts(UnshareFlags::empty())?;
+        }
         let paths = Paths::in_memory(cache, dir.path())?;
         return measure(&paths, rounds).map(|()| ExitCode::SUCCESS);
     }

@@ -350,12 +350,15 @@ impl Guest {
 
     /// Waits until `text` was printed `count` times.
     pub fn wait_for_times(&mut self, text: &str, count: usize) -> Result<()> {
-        let start = Instant::now();
+        let mut last = (0, Instant::now());
         loop {
             let ended = self.child.try_wait().ok().flatten();
             let heard = self.heard.lock();
             if heard.matches(text).count() >= count {
                 return Ok(());
+            }
+            if heard.len() != last.0 {
+                last = (heard.len(), Instant::now());
             }
             let heard = self
                 .heard
@@ -368,7 +371,7 @@ impl Guest {
             if let (false, Some(status)) = (found, ended) {
                 return Err(self.failure(format!("ended ({status}) before it printed {text:?}")));
             }
-            if start.elapsed() > PATIENCE {
+            if last.1.elapsed() > PATIENCE {
                 return Err(self.hang(format!("never printed {text:?}")));
             }
         }

@@ -24,25 +24,18 @@ use super::{
     test_server::{READY, STATUS},
 };
 use crate::{
-    Context, Failure, HANG, Result,
-    nested_host::{L1Device, NestedHost, Share, cpu_watchdog},
+    Context, Failure, Result,
+    nested_host::{L1Device, NestedHost, Share},
 };
 
 /// Tests of an L1. A start takes about as long as a short test.
 const TESTS_PER_L1: usize = 10;
-/// Runs of a test whose L1 failed: the emulator crashes now and then under nested guests, which says nothing about
-/// the test. A test that fails by itself is not run again.
+/// Runs of a test whose L1 ended: the emulator crashes now and then under nested guests, or stops a processor of L1,
+/// which ends L1 too ([`crate::nested_host::cpu_watchdog`]). Neither says anything about the test. A test that fails is
+/// not run again, whatever it waited for.
 const TRIES: usize = 2;
 /// Runs that may be repeated in all. More of them hide something that is worth a look.
 const REPEATS: usize = 3;
-/// Faults of the emulator, as the output of a failed test shows them: a processor of L1 stood still; a guest was silent
-/// for minutes, as it is when the emulator lost its timer; or a socket behind which a guest is timed out (`EAGAIN`).
-/// A guest that hangs in each run hangs.
-const EMULATOR_FAULTS: [&str; 3] = [
-    cpu_watchdog::STANDSTILL,
-    HANG,
-    "Resource temporarily unavailable (os error 11)",
-];
 
 /// What each L1 is started with.
 pub struct Setup {
@@ -54,7 +47,7 @@ pub struct Setup {
     pub programs: Vec<PathBuf>,
     /// Folders that L1 sees.
     pub shares: Vec<Share>,
-    /// Where the output of a run is kept that an emulator's fault made void.
+    /// Where the output of a run is kept whose L1 ended.
     pub logs: PathBuf,
 }
 
@@ -63,7 +56,7 @@ pub struct L1Pool {
     setup: Arc<Setup>,
     idle: Mutex<Vec<L1>>,
     started: AtomicUsize,
-    repeated: AtomicUsize,
+    repeated: Mutex<Vec<&'static str>>,
 }
 
 /// A nested host that waits for the name of a test.
@@ -83,7 +76,7 @@ impl L1Pool {
             setup: Arc::new(setup),
             idle: Mutex::default(),
             started: AtomicUsize::new(0),
-            repeated: AtomicUsize::new(0),
+            repeated: Mutex::default(),
         }
     }
 
@@ -91,13 +84,20 @@ impl L1Pool {
         self.idle.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// How many nested hosts were started, and how many runs were repeated after a fault of the emulator.
-    pub fn counts(&self) -> (usize, usize) {
-        let count = |counter: &AtomicUsize| counter.load(Ordering::Relaxed);
-        (count(&self.started), count(&self.repeated))
+    /// How many nested hosts were started, and which tests ran again because theirs ended.
+    pub fn summary(&self) -> String {
+        let started = self.started.load(Ordering::Relaxed);
+        let repeated = self.repeated.lock();
+        let repeated = repeated.unwrap_or_else(PoisonError::into_inner);
+        let names = match repeated.join(", ") {
+            names if names.is_empty() => names,
+            names => format!(" ({names})"),
+        };
+        let count = repeated.len();
+        format!("{started} nested hosts started, {count} runs repeated{names}")
     }
 
-    /// Runs a test, again if the emulator failed. What a test said that passed.
+    /// Runs a test, again if its L1 ended. What a test said that passed.
     pub fn run(&self, case: &TestCase) -> Result<String> {
         let mut run = 0;
         loop {
@@ -105,16 +105,10 @@ impl L1Pool {
             let mut output = String::new();
             let fault = match self.run_once(case, &mut output) {
                 Ok(0) => return Ok(output),
-                Ok(_) => {
-                    let mut faults = EMULATOR_FAULTS.iter();
-                    match faults.find(|fault| output.contains(**fault)) {
-                        Some(fault) => (*fault).to_owned(),
-                        None => return Err(Failure(output)),
-                    }
-                }
-                Err(error) => error.to_string(),
+                Ok(_) => return Err(Failure(output)),
+                Err(fault) => fault,
             };
-            if run == TRIES || !self.may_repeat() {
+            if run == TRIES || !self.may_repeat(case.name) {
                 return Err(Failure::new(fault, output));
             }
             let name = case.name.replace("::", "-");
@@ -125,15 +119,18 @@ impl L1Pool {
         }
     }
 
-    /// Counts a repeated run, if there may be one.
-    fn may_repeat(&self) -> bool {
-        let more = |count| (count < REPEATS).then_some(count + 1);
-        self.repeated
-            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, more)
-            .is_ok()
+    /// Notes a repeated run, if there may be one.
+    fn may_repeat(&self, name: &'static str) -> bool {
+        let repeated = self.repeated.lock();
+        let mut repeated = repeated.unwrap_or_else(PoisonError::into_inner);
+        let may = repeated.len() < REPEATS;
+        if may {
+            repeated.push(name);
+        }
+        may
     }
 
-    /// Runs a test in an L1; its exit status. An error says that L1 failed.
+    /// Runs a test in an L1; its exit status. An error says that L1 ended.
     fn run_once(&self, case: &TestCase, output: &mut String) -> Result<i32> {
         let shared = case.shares_host().then(|| self.idle().pop()).flatten();
         let mut l1 = match shared {

@@ -2,6 +2,7 @@
 
 pub mod bench;
 pub mod compositor;
+pub mod device_nodes;
 pub mod display;
 pub mod dma_reader;
 pub mod drawing_guest;

@@ -36,7 +36,7 @@ impl TestCase {
         self
     }
 
-    /// Gives the test a host of its own.
+    /// Gives the test a nested host of its own.
     pub const fn alone(mut self) -> Self {
         self.alone = true;
         self

@@ -38,11 +38,7 @@ pub fn confine(own_network: bool) -> Result<()> {
     } else {
         UnshareFlags::empty()
     };
-    // SAFETY: mount and network namespaces change nothing that the program's memory depends on.
-    unsafe { unshare_unsafe(UnshareFlags::NEWNS | network) }
-        .context("cannot make namespaces for a test; run the tests as root")?;
-    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
-    mount_change("/", private).context("cannot make mounts private")?;
+    own_mounts(network)?;
     if own_network {
         let up = Command::new("ip")
             .args(["link", "set", "lo", "up"])
@@ -59,6 +55,16 @@ pub fn confine(own_network: bool) -> Result<()> {
         process::exit(1);
     });
     Ok(())
+}
+
+/// Makes this process's mounts invisible to others, and gives it these other namespaces. Must come before the first
+/// thread.
+pub fn own_mounts(others: UnshareFlags) -> Result<()> {
+    // SAFETY: mount and network namespaces change nothing that the program's memory depends on.
+    unsafe { unshare_unsafe(UnshareFlags::NEWNS | others) }
+        .context("cannot make namespaces; run this as root")?;
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    mount_change("/", private).context("cannot make mounts private")
 }
 
 /// Kills all processes that this one started.

@@ -1,7 +1,7 @@
 //! Programs of this workspace for the nested host.
 
 use std::{
-    env,
+    env, fs,
     io::IsTerminal,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -9,6 +9,17 @@ use std::{
 
 use super::command::run;
 use crate::{Context, Failure, Result, progress};
+
+/// Names a `fanlight` that is tested or measured, where it is not the one of this checkout.
+const PROGRAM: &str = "FANLIGHT_TEST_PROGRAM";
+
+/// The `fanlight` to test or to measure: the one that `FANLIGHT_TEST_PROGRAM` names, or this checkout's, built.
+pub fn program_under_test() -> Result<PathBuf> {
+    match env::var_os(PROGRAM) {
+        Some(path) => fs::canonicalize(&path).context(format!("cannot find the {PROGRAM}")),
+        None => build_program("fanlight", "fanlight"),
+    }
+}
 
 /// Builds a program of this workspace in release mode and returns its path. Cargo shows its progress on a terminal.
 pub fn build_program(package: &str, program: &str) -> Result<PathBuf> {

@@ -13,13 +13,11 @@ use std::sync::{
 
 use rustix::thread::{CpuSet, sched_setaffinity};
 
-/// The watchdog prints this when a processor stands still: the run is void.
-pub const STANDSTILL: &str = "a processor of L1 stands still";
 /// A processor that runs takes a waiting thread within milliseconds.
 const PATIENCE: Duration = Duration::from_secs(20);
 const BEAT: Duration = Duration::from_millis(500);
-/// Exit status of a process whose run is void.
-const VOID: i32 = 3;
+/// Exit status of the process that runs L1's tests, and so of L1.
+const STANDSTILL: i32 = 3;
 
 /// Watches every processor from a thread on each, and ends the process when one stands still. No guest runs on the
 /// first one, but interrupts and kernel threads do.
@@ -47,8 +45,8 @@ pub fn watch() {
                     .map(|beat| Duration::from_millis(beat.load(Ordering::Relaxed)))
                     .min();
                 if oldest.is_some_and(|oldest| now.saturating_sub(oldest) > PATIENCE) {
-                    println!("fanlight: {STANDSTILL}");
-                    process::exit(VOID);
+                    println!("fanlight: a processor of L1 stands still");
+                    process::exit(STANDSTILL);
                 }
                 thread::sleep(BEAT);
             }

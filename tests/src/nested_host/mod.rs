@@ -16,7 +16,7 @@ mod machine;
 mod modules;
 mod packages;
 
-pub use build::build_program;
+pub use build::{build_program, program_under_test};
 pub use cache::Cache;
 pub use drivers::Drivers;
 pub use graphics_stack::GraphicsStack;

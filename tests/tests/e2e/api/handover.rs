@@ -12,7 +12,7 @@ use fanlight_tests::{
     Context, Failure, Result,
     common::echo::{self, Address},
     ensure,
-    host_side::{guest::Assets, test_case::TestCase},
+    host_side::{device_nodes, guest::Assets, test_case::TestCase},
 };
 use serde_json::{Value, json};
 
@@ -32,6 +32,7 @@ const BYTES: u64 = 1 << 20;
 
 fn descriptors(assets: &Assets) -> Result<()> {
     let dir = tempfile::tempdir().context("a directory")?;
+    device_nodes::leave_to_root(&["/dev/kvm", "/dev/net/tun", "/dev/vhost-vsock"])?;
     let Served { guest, mut api, .. } = serve(assets, Some(NOBODY))?;
     let script = format!(
         "ip addr add 10.0.66.2/24 dev eth0; ip link set eth0 up
@@ -53,7 +54,6 @@ fn descriptors(assets: &Assets) -> Result<()> {
             .context(line)?;
         ensure(status.success(), line)
     };
-    run("chmod 600 /dev/kvm /dev/net/tun /dev/vhost-vsock")?;
     let disk = open(&image)?;
     let tap = tap("tapl")?;
     run("ip addr add 10.0.66.1/24 dev tapl && ip link set tapl up")?;
