@@ -1,5 +1,5 @@
 //! `fanlight doctor`: checks whether this host, and one of its PCI devices, can serve a guest with a GPU.
-//! A failed check comes with its fix.
+//! A failed check says how to fix it.
 
 mod device;
 mod host;

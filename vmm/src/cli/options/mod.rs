@@ -48,7 +48,7 @@ pub enum Command {
     View(ViewOptions),
     /// Check whether this host can serve a guest with a GPU
     ///
-    /// Each failed check comes with its fix. The exit status is 1 if a check failed, else 0.
+    /// A failed check says how to fix it. The exit status is 1 if a check failed, else 0.
     Doctor {
         /// Check this PCI device too, such as 0000:03:00.1
         #[arg(value_name = "ADDRESS", add = ArgValueCompleter::new(complete::pci_addresses))]
