@@ -166,6 +166,15 @@ mod tests {
         assert_eq!(find(&cpuid, 0xb, 1).eax, 3);
         assert_eq!(find(&cpuid, 0xb, 1).ebx, 8);
         assert_eq!(find(&cpuid, 0x8000_0008, 0).ecx & 0xff, 7);
+        for (cpu, cpus, bits) in [(9, 16, 4), (253, 254, 8)] {
+            let cpuid = guest_cpuid(&supported(), cpu, cpus, true).unwrap();
+            assert_eq!(find(&cpuid, 1, 0).ebx >> 24, cpu);
+            assert_eq!(find(&cpuid, 0xb, 0).edx, cpu);
+            assert_eq!(find(&cpuid, 0xb, 1).edx, cpu);
+            assert_eq!(find(&cpuid, 0x1f, 1).edx, cpu);
+            assert_eq!(find(&cpuid, 0xb, 1).eax, bits);
+            assert_eq!(find(&cpuid, 0xb, 1).ebx, cpus);
+        }
     }
 
     #[test]

@@ -137,6 +137,12 @@ impl Driver {
         self.u16(used + 2)
     }
 
+    /// The head of the chain that was used as number `index`.
+    pub fn used_head(&self, queue: usize, index: u16) -> u16 {
+        let [.., used] = Self::rings(queue);
+        self.u16(used + 4 + u64::from(index % QUEUE_SIZE) * 8)
+    }
+
     /// Submits a chain of (address, length, flags) and waits for it; the used length.
     pub fn request(&mut self, queue: usize, chain: &[(u64, u32, u16)]) -> u32 {
         let before = self.used_index(queue);

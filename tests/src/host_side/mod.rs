@@ -13,4 +13,5 @@ mod process_activity;
 pub mod test_case;
 pub mod test_process;
 pub mod test_server;
+pub mod tiny_kernel;
 pub mod watcher;

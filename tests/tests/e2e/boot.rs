@@ -16,6 +16,7 @@ pub const TESTS: &[TestCase] = &[
     TestCase::new("boot::one_cpu", |assets| cpus(assets, 1)),
     TestCase::new("boot::two_cpus", |assets| cpus(assets, 2)),
     TestCase::new("boot::eight_cpus", |assets| cpus(assets, 8)),
+    TestCase::new("boot::ten_cpus", |assets| cpus(assets, 10)),
     TestCase::new("boot::memory_128m", |assets| memory(assets, "128M", 128)),
     TestCase::new("boot::memory_512m", |assets| memory(assets, "512M", 512)),
     TestCase::new("boot::memory_6g_around_the_hole", |assets| {

@@ -3,20 +3,25 @@
 use std::{
     fs::File,
     io::{Read, Write},
-    os::{fd::AsFd, unix::net::UnixStream},
+    os::{
+        fd::AsFd,
+        unix::{net::UnixStream, process::CommandExt},
+    },
     process::{Child, Command, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
 use fanlight_tests::{
-    Context, HANG, Result, ensure,
+    Context, Failure, HANG, Result, ensure,
     host_side::{guest::Assets, test_case::TestCase},
+    value,
 };
 use rustix::{
     event::{PollFd, PollFlags, Timespec, poll},
-    process::{Pid, Signal, kill_process},
+    process::{Pid, Signal, ioctl_tiocsctty, kill_process, setsid},
     pty::{OpenptFlags, openpt, ptsname, unlockpt},
+    stdio::stdin,
     termios::{LocalModes, Termios, Winsize, tcgetattr, tcsetwinsize},
 };
 
@@ -36,6 +41,10 @@ pub const TESTS: &[TestCase] = &[
     TestCase::new(
         "console::a_killed_process_leaves_a_terminal_as_it_was",
         killed,
+    ),
+    TestCase::new(
+        "console::a_killed_process_leaves_its_session_s_terminal_as_it_was",
+        killed_in_session,
     ),
 ];
 
@@ -145,6 +154,31 @@ fn leaves_terminal(assets: &Assets) -> Result<()> {
 
 fn killed(assets: &Assets) -> Result<()> {
     run_on_terminal(assets, OnTerminal::kill)
+}
+
+/// Leads the session of its terminal, as a user's shell does, and stays when the program ends.
+const SHELL: &str = "exec 3<&0; \"$@\" <&3 & echo \"pid: $! end\"; wait; read -r more";
+
+fn killed_in_session(assets: &Assets) -> Result<()> {
+    let (command, _dir) = assets.guest("echo ready; sleep 1000").command()?;
+    let mut shell = Command::new("sh");
+    shell.args(["-c", SHELL, "sh"]).arg(command.get_program());
+    shell.args(command.get_args());
+    // SAFETY: setsid and ioctl are async-signal-safe, as what runs between fork and exec must be.
+    unsafe {
+        shell.pre_exec(|| {
+            setsid()?;
+            Ok(ioctl_tiocsctty(stdin())?)
+        });
+    }
+    let mut process = OnTerminal::start(shell)?;
+    process.wait_for("ready")?;
+    process.wait_for_raw()?;
+    let pid = value(&process.said, "pid:")?.trim_end_matches(" end");
+    let pid = pid.parse().ok().and_then(Pid::from_raw);
+    let pid = pid.ok_or_else(|| Failure(process.said.clone()))?;
+    kill_process(pid, Signal::KILL).context("cannot kill the process")?;
+    process.ensure_restored()
 }
 
 fn run_on_terminal(assets: &Assets, end: fn(&mut OnTerminal) -> Result<()>) -> Result<()> {

@@ -26,7 +26,9 @@ use fanlight_tests::{
         test_case::TestCase,
     },
 };
-use rustix::process::{Pid, Resource, Rlimit, Signal, getrlimit, kill_process, setrlimit};
+use rustix::process::{
+    Pid, Resource, Rlimit, Signal, getppid, getrlimit, kill_process, setrlimit, test_kill_process,
+};
 
 use super::view::one;
 
@@ -189,6 +191,11 @@ fn confined(dir: &Path) -> Result<()> {
     refused(
         "listing devices that are not GPUs",
         fs::read("/dev/console").map(drop),
+    )?;
+    let parent = getppid().ok_or(Failure("no parent".into()))?;
+    refused(
+        "a signal to another program",
+        test_kill_process(parent).map_err(Into::into),
     )?;
     fs::read("/proc/self/maps").context("cannot read /proc")?;
     fs::write("/dev/null", "x").context("cannot write to /dev/null")

@@ -11,6 +11,7 @@ use fanlight_tests::{
 
 pub const TESTS: &[TestCase] = &[
     TestCase::new("topology::drivers_unbind_and_bind", rebind),
+    TestCase::new("topology::no_entropy_device", no_entropy_device),
     TestCase::new("topology::a_disk_behind_a_root_port", behind_port),
     TestCase::new("topology::a_bar_that_moves", moved_bar),
 ];
@@ -44,6 +45,16 @@ fn rebind(assets: &Assets) -> Result<()> {
     ensure(value(&said, "entropy:")? == "64", &said)?;
     ensure(value(&said, "net:")? == "1", &said)?;
     ensure(value(&said, "console:")? == "/dev/hvc0", &said)
+}
+
+fn no_entropy_device(assets: &Assets) -> Result<()> {
+    let script = "echo devices: $(cat /sys/bus/pci/devices/*/vendor | grep -c 0x1af4)
+        echo entropy: $(cat /sys/class/misc/hw_random/rng_current)";
+    let with = assets.guest(script).run()?;
+    ensure(value(&with, "devices:")? == "1", &with)?;
+    ensure(value(&with, "entropy:")?.starts_with("virtio_rng"), &with)?;
+    let without = assets.guest(script).option("--rng", "off").run()?;
+    ensure(value(&without, "devices:")? == "0", &without)
 }
 
 fn behind_port(assets: &Assets) -> Result<()> {

@@ -542,6 +542,18 @@ fn mistakes(assets: &Assets) -> Result<()> {
     };
     let said = refused(physical)?;
     ensure(said.contains(&format!("bound to igb, not to vfio-pci; give it to user space with `fanlight vfio bind {physical}`")), &said)?;
+    let interface = interface_up(physical, "10.9.0.1/24")?;
+    let bound = Command::new(&assets.fanlight)
+        .args(["vfio", "bind", physical])
+        .output()
+        .context("cannot run fanlight")?;
+    let error = String::from_utf8_lossy(&bound.stderr).into_owned();
+    let named = format!("in use: network interface {interface} is up");
+    ensure(
+        bound.status.code() == Some(2) && error.contains(&named),
+        error,
+    )?;
+    ip(&format!("link set {interface} down"))?;
     let said = refused("0000:77:00.0")?;
     ensure(said.contains("no such PCI device"), &said)?;
     let (_, vf) = virtual_function(assets, IGB)?;

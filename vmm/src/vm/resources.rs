@@ -290,6 +290,21 @@ mod tests {
     }
 
     #[test]
+    fn a_device_that_is_off_is_not_there() {
+        let has_entropy = |more: &str| {
+            let json = format!(
+                r#"{{"kernel": "/proc/self/exe", "serial": "null", "memory": {{"size": "64M"}}{more}}}"#
+            );
+            let config = serde_json::from_str(&json).unwrap();
+            let resources = Resources::open(config, &Descriptors::Inherited).unwrap();
+            let mut devices = resources.hotplug.devices.iter();
+            devices.any(|device| device.id() == "rng")
+        };
+        assert!(has_entropy(""));
+        assert!(!has_entropy(r#", "rng": {"enabled": false}"#));
+    }
+
+    #[test]
     fn mistakes_are_one_line_and_name_their_field() {
         assert_eq!(error("{}").0, Some("kernel"));
         let (field, missing) = error(r#"{"kernel": "/nowhere"}"#);

@@ -198,7 +198,9 @@ fn other_users_leave_room_for_the_owner() {
     let others: Vec<_> = (0..MAX_OTHERS).map(|_| admit(false)).collect();
     assert!(others.iter().all(|(admitted, _)| *admitted));
     assert!(!admit(false).0);
-    assert!(admit(true).0);
+    let own: Vec<_> = (MAX_OTHERS..MAX_CLIENTS).map(|_| admit(true)).collect();
+    assert!(own.iter().all(|(admitted, _)| *admitted));
+    assert!(!admit(true).0, "the owner has a limit too");
 }
 
 #[test]

@@ -20,6 +20,7 @@ use crate::e2e::network::ip;
 pub const TESTS: &[TestCase] = &[
     TestCase::new("api::a_disk_comes_and_goes", hotplug_disk),
     TestCase::new("api::a_disk_added_stays_over_a_reset", hotplug_reset),
+    TestCase::new("api::a_removal_outlives_a_reset", removal_and_reset),
     TestCase::new("api::an_interface_comes_and_goes", hotplug_net),
     TestCase::new("api::a_disk_grows", resize),
 ];
@@ -57,6 +58,8 @@ fn hotplug_disk(assets: &Assets) -> Result<()> {
         ensure(added == json!({"id": "disk0", "port": 2}), added)?;
         watcher.event(EventName::DeviceAdded)?;
         api.refused("device.add", disk.clone(), "exists")?;
+        let disks = &api.call("vm.config", json!({}))?["disk"];
+        ensure(disks[0]["id"] == "disk0" && disks[0]["port"] == 2, disks)?;
         ask(&mut guest, "come", round)?;
         ask(&mut guest, use_it, 1)?;
         let list = api.call("device.list", json!({}))?;
@@ -116,6 +119,27 @@ fn hotplug_reset(assets: &Assets) -> Result<()> {
     let devices = list["devices"].as_array();
     let disk = devices.and_then(|all| all.iter().find(|device| device["id"] == "disk0"));
     ensure(disk.is_some_and(|disk| disk["port"] == 1), &list)
+}
+
+/// A reset comes while Linux waits its five seconds. The device does not come back.
+fn removal_and_reset(assets: &Assets) -> Result<()> {
+    let builder = assets.guest(WATCH_DISK);
+    let image = builder.path("disk");
+    make_image(assets, &image, "raw", "16M")?;
+    let (mut guest, mut api) = start(builder)?;
+    guest.wait_for("ready")?;
+    let mut watcher = Api::connect(&guest.path("api"))?;
+    watcher.call("events.subscribe", json!({"events": ["device_removed"]}))?;
+    api.call("device.add", json!({"disk": {"path": image}}))?;
+    guest.send("come\n")?;
+    guest.wait_for("done come")?;
+    api.call("device.remove", json!({"id": "disk0"}))?;
+    api.call("vm.reset", json!({}))?;
+    let event = watcher.event(EventName::DeviceRemoved)?;
+    ensure(event.device.as_deref() == Some("disk0"), "another device")?;
+    let list = api.call("device.list", json!({}))?;
+    let mut devices = list["devices"].as_array().into_iter().flatten();
+    ensure(!devices.any(|device| device["id"] == "disk0"), &list)
 }
 
 fn hotplug_net(assets: &Assets) -> Result<()> {

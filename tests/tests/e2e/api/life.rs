@@ -11,6 +11,7 @@ use fanlight_tests::{
     host_side::{
         guest::{Assets, PRESSED},
         test_case::TestCase,
+        tiny_kernel::tiny_kernel,
     },
     value,
 };
@@ -20,6 +21,8 @@ use serde_json::json;
 use super::{Api, Console, Served, machine, serve, start};
 pub const TESTS: &[TestCase] = &[
     TestCase::new("api::a_whole_life", whole_life),
+    TestCase::new("api::a_paused_guest_shuts_down_at_sigterm", paused_sigterm),
+    TestCase::new("api::many_resets_in_a_row", many_resets),
     TestCase::new("api::a_paused_clock_stands_still", |assets| {
         pause(assets, "")
     }),
@@ -75,6 +78,8 @@ fn whole_life(assets: &Assets) -> Result<()> {
         api.call("vm.info", json!({}))?["state"] == "paused",
         "not paused",
     )?;
+    api.call("vm.resume", json!({}))?;
+    api.call("vm.pause", json!({}))?;
     api.call("vm.reset", json!({}))?;
     ensure(api.call("vm.info", json!({}))?["resets"] == 1, "no reset")?;
     console.1.clear();
@@ -115,6 +120,8 @@ fn whole_life(assets: &Assets) -> Result<()> {
     let expected = [
         EventName::Booted,
         EventName::Paused,
+        EventName::Resumed,
+        EventName::Paused,
         EventName::Reset,
         EventName::Shutdown,
     ];
@@ -134,6 +141,39 @@ fn whole_life(assets: &Assets) -> Result<()> {
     guest.signal(Signal::TERM)?;
     guest.expect_exit(0)?;
     ensure(!socket.exists(), "the socket is left over")
+}
+
+fn paused_sigterm(assets: &Assets) -> Result<()> {
+    let (mut guest, mut api) = start(assets.guest(PRESSED))?;
+    guest.wait_for("ready")?;
+    api.call("vm.pause", json!({}))?;
+    guest.signal(Signal::TERM)?;
+    guest.wait_for("pressed")?;
+    guest.expect_exit(0)
+}
+
+/// CLI, HLT and a jump back: a machine that does nothing.
+const IDLE: [u8; 4] = [0xfa, 0xf4, 0xeb, 0xfc];
+
+/// Resets that somebody asks for are no sign of a guest that cannot start.
+fn many_resets(assets: &Assets) -> Result<()> {
+    const RESETS: u64 = 10;
+    let dir = tempfile::tempdir().context("a directory")?;
+    let kernel = dir.path().join("kernel");
+    fs::write(&kernel, tiny_kernel(IDLE)).context("cannot write a kernel")?;
+    let Served {
+        mut api,
+        guest: _server,
+        ..
+    } = serve(assets, None)?;
+    let config = json!({"kernel": kernel, "memory": {"size": "64M"}, "serial": "null"});
+    api.call("vm.create", config)?;
+    api.call("vm.boot", json!({}))?;
+    for _ in 0..RESETS {
+        api.call("vm.reset", json!({}))?;
+    }
+    let info = api.call("vm.info", json!({}))?;
+    ensure(info["state"] == "running" && info["resets"] == RESETS, info)
 }
 
 /// Prints the guest's clock on request.

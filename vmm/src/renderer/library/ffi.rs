@@ -2,7 +2,7 @@
 
 use std::ffi::{c_char, c_int, c_void};
 
-use fanlight_devices::virtio::gpu::protocol::Box3d;
+use fanlight_devices::virtio::gpu::{DRM_FORMAT_MOD_LINEAR, protocol::Box3d};
 use libc::iovec;
 
 pub const USE_EGL: c_int = 1 << 0;
@@ -85,6 +85,16 @@ pub struct InfoExt {
     pub more: [u64; 16],
 }
 
+impl InfoExt {
+    /// Whether the texture's memory can be shown as it is: one plane of rows that follow each other, the first one first.
+    pub fn is_linear(&self) -> bool {
+        self.has_dmabuf_export != 0
+            && self.planes == 1
+            && self.modifier == DRM_FORMAT_MOD_LINEAR
+            && self.base.flags & RESOURCE_Y_0_TOP == 0
+    }
+}
+
 /// `struct virgl_renderer_resource_create_blob_args`.
 #[repr(C)]
 pub struct CreateBlobArgs {
@@ -161,6 +171,28 @@ mod tests {
 
     /// Functions that virglrenderer 1.1 does not have.
     const NEWER: &[&str] = &["virgl_renderer_resource_map_fixed"];
+
+    #[test]
+    fn what_is_tiled_or_upside_down_is_not_linear() {
+        let linear = || InfoExt {
+            has_dmabuf_export: 1,
+            planes: 1,
+            ..Default::default()
+        };
+        assert!(linear().is_linear());
+        let changes: [fn(&mut InfoExt); 4] = [
+            |info| info.has_dmabuf_export = 0,
+            |info| info.planes = 2,
+            // I915_FORMAT_MOD_X_TILED.
+            |info| info.modifier = 1 << 56 | 1,
+            |info| info.base.flags = RESOURCE_Y_0_TOP,
+        ];
+        for change in changes {
+            let mut info = linear();
+            change(&mut info);
+            assert!(!info.is_linear());
+        }
+    }
 
     #[test]
     fn nothing_newer_than_1_1_is_needed() {

@@ -11,7 +11,6 @@ use std::{
 };
 
 use fanlight_devices::virtio::gpu::{
-    DRM_FORMAT_MOD_LINEAR,
     protocol::{
         CtxCreate, ResourceCreate3d, ResourceCreateBlob, TransferHost3d,
         VIRTIO_GPU_BLOB_FLAG_USE_MAPPABLE,
@@ -333,14 +332,10 @@ impl Library {
         let mut info = InfoExt::default();
         // SAFETY: the structure is written. It has room for fields of later versions.
         done(unsafe { (self.functions.get_info_ext)(resource.cast_signed(), &mut info) })?;
-        let base = &info.base;
-        if info.has_dmabuf_export == 0
-            || info.planes != 1
-            || info.modifier != DRM_FORMAT_MOD_LINEAR
-            || base.flags & RESOURCE_Y_0_TOP != 0
-        {
+        if !info.is_linear() {
             return Err(Refused);
         }
+        let base = &info.base;
         let (mut fd, mut stride, mut offset) = (-1, 0, 0);
         let texture = base.tex_id;
         // SAFETY: the arguments are written.

@@ -101,6 +101,41 @@ mod tests {
                 }
                 assert_eq!(result, -1);
             }
+            // No arguments are good for anything, should a call be allowed.
+            for call in [
+                libc::SYS_process_vm_readv,
+                libc::SYS_process_vm_writev,
+                libc::SYS_pidfd_getfd,
+                libc::SYS_kcmp,
+                libc::SYS_io_uring_setup,
+                libc::SYS_io_uring_enter,
+                libc::SYS_io_uring_register,
+                libc::SYS_userfaultfd,
+                libc::SYS_bpf,
+                libc::SYS_perf_event_open,
+                libc::SYS_keyctl,
+                libc::SYS_add_key,
+                libc::SYS_request_key,
+                libc::SYS_connect,
+                libc::SYS_listen,
+                libc::SYS_accept,
+                libc::SYS_accept4,
+                libc::SYS_setns,
+                libc::SYS_open_tree,
+            ] {
+                // SAFETY: no descriptor, process or address is -1.
+                let result = unsafe { libc::syscall(call, -1, -1, -1, -1, -1, -1) };
+                let error = io::Error::last_os_error().raw_os_error();
+                assert_eq!(
+                    (result, error),
+                    (-1, Some(libc::EPERM)),
+                    "system call {call}"
+                );
+            }
+            // SAFETY: a null pointer is no set of arguments.
+            let result = unsafe { libc::syscall(libc::SYS_clone3, 0, 0) };
+            let error = io::Error::last_os_error().raw_os_error();
+            assert_eq!((result, error), (-1, Some(libc::ENOSYS)));
             // SAFETY: it is refused.
             let traced = unsafe { libc::ptrace(libc::PTRACE_TRACEME, 0, 0, 0) };
             assert_eq!(traced, -1);

@@ -536,6 +536,36 @@ fn answers_wait_for_their_fences_in_order() {
 }
 
 #[test]
+fn a_fence_says_nothing_about_other_rings() {
+    let mut m = machine();
+    m.create_context();
+    m.fake.0.lock().keeps_fences = true;
+    let on_ring = |ring_idx| CtrlHdr {
+        flags: VIRTIO_GPU_FLAG_INFO_RING_IDX.into(),
+        ring_idx,
+        ..header(VIRTIO_GPU_CMD_SUBMIT_3D, 7)
+    };
+    let before = m.driver.used_index(0);
+    m.submit_fenced(&[on_ring(2), on_ring(3)]);
+    m.wait_calls(VIRTIO_GPU_CMD_SUBMIT_3D, 2);
+    let pass = |ring, number| {
+        m.fake.pass(FencePosition {
+            of_ring: 1,
+            context: 7,
+            ring,
+            number,
+        });
+    };
+    pass(3, 2);
+    m.driver.wait(|d| d.used_index(0) == before.wrapping_add(1));
+    pass(2, 1);
+    m.driver.wait(|d| d.used_index(0) == before.wrapping_add(2));
+    // Chains of two descriptors each: the second command was answered first.
+    let order = [0, 1].map(|n| m.driver.used_head(0, before.wrapping_add(n)));
+    assert_eq!(order, [2, 0]);
+}
+
+#[test]
 fn the_display_survives_the_renderer() {
     let mut m = machine();
     m.create_context();

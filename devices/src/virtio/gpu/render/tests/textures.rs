@@ -24,6 +24,7 @@ fn a_texture_on_an_output_is_read_back() {
     };
     let type_ = VIRTIO_GPU_CMD_RESOURCE_FLUSH;
     assert_eq!(m.command(type_, &flush(rect(8, 8, 4, 4))), OK);
+    assert_eq!(m.display.statistics().copied_bytes, 4 * 4 * 4);
     let pixels = m.display.read_scanout(0).unwrap();
     assert_eq!(pixels.rgba(8, 8), Some([0x40; 4]));
     assert_eq!(pixels.rgba(7, 8), Some([0; 4]));
@@ -63,7 +64,10 @@ fn a_texture_s_own_memory_is_shown() {
             resource_id: id.into(),
             ..flush
         };
+        let before = m.display.statistics().copied_bytes;
         assert_eq!(m.command(VIRTIO_GPU_CMD_RESOURCE_FLUSH, &flush), OK);
+        let copied = m.display.statistics().copied_bytes - before;
+        assert_eq!(copied, if id == 4 { 0 } else { 40 * 40 * 4 });
         let pixels = m.display.read_scanout(0).unwrap();
         let [own, copied] = [[4, 2, 3, 4], [0x40; 4]];
         assert_eq!(
