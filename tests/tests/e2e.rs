@@ -18,8 +18,9 @@ mod e2e {
     pub mod life;
     pub mod network;
     pub mod render;
+    pub mod seat;
+    pub mod test_compositor;
     pub mod topology;
-    pub mod touch_screen;
     pub mod vfio;
     pub mod view;
     pub mod virtual_input;
@@ -67,6 +68,7 @@ fn tests() -> Vec<TestCase> {
         e2e::render::TESTS,
         e2e::view::TESTS,
         e2e::window::TESTS,
+        e2e::seat::TESTS,
         e2e::api::life::TESTS,
         e2e::api::hotplug::TESTS,
         e2e::api::clients::TESTS,

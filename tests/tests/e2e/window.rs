@@ -1,4 +1,4 @@
-//! `fanlight view` in real compositors: the window's content, the user's input, and a guest whose viewers misbehave.
+//! `fanlight view` in Weston: the window's content, and a guest whose viewers misbehave.
 
 use std::{
     fs,
@@ -10,7 +10,7 @@ use std::{
         atomic::{AtomicBool, Ordering},
     },
     thread,
-    time::{Duration, Instant},
+    time::Instant,
 };
 
 use fanlight_api::{
@@ -23,21 +23,15 @@ use fanlight_api::{
 use fanlight_tests::{
     Context, Failure, Result, ensure,
     host_side::{
-        compositor::Viewer,
-        drawing_guest::DrawingGuest,
-        guest::{Assets, Guest},
-        test_case::TestCase,
+        compositor::Viewer, drawing_guest::DrawingGuest, guest::Assets, test_case::TestCase,
         watcher::Watcher,
     },
 };
 use rustix::process::{Pid, Signal, kill_process};
-use wayland_client::protocol::wl_pointer::Axis;
 
 use super::{
     compositor::{self, take_picture},
-    touch_screen::{Finger, TouchScreen},
     view::{HEIGHT, PATIENCE, WIDTH, drawing, one},
-    virtual_input::VirtualInput,
 };
 
 pub const TESTS: &[TestCase] = &[
@@ -46,7 +40,6 @@ pub const TESTS: &[TestCase] = &[
         "view::frames_without_a_copy_and_viewers_that_misbehave",
         painted,
     ),
-    TestCase::new("view::keys_wheel_grab_and_fingers", input),
 ];
 
 /// Frames that the guest draws while a viewer misbehaves.
@@ -81,7 +74,7 @@ fn weston(assets: &Assets) -> Result<()> {
 }
 
 /// A guest with a program that draws on request. No viewer is connected yet.
-fn painting(assets: &Assets) -> Result<(DrawingGuest, Client, PathBuf)> {
+pub fn painting(assets: &Assets) -> Result<(DrawingGuest, Client, PathBuf)> {
     let script = format!("exec guest-agent draw {WIDTH} {HEIGHT} 4000 0");
     let guest = assets
         .guest(&script)
@@ -265,141 +258,4 @@ fn flood(fd: OwnedFd, end: &AtomicBool) -> Result<u64> {
         said += 1;
     }
     Ok(said)
-}
-
-/// Linux `input-event-codes.h`.
-const KEY_LEFTCTRL: u32 = 29;
-const KEY_G: u32 = 34;
-const KEY_X: u32 = 45;
-const KEY_LEFTALT: u32 = 56;
-const KEY_LEFTMETA: u32 = 125;
-const BTN_LEFT: u32 = 0x110;
-/// Sway has this shortcut, and shows its effect in its list of marks.
-const SHORTCUT: [u32; 2] = [KEY_LEFTMETA, KEY_X];
-const SWAY: &str = "bindsym Mod4+x mark --toggle taken";
-
-fn input(assets: &Assets) -> Result<()> {
-    let guest = assets
-        .guest("exec guest-agent listen")
-        .modules(&["virtio_gpu", "virtio_input"])?
-        .option("--gpu", "outputs=800x600");
-    let socket = guest.path("api");
-    let mut guest = guest.option("--api-socket", &socket).start()?;
-    guest.wait_for("agent: listens to 3 devices.")?;
-    let sway = compositor::sway(assets, SWAY)?;
-    let viewer = sway.viewer(&assets.fanlight, &socket)?;
-    let until = |what: &str, is_so: &dyn Fn() -> Result<bool>| -> Result<()> {
-        let start = Instant::now();
-        while !is_so()? {
-            let why = || {
-                format!(
-                    "{what} never happens; the viewer reports: {}",
-                    viewer.said()
-                )
-            };
-            ensure(start.elapsed() < PATIENCE, why())?;
-            thread::sleep(Duration::from_millis(200));
-        }
-        Ok(())
-    };
-    let titled = |title: &str| -> Result<bool> {
-        let tree = sway.swaymsg(&["-t", "get_tree"])?;
-        Ok(tree.contains(&format!("\"name\": \"{title}\"")))
-    };
-    until("a window", &|| titled("Fanlight"))?;
-    let mut input = VirtualInput::plug_in(&sway.socket())?;
-    let heard = |guest: &mut Guest, event: &str| guest.wait_for(&format!("heard: {event}."));
-
-    // The middle of the window at any size: half of 32767.
-    input.move_to(1, 1, WIDTH, HEIGHT)?;
-    input.move_to(WIDTH / 2, HEIGHT / 2, WIDTH, HEIGHT)?;
-    heard(&mut guest, "pointer 3 0 16383")?;
-    heard(&mut guest, "pointer 3 1 16383")?;
-    input.wheel(Axis::VerticalScroll, 1)?;
-    heard(&mut guest, "pointer 2 11 -120")?;
-    heard(&mut guest, "pointer 2 8 -1")?;
-    input.wheel(Axis::HorizontalScroll, -2)?;
-    heard(&mut guest, "pointer 2 12 -240")?;
-    heard(&mut guest, "pointer 2 6 -2")?;
-    input.scroll(5.0)?;
-    heard(&mut guest, "pointer 2 11 -60")?;
-
-    // Before a click, the compositor handles its shortcuts.
-    let taken = || Ok(sway.swaymsg(&["-t", "get_marks"])?.contains("taken"));
-    input.chord(&SHORTCUT)?;
-    until("the compositor's shortcut", &taken)?;
-    input.button(BTN_LEFT, true)?;
-    input.button(BTN_LEFT, false)?;
-    heard(&mut guest, "pointer 1 272 1")?;
-    heard(&mut guest, "pointer 1 272 0")?;
-    until("the grab", &|| {
-        titled("Fanlight: Ctrl-Alt-G releases the keyboard")
-    })?;
-    let x = format!("keyboard 1 {KEY_X} 1");
-    let said = guest.transcript();
-    ensure(
-        !said.contains(&x),
-        format!("a shortcut reached the guest:\n{said}"),
-    )?;
-    input.chord(&SHORTCUT)?;
-    heard(&mut guest, &x)?;
-    heard(&mut guest, &format!("keyboard 1 {KEY_X} 0"))?;
-    ensure(
-        taken()?,
-        "the compositor took a shortcut that the viewer had",
-    )?;
-    // Once, though the seat got two devices in turn.
-    let said = guest.transcript();
-    ensure(said.matches(&format!("heard: {x}.")).count() == 1, said)?;
-
-    input.chord(&[KEY_LEFTCTRL, KEY_LEFTALT, KEY_G])?;
-    until("the grab's end", &|| titled("Fanlight"))?;
-    input.chord(&SHORTCUT)?;
-    until("the compositor's shortcut again", &|| {
-        taken().map(|taken| !taken)
-    })?;
-
-    // The driving viewer disconnects, and no key stays pressed.
-    input.key(KEY_G, true)?;
-    guest.wait_for_times(&format!("heard: keyboard 1 {KEY_G} 1."), 2)?;
-    drop(viewer);
-    guest.wait_for_times(&format!("heard: keyboard 1 {KEY_G} 0."), 2)?;
-    touch(assets, &mut guest, &socket)
-}
-
-/// Two fingers, one of which the compositor cancels.
-fn touch(assets: &Assets, guest: &mut Guest, socket: &Path) -> Result<()> {
-    let (width, height) = (800, 600);
-    let dir = tempfile::tempdir().context("cannot make a directory")?;
-    let at = dir.path().join("wayland");
-    let screen = TouchScreen::start(&at, width, height)?;
-    let viewer = Viewer::start(&assets.fanlight, socket, dir.path(), "wayland")?;
-    let start = Instant::now();
-    while !screen.is_ready() {
-        ensure(start.elapsed() < PATIENCE, viewer.said())?;
-        thread::sleep(Duration::from_millis(50));
-    }
-    let heard =
-        |guest: &mut Guest, event: &str| guest.wait_for(&format!("heard: touch-screen {event}."));
-    let (right, bottom) = (f64::from(width), f64::from(height));
-    screen.touch(&[Finger::Down(7, right / 4.0, bottom / 2.0)]);
-    heard(guest, "3 57 0")?;
-    heard(guest, "3 53 8191")?;
-    heard(guest, "3 54 16383")?;
-    heard(guest, "1 330 1")?;
-    screen.touch(&[
-        Finger::Down(9, right, bottom),
-        Finger::Moves(7, right / 2.0, bottom / 2.0),
-    ]);
-    heard(guest, "3 47 1")?;
-    heard(guest, "3 57 1")?;
-    heard(guest, "3 53 32767")?;
-    heard(guest, "3 53 16383")?;
-    screen.touch(&[Finger::Up(7)]);
-    heard(guest, "3 57 -1")?;
-    screen.touch(&[Finger::Cancelled]);
-    guest.wait_for_times("heard: touch-screen 3 57 -1.", 2)?;
-    heard(guest, "1 330 0")?;
-    drop(viewer);
-    screen.stop()
 }

@@ -152,6 +152,15 @@ calls! {
         offsets: [u32; 4],
         modifiers: [u64; 4],
     }
+    0xc024_64bb Cursor2 {
+        flags: u32,
+        crtc_id: u32,
+        place: [i32; 2],
+        width: u32,
+        height: u32,
+        handle: u32,
+        hot: [i32; 2],
+    }
 }
 
 /// `struct drm_mode_modeinfo`: five numbers for each direction, the visible size first.

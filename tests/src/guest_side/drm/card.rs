@@ -4,12 +4,17 @@ use std::os::fd::AsFd;
 
 use super::{
     Device, ModeInfo, address,
-    calls::{AddFb2, CreateDumb, DirtyFb, GetConnector, GetResources, MapDumb, RemoveFb, SetCrtc},
+    calls::{
+        AddFb2, CreateDumb, Cursor2, DirtyFb, GetConnector, GetResources, MapDumb, RemoveFb,
+        SetCrtc,
+    },
 };
 use crate::{Context, Failure, Result, common::pci::Mmio};
 
 const XRGB8888: u32 = u32::from_le_bytes(*b"XR24");
 const CONNECTED: u32 = 1;
+/// `DRM_MODE_CURSOR_BO`: the call sets the image.
+const CURSOR_BO: u32 = 1;
 
 /// The virtio GPU with its first connected output.
 #[derive(Debug)]
@@ -182,6 +187,22 @@ impl Card {
         };
         // SAFETY: the array has one connector, as the count says.
         unsafe { self.device.call(&mut crtc) }
+    }
+
+    /// Sets the cursor to a square picture with sides of `side` pixels. `hot` is the pixel that points, from the left
+    /// and from the top. The driver keeps the picture's memory.
+    pub fn set_cursor(&self, shown: &Shown, side: u32, hot: [i32; 2]) -> Result<()> {
+        let mut cursor = Cursor2 {
+            flags: CURSOR_BO,
+            crtc_id: self.crtc,
+            width: side,
+            height: side,
+            handle: shown.handle,
+            hot,
+            ..Default::default()
+        };
+        // SAFETY: the structure is the whole of the argument.
+        unsafe { self.device.call(&mut cursor) }
     }
 
     /// Reports that a framebuffer's pixels changed.

@@ -14,6 +14,8 @@ use crate::{
 
 /// A flush that takes this long ended by the time limit: no viewer released the frame.
 const LATE: Duration = Duration::from_millis(30);
+/// Width and height of every cursor of a virtio GPU (Virtio 1.4, 5.7.6.10).
+const CURSOR_SIDE: u16 = 64;
 
 /// A picture on the screen.
 struct Picture {
@@ -106,6 +108,7 @@ impl Screen {
                 self.flush(1)
             }
             ["flush", count] => self.flush(number(count)?),
+            ["cursor", x, y] => self.cursor([number(x)?, number(y)?]),
             ["blob", "contiguous"] => self.blob(Scattered::contiguous(self.bytes())?),
             ["blob", run] => self.blob(Scattered::in_pieces(self.bytes(), number(run)?)?),
             ["drop"] => {
@@ -151,6 +154,16 @@ impl Screen {
             start.elapsed().as_micros(),
             slowest.as_micros()
         ))
+    }
+
+    /// Sets a white cursor. `hot` is the pixel that points, from the left and from the top.
+    fn cursor(&self, hot: [i32; 2]) -> Result<String> {
+        let cursor = Picture::new(&self.card, CURSOR_SIDE, CURSOR_SIDE)?;
+        cursor.fill(0xffff_ffff);
+        self.card
+            .set_cursor(&cursor.shown, CURSOR_SIDE.into(), hot)?;
+        self.card.forget(cursor.shown)?;
+        Ok("set a cursor".into())
     }
 
     /// Creates a blob of this memory, whose resource id the host can use.

@@ -1,17 +1,18 @@
-//! A test compositor with one window and a touch screen: no packaged compositor accepts touch input from a program.
+//! A test compositor with one window, a touch screen, and a pointer that rests in the window. No packaged compositor
+//! accepts touch input from a program, or tells which cursor a window sets.
 
 use std::{
     collections::VecDeque,
     path::Path,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc, Mutex, MutexGuard, PoisonError,
         atomic::{AtomicBool, Ordering},
     },
     thread::{self, JoinHandle},
     time::Duration,
 };
 
-use fanlight_tests::{Context, Failure, Result};
+use fanlight_tests::{Context, Failure, Result, host_side::compositor::Viewer};
 use wayland_protocols::xdg::shell::server::{
     xdg_positioner::XdgPositioner,
     xdg_surface::{self, XdgSurface},
@@ -26,7 +27,7 @@ use wayland_server::{
         wl_callback::WlCallback,
         wl_compositor::{self, WlCompositor},
         wl_keyboard::WlKeyboard,
-        wl_pointer::WlPointer,
+        wl_pointer::{self, WlPointer},
         wl_region::WlRegion,
         wl_seat::{self, WlSeat},
         wl_shm::{self, WlShm},
@@ -46,47 +47,65 @@ pub enum Finger {
     Cancelled,
 }
 
+/// Where a cursor's image points, from its left and from its top.
+pub type HotSpot = (i32, i32);
+
 /// The compositor, on its own thread. Its window has the size given at the start.
-pub struct TouchScreen {
+pub struct TestCompositor {
     shared: Arc<Shared>,
     thread: Option<JoinHandle<Result<()>>>,
+    runtime: tempfile::TempDir,
 }
+
+/// The name of its socket.
+const SOCKET: &str = "wayland";
 
 #[derive(Default)]
 struct Shared {
     fingers: Mutex<VecDeque<Finger>>,
-    /// Whether a window can be touched.
+    /// Whether a window can be touched and pointed at.
     ready: AtomicBool,
+    cursor: Mutex<Option<HotSpot>>,
     end: AtomicBool,
 }
 
-impl TouchScreen {
-    /// Listens at `socket`.
-    pub fn start(socket: &Path, width: i32, height: i32) -> Result<Self> {
-        let listener = ListeningSocket::bind_absolute(socket.into()).context("cannot listen")?;
+impl TestCompositor {
+    /// Starts the compositor.
+    pub fn start(width: u32, height: u32) -> Result<Self> {
+        let runtime = tempfile::tempdir().context("cannot make a directory")?;
+        let socket = runtime.path().join(SOCKET);
+        let listener = ListeningSocket::bind_absolute(socket).context("cannot listen")?;
+        let size = (width as i32, height as i32);
         let shared = Arc::new(Shared::default());
         let thread = thread::spawn({
             let shared = shared.clone();
-            move || serve(&listener, &shared, (width, height))
+            move || serve(&listener, &shared, size)
         });
         Ok(Self {
             shared,
             thread: Some(thread),
+            runtime,
         })
     }
 
-    /// Whether a viewer shows a window and accepts touch input.
+    /// `fanlight view` in this compositor.
+    pub fn viewer(&self, fanlight: &Path, api: &Path) -> Result<Viewer> {
+        Viewer::start(fanlight, api, self.runtime.path(), SOCKET)
+    }
+
+    /// Whether a viewer shows a window, and accepts input from the touch screen and from the pointer.
     pub fn is_ready(&self) -> bool {
         self.shared.ready.load(Ordering::Acquire)
     }
 
     /// Sends touch events in one frame.
     pub fn touch(&self, fingers: &[Finger]) {
-        let mut queue = self.shared.fingers.lock();
-        queue
-            .as_mut()
-            .unwrap_or_else(|error: &mut PoisonError<_>| error.get_mut())
-            .extend(fingers);
+        lock(&self.shared.fingers).extend(fingers);
+    }
+
+    /// The hot spot of the cursor that the window set; `None` if it set none, or hid the cursor.
+    pub fn cursor(&self) -> Option<HotSpot> {
+        *lock(&self.shared.cursor)
     }
 
     /// Ends the compositor.
@@ -95,8 +114,12 @@ impl TouchScreen {
         let ended = self.thread.take().map(JoinHandle::join);
         ended
             .unwrap_or(Ok(Ok(())))
-            .map_err(|_| Failure("the touch screen panicked".into()))?
+            .map_err(|_| Failure("the test compositor panicked".into()))?
     }
+}
+
+fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
+    mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 struct State {
@@ -106,6 +129,10 @@ struct State {
     toplevel: Option<XdgToplevel>,
     configured: bool,
     touch: Option<WlTouch>,
+    pointer: Option<WlPointer>,
+    /// Whether the pointer is in the window.
+    entered: bool,
+    cursor: Option<HotSpot>,
     /// Requested frame callbacks. Answering one drops its object, which must not happen within the request.
     frames: Vec<WlCallback>,
 }
@@ -128,6 +155,9 @@ fn serve(listener: &ListeningSocket, shared: &Shared, size: (i32, i32)) -> Resul
         toplevel: None,
         configured: false,
         touch: None,
+        pointer: None,
+        entered: false,
+        cursor: None,
         frames: Vec::new(),
     };
     while !shared.end.load(Ordering::Acquire) {
@@ -142,30 +172,42 @@ fn serve(listener: &ListeningSocket, shared: &Shared, size: (i32, i32)) -> Resul
         for frame in state.frames.drain(..) {
             frame.done(1);
         }
-        if let (Some(touch), Some(surface), true) = (&state.touch, &state.surface, state.configured)
-        {
-            shared.ready.store(true, Ordering::Release);
-            let mut queue = shared
-                .fingers
-                .lock()
-                .unwrap_or_else(PoisonError::into_inner);
-            let any = !queue.is_empty();
-            for finger in queue.drain(..) {
-                match finger {
-                    Finger::Down(id, x, y) => touch.down(1, 1, surface, id, x, y),
-                    Finger::Moves(id, x, y) => touch.motion(1, id, x, y),
-                    Finger::Up(id) => touch.up(1, 1, id),
-                    Finger::Cancelled => touch.cancel(),
-                }
-            }
-            if any {
-                touch.frame();
-            }
-        }
+        send_input(&mut state, shared);
+        *lock(&shared.cursor) = state.cursor;
         display.flush_clients().context("cannot answer a client")?;
         thread::sleep(Duration::from_millis(10));
     }
     Ok(())
+}
+
+/// Has the pointer enter the window once there is one, and sends it the touch events that the test wants.
+fn send_input(state: &mut State, shared: &Shared) {
+    let (Some(touch), Some(pointer), Some(surface), true) = (
+        &state.touch,
+        &state.pointer,
+        &state.surface,
+        state.configured,
+    ) else {
+        return;
+    };
+    if !std::mem::replace(&mut state.entered, true) {
+        pointer.enter(1, surface, 0.0, 0.0);
+        pointer.frame();
+    }
+    shared.ready.store(true, Ordering::Release);
+    let mut queue = lock(&shared.fingers);
+    let any = !queue.is_empty();
+    for finger in queue.drain(..) {
+        match finger {
+            Finger::Down(id, x, y) => touch.down(1, 1, surface, id, x, y),
+            Finger::Moves(id, x, y) => touch.motion(1, id, x, y),
+            Finger::Up(id) => touch.up(1, 1, id),
+            Finger::Cancelled => touch.cancel(),
+        }
+    }
+    if any {
+        touch.frame();
+    }
 }
 
 /// Globals that send no event when bound, and objects whose requests have no effect here.
@@ -190,7 +232,7 @@ macro_rules! silent {
 }
 
 silent!(globals: WlCompositor, XdgWmBase;
-    objects: WlBuffer, WlCallback, WlKeyboard, WlPointer, WlRegion, WlTouch, XdgPositioner, XdgToplevel);
+    objects: WlBuffer, WlCallback, WlKeyboard, WlRegion, WlTouch, XdgPositioner, XdgToplevel);
 
 /// Objects that create others, or have an effect.
 macro_rules! requests {
@@ -262,13 +304,16 @@ requests! {
             init.init(id, ());
         }
     }
+    WlPointer, |state, _, request, _init| {
+        if let wl_pointer::Request::SetCursor { surface, hotspot_x, hotspot_y, .. } = request {
+            state.cursor = surface.map(|_| (hotspot_x, hotspot_y));
+        }
+    }
     WlSeat, |state, _, request, init| {
         match request {
             wl_seat::Request::GetTouch { id } => state.touch = Some(init.init(id, ())),
+            wl_seat::Request::GetPointer { id } => state.pointer = Some(init.init(id, ())),
             wl_seat::Request::GetKeyboard { id } => {
-                init.init(id, ());
-            }
-            wl_seat::Request::GetPointer { id } => {
                 init.init(id, ());
             }
             _ => {}
@@ -300,6 +345,7 @@ impl GlobalDispatch<WlSeat, ()> for State {
         (): &(),
         init: &mut DataInit<'_, Self>,
     ) {
-        init.init(new, ()).capabilities(wl_seat::Capability::Touch);
+        let has = wl_seat::Capability::Touch | wl_seat::Capability::Pointer;
+        init.init(new, ()).capabilities(has);
     }
 }
