@@ -9,7 +9,7 @@ use std::{
 use fanlight_tests::{
     Result, ensure,
     host_side::{
-        compositor::Viewer,
+        compositor::{Compositor, Viewer},
         guest::{Assets, Guest},
         test_case::TestCase,
     },
@@ -121,12 +121,29 @@ fn input(assets: &Assets) -> Result<()> {
         taken().map(|taken| !taken)
     })?;
 
+    unfocused(&mut guest, &sway, &mut input)?;
     // The driving viewer disconnects, and no key stays pressed.
     input.key(KEY_G, true)?;
-    guest.wait_for_times(&format!("heard: keyboard 1 {KEY_G} 1."), 2)?;
+    guest.wait_for_times(&format!("heard: keyboard 1 {KEY_G} 1."), 3)?;
     drop(viewer);
-    guest.wait_for_times(&format!("heard: keyboard 1 {KEY_G} 0."), 2)?;
+    guest.wait_for_times(&format!("heard: keyboard 1 {KEY_G} 0."), 3)?;
     touch(assets, &mut guest, &socket)
+}
+
+/// The window loses the keyboard focus, and no key stays pressed. Each key is heard for the second time.
+fn unfocused(guest: &mut Guest, sway: &Compositor, input: &mut VirtualInput) -> Result<()> {
+    let heard = |key: u32, pressed: u32| format!("heard: keyboard 1 {key} {pressed}.");
+    input.key(KEY_G, true)?;
+    guest.wait_for_times(&heard(KEY_G, 1), 2)?;
+    sway.swaymsg(&["workspace", "other"])?;
+    // No window gets this event.
+    input.key(KEY_G, false)?;
+    sway.swaymsg(&["[app_id=\"fanlight\"]", "focus"])?;
+    input.chord(&[KEY_X])?;
+    guest.wait_for_times(&heard(KEY_X, 1), 2)?;
+    // Keys are heard in order.
+    let said = guest.transcript();
+    ensure(said.matches(&heard(KEY_G, 0)).count() == 2, said)
 }
 
 /// A viewer with a window of this size in a test compositor.
