@@ -157,8 +157,10 @@ fn patterns(assets: &Assets) -> Result<()> {
 /// Flips between both pictures as fast as the driver allows, until its input ends.
 pub const FLIP: &str = "sleep 1000 | modetest -M virtio_gpu -s Virtual-1:";
 
-/// Sets `pci` to the GPU's address.
-const FIND: &str = "pci=$(basename $(readlink -f /sys/class/drm/card0/device))";
+/// Unbinds the GPU's driver, and sets `pci` to the GPU's address.
+pub const UNBIND: &str = "echo 0 > /sys/class/vtconsole/vtcon1/bind; \
+    pci=$(basename $(readlink -f /sys/class/drm/card0/device)); \
+    echo $pci > /sys/bus/pci/drivers/virtio-pci/unbind";
 
 /// Waits until each of the two pictures was seen, and fails on a mixed one.
 pub fn flipping(screen: &mut Screen, size: (u32, u32)) -> Result<()> {
@@ -210,10 +212,7 @@ fn flips(assets: &Assets) -> Result<()> {
     }
     screen.set_output(0, Some("400x304"))?;
     // The driver unbinds while its client flips, and binds again with the current size.
-    guest.send(&format!(
-        "echo 0 > /sys/class/vtconsole/vtcon1/bind; {FIND}; \
-         cd /sys/bus/pci/drivers/virtio-pci; echo $pci > unbind; kill %1; wait; cd /; echo un''bound\n"
-    ))?;
+    guest.send(&format!("{UNBIND}; kill %1; wait; echo un''bound\n"))?;
     guest.wait_for("unbound")?;
     let dark = |screen: &mut Screen| -> Result<()> {
         let shown = screen.picture(0)?.map(|picture| picture.size());
@@ -255,10 +254,7 @@ fn colour(names: &str, pixel: [u8; 4]) -> Colour {
 
 fn formats(assets: &Assets) -> Result<()> {
     let (mut guest, mut screen) = guest(assets, "outputs=640x480", &[])?;
-    guest.send(&format!(
-        "echo 0 > /sys/class/vtconsole/vtcon1/bind; {FIND}; \
-         echo $pci > /sys/bus/pci/drivers/virtio-pci/unbind; guest-agent show || poweroff -f\n"
-    ))?;
+    guest.send(&format!("{UNBIND}; guest-agent show || poweroff -f\n"))?;
     guest.wait_for("agent: shown")?;
     let size = (pixel_formats::WIDTH, pixel_formats::HEIGHT);
     for (output, (names, _)) in (0..).zip(pixel_formats::FORMATS.iter().cycle().take(16)) {

@@ -31,6 +31,7 @@ use rustix::process::{Pid, Signal, kill_process};
 
 use super::{
     compositor::{self, take_picture},
+    drm::UNBIND,
     view::{HEIGHT, PATIENCE, WIDTH, drawing, one},
 };
 
@@ -64,6 +65,10 @@ fn weston(assets: &Assets) -> Result<()> {
     guest.wait_for("again")?;
     let mut viewer = weston.viewer(&assets.fanlight, &socket)?;
     weston.wait_for(&take_picture(&mut client)?)?;
+    // A guest without a driver shows nothing, and the window is black.
+    guest.send(&format!("{UNBIND}; echo un''bound\n"))?;
+    guest.wait_for("unbound")?;
+    weston.wait_for(&vec![0; second.len()])?;
     guest.send("poweroff -f\n")?;
     guest.expect_exit(0)?;
     let status = viewer
