@@ -10,9 +10,10 @@ use std::{
 use fanlight_api::{
     client::Client,
     display::{
-        DisplayUpdate, OutputIndex, PixelLocation, SetOutput, SubscribeDisplay, ViewerMessage,
+        DisplayUpdate, GpuIndex, OutputIndex, PixelLocation, SetOutput, SubscribeDisplay,
+        ViewerMessage,
     },
-    methods::{DisplaySubscribe, GpuExportScanout, GpuSetOutput},
+    methods::{DisplaySubscribe, GpuExportScanout, GpuOutputs, GpuSetOutput},
     stream::MessageStream,
 };
 use fanlight_tests::{
@@ -180,10 +181,11 @@ fn stream(assets: &Assets) -> Result<()> {
         .call_with::<DisplaySubscribe>(&watch, &[])
         .context("display.subscribe")?;
     ensure(stream.drives, "the only viewer does not drive")?;
-    let (second, _second) = client
+    let (second, second_fds) = client
         .call_with::<DisplaySubscribe>(&watch, &[])
         .context("a second display.subscribe")?;
     ensure(!second.drives, "two drive")?;
+    let mut second = MessageStream::new(UnixStream::from(one(second_fds)?)).context("a stream")?;
     let mut stream = MessageStream::new(UnixStream::from(one(fds)?)).context("a stream")?;
     let shown = wait_for(&mut stream, |news, fds| match news {
         DisplayUpdate::Scanout {
@@ -209,6 +211,14 @@ fn stream(assets: &Assets) -> Result<()> {
     // The input device queues events only for open files.
     guest.send("for e in /dev/input/event*; do grep -q keyboard /sys/class/input/${e##*/}/device/name || continue; exec 3< $e; echo liste''ning; dd bs=24 count=1 <&3 2>/dev/null | od -An -tu2 -j 16 -N 8 | sed 's/^/key: /'; echo hea''rd; done\n")?;
     guest.wait_for("listening")?;
+    // The guest hears the key of the stream that drives, though the other stream's key was taken first.
+    does_not_drive(&mut second)?;
+    let outputs = client.call::<GpuOutputs>(&GpuIndex::default());
+    let outputs = outputs.context("gpu.outputs")?.outputs;
+    ensure(
+        (outputs[0].width, outputs[0].height) == (WIDTH, HEIGHT),
+        format!("a viewer that does not drive resized one of {outputs:?}"),
+    )?;
     // KEY_K.
     for pressed in [true, false] {
         say(&mut stream, ViewerMessage::Key { code: 37, pressed })?;
@@ -237,6 +247,27 @@ fn stream(assets: &Assets) -> Result<()> {
     drop(stream);
     guest.send("cd /sys/class/drm/card0-Virtual-1; while echo detect > status; do head -n 1 modes | grep 800x600 && break; sleep 0.1; done; poweroff -f\n")?;
     guest.expect_exit(0)
+}
+
+/// Sends a size and a key on a stream that does not drive. The display has taken both when this returns.
+fn does_not_drive(stream: &mut MessageStream) -> Result<()> {
+    let scanout = |news: &DisplayUpdate, _| {
+        matches!(news, DisplayUpdate::Scanout { output: 0, .. }).then_some(())
+    };
+    wait_for(stream, scanout)?;
+    let resize = ViewerMessage::Resize {
+        output: 0,
+        width: 320,
+        height: 240,
+    };
+    // KEY_X.
+    let (code, pressed) = (45, true);
+    let key = ViewerMessage::Key { code, pressed };
+    // Messages are taken in order, and the last is answered.
+    for says in [resize, key, ViewerMessage::CopyDeviceMemory] {
+        stream.send(&says, vec![]).context("cannot say")?;
+    }
+    wait_for(stream, scanout)
 }
 
 /// The first update that `wanted` accepts.
