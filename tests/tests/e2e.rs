@@ -216,14 +216,38 @@ impl Times {
     }
 }
 
-/// A trial for each test. `left_out` says which ones are ignored.
+/// Several filters, separated by commas: a test runs that one of them matches.
+struct Filters(Vec<String>, bool);
+
+impl Filters {
+    /// Takes them out of the arguments.
+    fn take(arguments: &mut Arguments) -> Self {
+        let all = arguments.filter.take().unwrap_or_default();
+        Self(all.split(',').map(str::to_owned).collect(), arguments.exact)
+    }
+
+    fn matches(&self, name: &str) -> bool {
+        let Self(all, exact) = self;
+        let matches = |filter: &String| match exact {
+            true => name == filter,
+            false => name.contains(filter),
+        };
+        // No filter is an empty one.
+        all.iter()
+            .any(|filter| filter.is_empty() || matches(filter))
+    }
+}
+
+/// A trial for each test that the filters match. `left_out` says which ones are ignored.
 fn trials(
+    filters: &Filters,
     times: &Arc<Times>,
     left_out: impl Fn(&TestCase) -> bool,
     run: impl Fn(&TestCase) -> Result<String> + Clone + Send + 'static,
 ) -> Vec<Trial> {
     tests()
         .into_iter()
+        .filter(|test| filters.matches(test.name))
         .map(|test| {
             let (run, times) = (run.clone(), times.clone());
             let is_left_out = left_out(&test);
@@ -241,8 +265,14 @@ fn run(mut arguments: Arguments) -> Result<ExitCode> {
         tells_all: arguments.nocapture || std::env::var_os(VARIABLE).is_some(),
         times: Mutex::default(),
     });
+    let filters = Filters::take(&mut arguments);
     if arguments.list {
-        let trials = trials(&times, |_| false, |_| Err(Failure("only listed".into())));
+        let trials = trials(
+            &filters,
+            &times,
+            |_| false,
+            |_| Err(Failure("only listed".into())),
+        );
         return Ok(libtest_mimic::run(&arguments, trials).exit_code());
     }
     // An emulated host keeps a processor and a half of this machine's busy.
@@ -262,7 +292,7 @@ fn run(mut arguments: Arguments) -> Result<ExitCode> {
     assets(&parts)?;
     let start = Instant::now();
     let (conclusion, hosts) = match kvm_host::kvm() {
-        Kvm::Host => (here(&arguments, &times, &parts), String::new()),
+        Kvm::Host => (here(&arguments, &filters, &times, &parts), String::new()),
         Kvm::NestedHost(reason) if std::env::var_os(VARIABLE).is_some() => {
             return Err(Failure(format!(
                 "{VARIABLE} names a device of this machine, which only guests of this machine can have, and tests \
@@ -272,7 +302,7 @@ fn run(mut arguments: Arguments) -> Result<ExitCode> {
         Kvm::NestedHost(reason) => {
             eprintln!("fanlight: tests run in the nested host: {reason}");
             let pool = Arc::new(L1Pool::new(setup(&cache, &parts, dir.path())?));
-            let trials = trials(&times, |_| false, {
+            let trials = trials(&filters, &times, |_| false, {
                 let pool = pool.clone();
                 move |test| pool.run(test)
             });
@@ -290,7 +320,12 @@ fn run(mut arguments: Arguments) -> Result<ExitCode> {
 
 /// Runs the tests on this machine's own KVM. Those that pass the nested host's devices through, or change settings of
 /// the kernel, are left out; a device of this machine is tried if one is named.
-fn here(arguments: &Arguments, times: &Arc<Times>, parts: &Parts) -> libtest_mimic::Conclusion {
+fn here(
+    arguments: &Arguments,
+    filters: &Filters,
+    times: &Arc<Times>,
+    parts: &Parts,
+) -> libtest_mimic::Conclusion {
     let has_device = std::env::var_os(VARIABLE).is_some();
     let runs = move |test: &TestCase| test.shares_host() || (has_device && test.takes_named_device);
     let tests = tests();
@@ -305,6 +340,7 @@ fn here(arguments: &Arguments, times: &Arc<Times>, parts: &Parts) -> libtest_mim
     let parts = parts.clone();
     let host = Arc::new(RwLock::new(()));
     let trials = trials(
+        filters,
         times,
         |test| !runs(test),
         move |test| {
