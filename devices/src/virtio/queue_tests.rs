@@ -2,7 +2,13 @@
 
 use std::{
     os::fd::{AsRawFd, RawFd},
-    sync::mpsc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
+    thread,
+    time::Duration,
 };
 
 use proptest::prelude::*;
@@ -108,11 +114,51 @@ fn an_available_index_far_ahead_ends_the_device() {
 #[test]
 fn a_broken_device_stops_without_its_driver() {
     let driver = Driver::new(1);
-    let (worker, _seen) = start(&driver);
+    let (worker, seen) = start(&driver);
     driver.kick(0, QUEUE_SIZE);
     driver.wait_broken();
-    driver.kick(0, 0);
+    driver.submit(0, &[(0x10000, 16, 0)]);
     drop(worker);
+    assert!(seen.try_recv().is_err());
+    assert_eq!(driver.used_index(0), 0);
+}
+
+/// Is busy for a while after each kick.
+struct Busy {
+    queue: DeviceQueue,
+    started: mpsc::Sender<()>,
+    finished: Arc<AtomicBool>,
+}
+
+impl QueueHandler for Busy {
+    fn sources(&self) -> Vec<RawFd> {
+        vec![self.queue.kick().as_raw_fd()]
+    }
+
+    fn ready(&mut self, _: usize) -> Result<(), QueueError> {
+        self.queue.clear_kick();
+        let _ = self.started.send(());
+        thread::sleep(Duration::from_millis(200));
+        self.finished.store(true, Ordering::Release);
+        Ok(())
+    }
+}
+
+#[test]
+fn a_worker_that_is_dropped_no_longer_touches_memory() {
+    let driver = Driver::new(1);
+    let (started, starts) = mpsc::channel();
+    let finished = Arc::new(AtomicBool::new(false));
+    let busy = Busy {
+        queue: driver.activation().take_queue(0).unwrap(),
+        started,
+        finished: finished.clone(),
+    };
+    let worker = Worker::spawn("test", driver.status.clone(), busy).unwrap();
+    driver.kick(0, 0);
+    starts.recv().unwrap();
+    drop(worker);
+    assert!(finished.load(Ordering::Acquire));
 }
 
 #[test]

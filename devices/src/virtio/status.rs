@@ -111,3 +111,20 @@ impl DeviceStatus {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::hypervisor::{Hypervisor, test_util::FakeHypervisor};
+
+    /// Virtio 1.3, 2.1.1: a driver that does not poll the status learns it by a configuration interrupt.
+    #[test]
+    fn a_broken_device_interrupts_its_driver() {
+        let status = DeviceStatus::new();
+        let vector = FakeHypervisor::default().msi_vector().unwrap();
+        status.set_config_vector(Some(vector.clone()));
+        status.set_needs_reset();
+        assert!(status.needs_reset());
+        assert_eq!(vector.event().read().unwrap(), 1);
+    }
+}
