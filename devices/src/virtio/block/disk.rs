@@ -272,6 +272,8 @@ fn lock(file: &File, readonly: bool) -> io::Result<()> {
 mod tests {
     use std::io::Write;
 
+    use imago::FormatCreateBuilder;
+
     use super::*;
 
     fn image(bytes: &[u8]) -> tempfile::NamedTempFile {
@@ -315,6 +317,31 @@ mod tests {
             DiskImage::open(raw.path(), false, Some(DiskFormat::Qcow2)),
             Err(DiskError::NotQcow2(_))
         ));
+    }
+
+    /// With such an image, a guest could name any file of the host and read it at the next start.
+    #[test]
+    fn images_that_name_other_files_are_refused() {
+        let storage = |file: &tempfile::NamedTempFile| {
+            let options = StorageOpenOptions::new().write(true);
+            ImageFile::from_open_file(file.reopen().unwrap(), options).unwrap()
+        };
+        let builder = |file| Qcow2::<ImageFile>::create_builder(storage(file)).size(1 << 20);
+        let other = image(&[7; 1 << 20]);
+        let name = other.path().to_str().unwrap().to_owned();
+        let [plain, backed, split] = [(); 3].map(|()| image(&[]));
+        builder(&plain).create().unwrap();
+        let with_backing = builder(&backed).backing(name.clone(), "raw".into());
+        with_backing.create().unwrap();
+        let with_data = builder(&split).data_file(name, storage(&other));
+        with_data.create().unwrap();
+        let open = |file: &tempfile::NamedTempFile| {
+            DiskImage::open(file.path(), false, Some(DiskFormat::Qcow2))
+        };
+        assert!(open(&plain).is_ok());
+        for file in [backed, split] {
+            assert!(matches!(open(&file), Err(DiskError::Format { .. })));
+        }
     }
 
     #[test]

@@ -51,11 +51,18 @@ impl Setup {
     }
 
     fn range(&self, sector: u64, count: u32, flags: u32) -> [(u64, u32, u16); 1] {
-        let mut bytes = sector.to_le_bytes().to_vec();
-        bytes.extend(count.to_le_bytes());
-        bytes.extend(flags.to_le_bytes());
+        self.ranges(&[(sector, count, flags)])
+    }
+
+    fn ranges(&self, ranges: &[(u64, u32, u32)]) -> [(u64, u32, u16); 1] {
+        let mut bytes = Vec::new();
+        for (sector, count, flags) in ranges {
+            bytes.extend(sector.to_le_bytes());
+            bytes.extend(count.to_le_bytes());
+            bytes.extend(flags.to_le_bytes());
+        }
         self.driver.write(DATA, &bytes);
-        [(DATA, 16, 0)]
+        [(DATA, bytes.len() as u32, 0)]
     }
 }
 
@@ -105,6 +112,20 @@ fn zeroes_and_discards_change_their_ranges_only() {
     assert_eq!(file.len(), DISK);
     assert_eq!(file[8 * 512..16 * 512], [0; 8 * 512]);
     assert_eq!((file[7 * 512], file[16 * 512], file[40 * 512]), (7, 16, 40));
+}
+
+#[test]
+fn each_range_of_a_request_is_changed() {
+    let mut s = setup(false);
+    let ranges = s.ranges(&[(8, 8, 0), (24, 8, 0)]);
+    assert_eq!(s.request(VIRTIO_BLK_T_WRITE_ZEROES, 0, &ranges), 0);
+    let file = std::fs::read(s.file.path()).unwrap();
+    assert_eq!(file[8 * 512..16 * 512], [0; 8 * 512]);
+    assert_eq!(file[24 * 512..32 * 512], [0; 8 * 512]);
+    assert_eq!(
+        (file[16 * 512], file[23 * 512], file[32 * 512]),
+        (16, 23, 32)
+    );
 }
 
 #[test]
