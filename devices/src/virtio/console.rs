@@ -273,6 +273,22 @@ mod tests {
     }
 
     #[test]
+    fn input_longer_than_a_buffer_continues_in_the_next() {
+        let mut driver = Driver::new(2);
+        let room = EventFd::new(0).unwrap();
+        let (mut console, handle) = Console::new(Collect::default(), room).unwrap();
+        console.activate(driver.activation()).unwrap();
+        let input: Vec<u8> = (0..100).collect();
+        assert_eq!(handle.input(&input), 100);
+        let mut came = Vec::new();
+        for len in [64, 36] {
+            assert_eq!(driver.request(0, &[(0x10_0000, 64, WRITE)]), len);
+            came.extend(driver.read(0x10_0000, len as usize));
+        }
+        assert_eq!(came, input);
+    }
+
+    #[test]
     fn input_is_bounded() {
         let room = EventFd::new(0).unwrap();
         let (_console, handle) = Console::new(Collect::default(), room).unwrap();

@@ -99,4 +99,16 @@ mod tests {
         assert_eq!(u64::from(used), MAX_REQUEST);
         rng.reset();
     }
+
+    #[test]
+    fn each_request_gets_other_bytes() {
+        let mut driver = Driver::new(1);
+        let mut rng = Rng::default();
+        rng.activate(driver.activation()).unwrap();
+        let [first, second] = [0x10_0000, 0x20_0000].map(|address| {
+            driver.request(0, &[(address, 32, WRITE)]);
+            driver.read(address, 32)
+        });
+        assert_ne!(first, second);
+    }
 }
