@@ -275,6 +275,16 @@ mod tests {
     }
 
     #[test]
+    fn memory_above_4_gib_is_other_memory() {
+        let ram = GuestRam::new(4 << 30, None).unwrap();
+        let [low, high] = [0, layout::HIGH_RAM_START].map(GuestAddress);
+        ram.memory().write_obj(1u64, low).unwrap();
+        ram.memory().write_obj(2u64, high).unwrap();
+        assert_eq!(ram.memory().read_obj::<u64>(low).unwrap(), 1);
+        assert_eq!(ram.memory().read_obj::<u64>(high).unwrap(), 2);
+    }
+
+    #[test]
     fn huge_pages_can_be_mapped() {
         let ram = GuestRam::new((4 << 30) + layout::PAGE_SIZE, None).unwrap();
         for slot in ram.slots() {
