@@ -2,23 +2,20 @@
 
 mod doctor;
 pub mod hardware;
+mod hotplug;
 mod leaks;
 mod many;
+mod peers;
 
 use std::{
     fs::{self, File},
     os::fd::{AsFd, AsRawFd},
     path::Path,
     process::Command,
-    thread,
     time::Duration,
 };
 
-use fanlight_api::{
-    client::Client,
-    methods::{DeviceAdd, DeviceRemove, EventsSubscribe},
-    types::{AddDevice, DeviceId, EventName, Subscribe},
-};
+use fanlight_api::{client::Client, methods::DeviceAdd, types::AddDevice};
 use fanlight_devices::vfio::sysfs::HostFunction;
 use fanlight_tests::{
     Context, Failure, Result,
@@ -54,12 +51,15 @@ pub const TESTS: &[TestCase] = &[
         disk(assets, "pci=nomsi", "IO-APIC")
     })
     .devices(&[L1Device::Ahci]),
-    TestCase::new("vfio::peers_through_iommufd", |assets| peers(assets, "on")).devices(PEERS),
-    TestCase::new("vfio::peers_through_a_container", |assets| {
-        peers(assets, "off")
+    TestCase::new("vfio::peers_through_iommufd", |assets| {
+        peers::peers(assets, "on")
     })
     .devices(PEERS),
-    TestCase::new("vfio::devices_come_and_go", come_and_go)
+    TestCase::new("vfio::peers_through_a_container", |assets| {
+        peers::peers(assets, "off")
+    })
+    .devices(PEERS),
+    TestCase::new("vfio::devices_come_and_go", hotplug::devices_come_and_go)
         .devices(&[L1Device::Igb, L1Device::Edu]),
     TestCase::new(
         "vfio::three_devices_and_16_gib",
@@ -382,36 +382,6 @@ fn disk(assets: &Assets, cmdline: &str, kind: &str) -> Result<()> {
     )
 }
 
-/// DMA of one device reaches the memory of another at its guest address. It does so at first, after memory decoding was
-/// off, after a restart, and after the guest moved the BAR.
-fn peers(assets: &Assets, iommufd: &str) -> Result<()> {
-    let edu = whole_function(assets, edu::IDS)?;
-    let memory = whole_function(assets, edu::MEMORY_IDS)?;
-    let run = |script: &str, cmdline: &str| {
-        let guest = assets.guest(script).cmdline(cmdline);
-        guest
-            .option("--vfio", format!("{edu},iommufd={iommufd}"))
-            .option("--vfio", format!("{memory},iommufd={iommufd}"))
-            .option("--log", "info")
-            .run()
-    };
-    let said = run(
-        "guest-agent peer; guest-agent mark 7 > /tmp/mark; cat /tmp/mark
-         echo bar: $(sed -n 3p /sys/bus/pci/devices/0000:00:02.0/resource)
-         grep -q 'was 7' /tmp/mark || { reboot -f; sleep 100; }",
-        "",
-    )?;
-    ensure(said.matches("edu copied 8192 bytes").count() == 2, &said)?;
-    ensure(!said.contains("cannot reach"), &said)?;
-    let moved = run(
-        "guest-agent peer
-         echo bar: $(sed -n 3p /sys/bus/pci/devices/0000:00:02.0/resource)",
-        "pci=resource_alignment=30@00:02.0",
-    )?;
-    ensure(moved.contains("edu copied 8192 bytes"), &moved)?;
-    ensure(value(&said, "bar:")? != value(&moved, "bar:")?, &moved)
-}
-
 fn host_function(address: &str) -> Result<HostFunction> {
     let function = HostFunction::find(address.parse().context("not a PCI address")?);
     function.ok_or_else(|| Failure(format!("no PCI device is at {address}")))
@@ -440,97 +410,6 @@ fn group_node(address: &str) -> Result<File> {
 fn inherited(file: &File) -> Result<String> {
     rustix::io::fcntl_setfd(file, rustix::io::FdFlags::empty()).context("cannot pass it on")?;
     Ok(format!("fd:{}", file.as_raw_fd()))
-}
-
-/// A virtual function is added, removed with the guest's consent, added again as a descriptor, and taken back by the
-/// host. The host also takes another device, which the guest cannot release. The guest keeps running. Its devices and
-/// iommufd are open descriptors.
-fn come_and_go(assets: &Assets) -> Result<()> {
-    let (physical, vf) = virtual_function(assets, IGB)?;
-    let edu = whole_function(assets, edu::IDS)?;
-    interface_up(&physical, "10.9.0.1/24")?;
-    let script = format!(
-        "edu=$(dirname $(grep -l 0x11e8 /sys/bus/pci/devices/*/device))
-         {SHARE}; echo ready; while read -r line; do eval \"$line\"; done"
-    );
-    let guest = with_blobs(igb_guest(assets, &script)?)?;
-    let socket = guest.path("api");
-    let guest = guest
-        .option("--api-socket", &socket)
-        .option("--log", "info");
-    let opened = [node(&edu)?, open("/dev/iommu")?];
-    let [device, iommu] = [inherited(&opened[0])?, inherited(&opened[1])?];
-    let spec = format!("{device},iommu={iommu},id=edu");
-    let mut guest = guest.option("--vfio", spec).start()?;
-    drop(opened);
-    guest.wait_for("ready")?;
-    let mut client = Client::connect(&socket).context("cannot connect")?;
-    let mut watcher = Client::connect(&socket).context("cannot connect")?;
-    watcher
-        .call::<EventsSubscribe>(&Subscribe::default())
-        .context("events.subscribe")?;
-    watcher
-        .socket()
-        .set_read_timeout(Some(PATIENCE))
-        .context("cannot set a timeout")?;
-    let mut happens = |event: EventName, device: &str| loop {
-        let next = watcher.next_event().context("no event")?;
-        if next.event == event && next.device.as_deref() == Some(device) {
-            return Ok::<_, Failure>(());
-        }
-    };
-    let add = AddDevice {
-        vfio: Some(format!("{vf},id=net").parse().context("bad device")?),
-        ..Default::default()
-    };
-    for round in 1..=2 {
-        let added = if round == 1 {
-            client.call::<DeviceAdd>(&add).map(drop)
-        } else {
-            let handed = AddDevice {
-                vfio: Some("fd:0,id=net".parse().context("bad device")?),
-                ..Default::default()
-            };
-            let node = node(&vf)?;
-            let fds = [node.as_fd()];
-            client.call_with::<DeviceAdd>(&handed, &fds).map(drop)
-        };
-        added.context("device.add")?;
-        happens(EventName::DeviceAdded, "net")?;
-        guest.send(&format!(
-            "until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done; {}; guest-agent call tcp:10.9.0.1:5000 {BYTES}\n",
-            UP.replace('\n', ";")
-        ))?;
-        serve(&mut guest, round)?;
-        let taken = client.call::<DeviceAdd>(&add).map(drop);
-        ensure(taken.is_err(), "a device was added twice")?;
-        if round == 1 {
-            let id = "net".into();
-            client
-                .call::<DeviceRemove>(&DeviceId { id })
-                .context("device.remove")?;
-            happens(EventName::DeviceRemoved, "net")?;
-        }
-    }
-    let unbind = |address: &str| {
-        let address = address.to_owned();
-        // The write returns when the device is released.
-        thread::spawn(move || fs::write("/sys/bus/pci/drivers/vfio-pci/unbind", address))
-    };
-    for (address, id) in [(&vf, "net"), (&edu, "edu")] {
-        let unbound = unbind(address);
-        happens(EventName::DeviceRequested, id)?;
-        happens(EventName::DeviceRemoved, id)?;
-        let unbound = unbound.join().map_err(|_| Failure("a panic".into()))?;
-        unbound.context(format!("cannot unbind {address}"))?;
-    }
-    guest.send(
-        "echo left: $(ls /sys/class/net) $(head -c 2 $edu/config | od -An -tx1); poweroff -f\n",
-    )?;
-    guest.expect_exit(0)?;
-    let said = guest.transcript();
-    check_shared(&said)?;
-    ensure(value(&said, "left:")? == "lo ff ff", &said)
 }
 
 fn mistakes(assets: &Assets) -> Result<()> {
