@@ -9,7 +9,7 @@ pub mod drawing_guest;
 pub mod guest;
 pub mod kvm_host;
 pub mod l1_pool;
-mod process_activity;
+pub mod process_activity;
 pub mod test_case;
 pub mod test_process;
 pub mod test_server;

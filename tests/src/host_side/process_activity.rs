@@ -9,6 +9,21 @@ pub fn of(pid: u32) -> String {
     threads + &exits(pid)
 }
 
+/// The name of each thread of the process `pid`, with how often it has waited. The host's kernel has some of them: one
+/// of KVM, and those of vhost.
+pub fn waits(pid: u32) -> Vec<(String, u64)> {
+    let tasks = fs::read_dir(format!("/proc/{pid}/task"));
+    let waits = tasks.into_iter().flatten().flatten().filter_map(|task| {
+        let name = fs::read_to_string(task.path().join("comm")).ok()?;
+        let status = fs::read_to_string(task.path().join("status")).ok()?;
+        let count = status
+            .lines()
+            .find_map(|line| line.strip_prefix("voluntary_ctxt_switches:"))?;
+        Some((name.trim().to_owned(), count.trim().parse().ok()?))
+    });
+    waits.collect()
+}
+
 /// The process, followed by all its descendants.
 pub fn family(pid: u32) -> Vec<u32> {
     let processes = fs::read_dir("/proc").into_iter().flatten().flatten();

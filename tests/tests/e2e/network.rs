@@ -6,7 +6,7 @@ use fanlight_tests::{
     Context, Result,
     common::echo::{self, Address},
     ensure,
-    host_side::{guest::Assets, test_case::TestCase},
+    host_side::{guest::Assets, process_activity, test_case::TestCase},
 };
 
 pub const TESTS: &[TestCase] = &[
@@ -50,11 +50,22 @@ fn tcp(assets: &Assets, tap: &str, net: u8, vhost: &str) -> Result<()> {
     let served =
         guest.converse(move || echo::serve(&Address::Tcp(format!("10.0.{net}.1:5000"))))?;
     ensure(served == BYTES, format!("{served} bytes came"))?;
+    check_threads(guest.pid(), vhost == "on")?;
     guest.converse(move || echo::call(&Address::Tcp(format!("10.0.{net}.2:5001")), BYTES))?;
     guest.expect_exit(0)?;
     let said = guest.transcript();
     ensure(said.contains(&format!("mac: 52:54:00:00:00:{net}")), &said)?;
     went_both_ways(&said)
+}
+
+/// Either a thread of the host's kernel moves frames, or threads of ours do.
+fn check_threads(pid: u32, vhost: bool) -> Result<()> {
+    let threads = process_activity::waits(pid);
+    let has = |start: &str| threads.iter().any(|(name, _)| name.starts_with(start));
+    ensure(
+        [has("vhost-"), has("net-in"), has("net-out")] == [vhost, !vhost, !vhost],
+        format!("{threads:?}"),
+    )
 }
 
 fn vsock(assets: &Assets) -> Result<()> {

@@ -1,13 +1,17 @@
 //! Devices at chosen addresses, and drivers that unbind and bind again.
 
 use fanlight_tests::{
-    Result, ensure,
+    Result,
+    common::echo::{self, Address},
+    ensure,
     host_side::{
         guest::{Assets, make_image},
         test_case::TestCase,
     },
     value,
 };
+
+use super::network::ip;
 
 pub const TESTS: &[TestCase] = &[
     TestCase::new("topology::drivers_unbind_and_bind", rebind),
@@ -27,19 +31,31 @@ const REBIND: &str = "for round in 1 2; do for path in /sys/bus/pci/drivers/virt
     echo entropy: $(dd if=/dev/hwrng bs=64 count=1 2>/dev/null | wc -c)
     echo net: $(ls -d /sys/class/net/eth* | wc -l)
     echo console: $(ls /dev/hvc0)
-    guest-agent call vsock:1:7000 1000 & guest-agent serve vsock:1:7000";
+    ip addr add 10.0.73.2/24 dev eth0; ip link set eth0 up; echo ready
+    guest-agent call vsock:2:7000 1000; guest-agent call tcp:10.0.73.1:7000 1000";
 
 fn rebind(assets: &Assets) -> Result<()> {
     let guest = assets.guest(REBIND);
     let image = guest.path("disk");
     make_image(assets, &image, "raw", "16M")?;
-    let said = guest
+    let mut guest = guest
         .option("--disk", format!("path={}", image.display()))
         .option("--net", "tap=tapb")
         .option("--vsock", "cid=51")
         .option("--console", "null")
         .option("--cpus", "2")
-        .run()?;
+        .start()?;
+    guest.wait_for("ready")?;
+    ip("addr add 10.0.73.1/24 dev tapb")?;
+    ip("link set tapb up")?;
+    let tcp = Address::Tcp("10.0.73.1:7000".into());
+    for address in [Address::Vsock(u32::MAX, 7000), tcp] {
+        let served = guest.converse(move || echo::serve(&address))?;
+        ensure(served == 1000, format!("{served} bytes came"))?;
+    }
+    guest.expect_exit(0)?;
+    let said = guest.transcript();
+    ensure(said.matches("called with 1000 bytes").count() == 2, &said)?;
     ensure(value(&said, "drivers:")? == "5", &said)?;
     ensure(value(&said, "disk:")? == "ok", &said)?;
     ensure(value(&said, "entropy:")? == "64", &said)?;
