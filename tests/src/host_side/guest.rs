@@ -453,11 +453,11 @@ impl Drop for Guest {
 
 /// An image file of `size` bytes for a disk, made by qemu-img.
 pub fn make_image(assets: &Assets, path: &Path, format: &str, size: &str) -> Result<()> {
-    qemu_img(assets, &["create", "-q", "-f", format], path, &[size])
+    qemu_img(assets, &["create", "-q", "-f", format], path, &[size]).map(drop)
 }
 
-/// Runs qemu-img on an image.
-pub fn qemu_img(assets: &Assets, verb: &[&str], path: &Path, more: &[&str]) -> Result<()> {
+/// Runs qemu-img on an image, and returns its output.
+pub fn qemu_img(assets: &Assets, verb: &[&str], path: &Path, more: &[&str]) -> Result<String> {
     let output = assets
         .emulator
         .command("qemu-img")
@@ -466,13 +466,14 @@ pub fn qemu_img(assets: &Assets, verb: &[&str], path: &Path, more: &[&str]) -> R
         .args(more)
         .output()
         .context("cannot run qemu-img")?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
     ensure(
         output.status.success(),
         format!(
-            "qemu-img {verb:?} ({}): {}{}",
+            "qemu-img {verb:?} ({}): {said}{}",
             output.status,
-            String::from_utf8_lossy(&output.stdout),
             String::from_utf8_lossy(&output.stderr)
         ),
-    )
+    )?;
+    Ok(said)
 }

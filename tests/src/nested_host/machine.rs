@@ -68,8 +68,8 @@ pub enum L1Kernel {
     Stock(StockKernel),
 }
 
-/// A device of L1 to be passed through to guests, beyond what every L1 has. Each is behind a root port of its own, and
-/// so in an IOMMU group of its own.
+/// A device of L1 for guests, beyond what every L1 has. Each is behind a root port of its own, and so in an IOMMU group
+/// of its own.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum L1Device {
     /// Intel's 82576 (8086:10c9) with virtual functions (8086:10ca), on a network of QEMU.
@@ -84,12 +84,21 @@ pub enum L1Device {
     Ahci,
     /// A device for teaching (1234:11e8) with a DMA engine and INTx.
     Edu,
+    /// A disk of 16 MiB with a write cache, which L1 itself drives as `/dev/vda`.
+    VirtioDisk,
 }
 
 impl L1Device {
     /// The QEMU arguments for it as device number `number` of L1. Files go to `dir`.
     fn arguments(self, number: usize, dir: &Path) -> Result<Vec<String>> {
         let port = format!("pcie-root-port,id=rp{number},chassis={number},slot={number}");
+        let drive = || {
+            let disk = dir.join(format!("disk{number}"));
+            let file = fs::File::create(&disk).context("cannot make a disk")?;
+            file.set_len(16 << 20).context("cannot make a disk")?;
+            let disk = disk.display();
+            Ok(format!("if=none,id=disk{number},format=raw,file={disk}"))
+        };
         let on_port = |device: &str| format!("{device},bus=rp{number}");
         let mut arguments = vec!["-device".into(), port];
         let mut add = |option: &str, value: String| arguments.extend([option.to_owned(), value]);
@@ -120,11 +129,7 @@ impl L1Device {
                 );
             }
             L1Device::Ahci => {
-                let disk = dir.join(format!("disk{number}"));
-                let file = fs::File::create(&disk).context("cannot make a disk")?;
-                file.set_len(16 << 20).context("cannot make a disk")?;
-                let drive = format!("if=none,id=disk{number},format=raw,file={}", disk.display());
-                add("-drive", drive);
+                add("-drive", drive()?);
                 add("-device", on_port(&format!("ahci,id=ahci{number}")));
                 add(
                     "-device",
@@ -133,6 +138,11 @@ impl L1Device {
             }
             L1Device::BochsDisplay => add("-device", on_port("bochs-display")),
             L1Device::Edu => add("-device", on_port("edu,dma_mask=0xffffffffffffffff")),
+            L1Device::VirtioDisk => {
+                add("-drive", drive()?);
+                let device = format!("virtio-blk-pci,drive=disk{number}");
+                add("-device", on_port(&device));
+            }
         }
         Ok(arguments)
     }
