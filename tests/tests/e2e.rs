@@ -15,6 +15,7 @@ mod e2e {
     pub mod drm;
     pub mod gpu;
     pub mod input;
+    pub mod interrupts;
     pub mod life;
     pub mod network;
     pub mod render;
@@ -80,6 +81,7 @@ fn tests() -> Vec<TestCase> {
         e2e::disk::TESTS,
         e2e::docs::TESTS,
         e2e::input::TESTS,
+        e2e::interrupts::TESTS,
         e2e::life::TESTS,
         e2e::network::TESTS,
         e2e::topology::TESTS,

@@ -9,7 +9,7 @@ use fanlight_tests::{
     guest_side::{
         bad_driver, device_check, edu, evdev,
         graphics::{blobs, drm, gl, shared, vulkan},
-        guest_draw,
+        guest_draw, masked_vector,
         noiommu::Interrupt,
         raw_gpu, show_pattern,
     },
@@ -46,12 +46,7 @@ fn act(arguments: &[String]) -> Result<String> {
         }
         [verb, kernel, initrd, cmdline] if verb == "kexec" => kexec(kernel, initrd, cmdline),
         [verb] if verb == "show" => {
-            raw_gpu::show(|done| {
-                println!("agent: {done}");
-                let mut line = String::new();
-                let read = std::io::stdin().read_line(&mut line);
-                read.map(drop).context("cannot wait for a line")
-            })?;
+            raw_gpu::show(wait_after)?;
             Ok("showed everything".into())
         }
         [verb] if verb == "peer" => {
@@ -66,12 +61,20 @@ fn act(arguments: &[String]) -> Result<String> {
             let status = bad_driver::break_device(ids)?;
             Ok(format!("the device's status is {status:#x}"))
         }
-        [verb, name, count] if verb == "interrupts" => {
+        [verb] if verb == "masked-vector" => {
+            masked_vector::wait_for_unmask()?;
+            Ok("a masked vector waited".into())
+        }
+        [verb, name, count, options @ ..] if verb == "interrupts" => {
             let kind = match name.as_str() {
                 "msi" => Interrupt::Msi,
                 _ => Interrupt::Intx,
             };
-            let time = edu::interrupts(kind, number(count)? as u32)?.as_micros();
+            let hold = || match options {
+                [] => Ok(()),
+                _ => wait_after("holds the interrupt"),
+            };
+            let time = edu::interrupts(kind, number(count)? as u32, hold)?.as_micros();
             Ok(format!("{count} of {name} took {time} microseconds"))
         }
         [verb, ids, bar, offset] if verb == "show-bar" => {
@@ -103,13 +106,21 @@ fn act(arguments: &[String]) -> Result<String> {
         [verb] if verb == "show-red" => drm::show([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]),
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
-             kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts KIND COUNT | \
+             kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts KIND COUNT [hold] | \
+             masked-vector | \
              break-device VENDOR:DEVICE | show-bar IDS BAR OFFSET | show-buffers | listen | check-device DESCRIPTION [driver] [reset] | \
              draw WIDTH HEIGHT MICROSECONDS COLOUR | neighbours COUNT | gl | vulkan | blobs COUNT PAIRS | \
              outlive | serve-blobs | serve-raw-blobs | raw-blobs COUNT PAIRS | blobs-until-refused | shared-blobs | show-blob | show-red"
                 .into(),
         )),
     }
+}
+
+/// Says what was done, and waits until a line is typed.
+fn wait_after(done: &str) -> Result<()> {
+    println!("agent: {done}");
+    let read = std::io::stdin().read_line(&mut String::new());
+    read.map(drop).context("cannot wait for a line")
 }
 
 fn number(text: &str) -> Result<u64> {

@@ -117,8 +117,12 @@ pub fn swap_mark(mark: u64) -> Result<u64> {
 }
 
 /// Has the device interrupt `count` times through the guest's own vfio-pci, each time after the previous interrupt
-/// arrived. Returns the total time.
-pub fn interrupts(kind: Interrupt, count: u32) -> Result<Duration> {
+/// arrived. Returns the total time. Calls `hold` before it gives the interrupt back.
+pub fn interrupts(
+    kind: Interrupt,
+    count: u32,
+    hold: impl FnOnce() -> Result<()>,
+) -> Result<Duration> {
     const RAISE: usize = 0x60;
     const ACKNOWLEDGE: usize = 0x64;
     let edu = NoIommu::open(&Function::only(IDS)?)?;
@@ -136,5 +140,7 @@ pub fn interrupts(kind: Interrupt, count: u32) -> Result<Duration> {
             edu.unmask()?;
         }
     }
-    Ok(start.elapsed())
+    let took = start.elapsed();
+    hold()?;
+    Ok(took)
 }

@@ -7,6 +7,7 @@ pub mod edu;
 pub mod evdev;
 pub mod graphics;
 pub mod guest_draw;
+pub mod masked_vector;
 pub mod noiommu;
 pub mod raw_gpu;
 pub mod show_pattern;
