@@ -7,7 +7,7 @@ use fanlight_tests::{
     Context, Failure, Result,
     common::echo,
     guest_side::{
-        bad_driver, device_check, edu, evdev,
+        bad_driver, decoding, device_check, edu, evdev,
         graphics::{blobs, drm, gl, shared, vulkan},
         guest_draw, masked_vector,
         noiommu::Interrupt,
@@ -53,6 +53,10 @@ fn act(arguments: &[String]) -> Result<String> {
             let bytes = edu::copy_in_peer()?;
             Ok(format!("edu copied {bytes} bytes of its peer"))
         }
+        [verb] if verb == "absent-peer" => {
+            let address = edu::write_to_absent_peer()?;
+            Ok(format!("edu wrote to memory that was off: {address:#x}"))
+        }
         [verb, mark] if verb == "mark" => {
             let before = edu::swap_mark(number(mark)?)?;
             Ok(format!("mark was {before}"))
@@ -60,6 +64,11 @@ fn act(arguments: &[String]) -> Result<String> {
         [verb, ids] if verb == "break-device" => {
             let status = bad_driver::break_device(ids)?;
             Ok(format!("the device's status is {status:#x}"))
+        }
+        [verb, ids, bar, rounds] if verb == "switch-memory" => {
+            let reads =
+                decoding::switch_under_reads(ids, number(bar)? as usize, number(rounds)?)?;
+            Ok(format!("memory was off {rounds} times; reads: {reads:?}"))
         }
         [verb] if verb == "masked-vector" => {
             masked_vector::wait_for_unmask()?;
@@ -106,8 +115,8 @@ fn act(arguments: &[String]) -> Result<String> {
         [verb] if verb == "show-red" => drm::show([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]]),
         _ => Err(Failure(
             "usage: guest-agent serve ADDRESS | call ADDRESS BYTES | zero DEVICE START BYTES | \
-             kexec KERNEL INITRD CMDLINE | show | peer | mark NUMBER | interrupts KIND COUNT [hold] | \
-             masked-vector | \
+             kexec KERNEL INITRD CMDLINE | show | peer | absent-peer | mark NUMBER | interrupts KIND COUNT [hold] | \
+             switch-memory IDS BAR ROUNDS | masked-vector | \
              break-device VENDOR:DEVICE | show-bar IDS BAR OFFSET | show-buffers | listen | check-device DESCRIPTION [driver] [reset] | \
              draw WIDTH HEIGHT MICROSECONDS COLOUR | neighbours COUNT | gl | vulkan | blobs COUNT PAIRS | \
              outlive | serve-blobs | serve-raw-blobs | raw-blobs COUNT PAIRS | blobs-until-refused | shared-blobs | show-blob | show-red"

@@ -104,6 +104,30 @@ pub fn copy_in_peer() -> Result<u64> {
     Ok(bytes)
 }
 
+/// Has the device write to the other device's memory at first, and again while that memory is off, which must change
+/// nothing. Returns the address that it wrote to.
+pub fn write_to_absent_peer() -> Result<u64> {
+    const AT: usize = 0x5000;
+    let (edu, peer) = (Edu::open()?, Function::only(MEMORY_IDS)?);
+    peer.enable(true)?;
+    let (start, _) = peer.bar(2)?;
+    let memory = peer.map_part(2, 0..PART)?;
+    memory.write(AT, 1u64);
+    let address = start + AT as u64;
+    edu.read(address)?;
+    memory.write(AT, 0u64);
+    edu.write(address)?;
+    let written = memory.read::<u64>(AT);
+    ensure(written == 1, format!("the device wrote {written}"))?;
+    memory.write(AT, 2u64);
+    peer.enable(false)?;
+    edu.write(address)?;
+    peer.enable(true)?;
+    let kept = memory.read::<u64>(AT);
+    ensure(kept == 2, format!("memory that was off became {kept}"))?;
+    Ok(address)
+}
+
 /// Writes `mark` at the end of the memory, which outlives the guest. Returns the value before.
 pub fn swap_mark(mark: u64) -> Result<u64> {
     let peer = Function::only(MEMORY_IDS)?;

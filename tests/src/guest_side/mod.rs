@@ -1,6 +1,7 @@
 //! Programs that run inside guests, as subcommands of `guest-agent`.
 
 pub mod bad_driver;
+pub mod decoding;
 pub mod device_check;
 pub mod drm;
 pub mod edu;

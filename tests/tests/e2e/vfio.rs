@@ -59,6 +59,8 @@ pub const TESTS: &[TestCase] = &[
         peers::peers(assets, "off")
     })
     .devices(PEERS),
+    TestCase::new("vfio::memory_is_switched_under_reads", switched_under_reads)
+        .devices(&[L1Device::Ivshmem(1)]),
     TestCase::new("vfio::devices_come_and_go", hotplug::devices_come_and_go)
         .devices(&[L1Device::Igb, L1Device::Edu]),
     TestCase::new(
@@ -380,6 +382,19 @@ fn disk(assets: &Assets, cmdline: &str, kind: &str) -> Result<()> {
         interrupt_counts(&said).iter().any(|&count| count > 10),
         &said,
     )
+}
+
+/// One vCPU reads a device's memory while another switches memory decoding off and on. The guest loses the memory before
+/// the device does: KVM reports an access to memory that is off as an error.
+fn switched_under_reads(assets: &Assets) -> Result<()> {
+    const ROUNDS: u32 = 1000;
+    let (ids, bar) = (edu::MEMORY_IDS, 2);
+    let memory = whole_function(assets, ids)?;
+    let script = format!("guest-agent switch-memory {ids} {bar} {ROUNDS}");
+    let guest = assets.guest(&script).option("--cpus", "2");
+    let said = guest.option("--vfio", memory).run()?;
+    let done = format!("agent: memory was off {ROUNDS} times");
+    ensure(said.contains(&done), &said)
 }
 
 fn host_function(address: &str) -> Result<HostFunction> {
