@@ -100,7 +100,7 @@ mod tests {
             used: Vec::new(),
             max: 2,
         };
-        let mut take = |numbers: &mut Numbers| {
+        let take = |numbers: &mut Numbers| {
             let slot = numbers.free()?;
             numbers.used[slot] = true;
             Ok::<_, io::Error>(slot)
