@@ -172,6 +172,10 @@ impl Drop for Pixels {
 
 fn stream(assets: &Assets) -> Result<()> {
     let (mut guest, mut client, _) = drawing(assets)?;
+    let (looks, _fds) = client
+        .call_with::<DisplaySubscribe>(&SubscribeDisplay::default(), &[])
+        .context("display.subscribe")?;
+    ensure(!looks.drives, "a viewer drives that did not ask for it")?;
     let watch = SubscribeDisplay {
         pace: true,
         drive: true,

@@ -6,7 +6,7 @@ use fanlight_api::display::ViewerMessage;
 use fanlight_devices::{
     sync::Mutex,
     virtio::{
-        gpu::DisplayHandle,
+        gpu::{DisplayHandle, Mode},
         input::{
             ABS_MT_POSITION_X, ABS_MT_POSITION_Y, ABS_MT_SLOT, ABS_MT_TRACKING_ID, ABS_X, ABS_Y,
             AXIS_MAX, BTN_TOUCH, EV_ABS, EV_KEY, EV_REL, InputEvent, InputHandle, REL_HWHEEL,
@@ -106,23 +106,29 @@ impl Inputs {
         state.wheels = [0, 0];
     }
 
-    /// A position on an output as values of the guest's axes, which span all outputs side by side.
     fn axes(&self, output: u32, x: f64, y: f64) -> Option<(i32, i32)> {
         let outputs = self.display.outputs();
-        let connected = || outputs.iter().filter(|info| info.output.connected);
-        let this = connected().find(|info| info.index == output as usize)?;
-        let width = |mode: fanlight_devices::virtio::gpu::Mode| f64::from(mode.width);
-        let left: f64 = connected()
-            .filter(|info| info.index < this.index)
-            .map(|info| width(info.output.mode))
-            .sum();
-        let all: f64 = connected().map(|info| width(info.output.mode)).sum();
-        let highest = connected().map(|info| info.output.mode.height).max()?;
-        let x = (left + clamped(x) * width(this.output.mode)) / all;
-        let y = clamped(y) * f64::from(this.output.mode.height) / f64::from(highest);
-        let axis = |part: f64| (part * f64::from(AXIS_MAX)) as i32;
-        Some((axis(x), axis(y)))
+        let connected: Vec<_> = outputs
+            .iter()
+            .filter(|info| info.output.connected)
+            .map(|info| (info.index, info.output.mode))
+            .collect();
+        position(&connected, output as usize, x, y)
     }
+}
+
+/// A position on an output as values of the guest's axes, which span all connected outputs side by side.
+fn position(connected: &[(usize, Mode)], output: usize, x: f64, y: f64) -> Option<(i32, i32)> {
+    let (_, this) = connected.iter().find(|(index, _)| *index == output)?;
+    let width = |(_, mode): &(usize, Mode)| f64::from(mode.width);
+    let before = connected.iter().filter(|(index, _)| *index < output);
+    let left: f64 = before.map(width).sum();
+    let all: f64 = connected.iter().map(width).sum();
+    let highest = connected.iter().map(|(_, mode)| mode.height).max()?;
+    let x = (left + clamped(x) * f64::from(this.width)) / all;
+    let y = clamped(y) * f64::from(this.height) / f64::from(highest);
+    let axis = |part: f64| (part * f64::from(AXIS_MAX)) as i32;
+    Some((axis(x), axis(y)))
 }
 
 /// A part of a side, 0 to 1; NaN is 0.
@@ -252,6 +258,20 @@ mod tests {
             let came = !state.touch(finger, Some((0, 0))).is_empty();
             assert_eq!(came, finger < TOUCHES);
         }
+    }
+
+    #[test]
+    fn the_axes_span_all_outputs_side_by_side() {
+        let mode = |width, height| Mode { width, height };
+        let outputs = [(0, mode(640, 480)), (3, mode(1280, 960))];
+        let third = |thirds: i32| AXIS_MAX * thirds / 3;
+        assert_eq!(position(&outputs, 0, 0.0, 0.0), Some((0, 0)));
+        let corner = (third(1), AXIS_MAX / 2);
+        assert_eq!(position(&outputs, 0, 1.0, 1.0), Some(corner));
+        assert_eq!(position(&outputs, 3, 0.0, 0.0), Some((third(1), 0)));
+        let corner = (third(3), AXIS_MAX);
+        assert_eq!(position(&outputs, 3, 1.0, 1.0), Some(corner));
+        assert_eq!(position(&outputs, 1, 0.0, 0.0), None);
     }
 
     #[test]

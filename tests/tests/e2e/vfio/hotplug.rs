@@ -99,10 +99,13 @@ pub fn devices_come_and_go(assets: &Assets) -> Result<()> {
         unbound.context(format!("cannot unbind {address}"))?;
     }
     guest.send(
-        "echo left: $(ls /sys/class/net) $(head -c 2 $edu/config | od -An -tx1); poweroff -f\n",
+        "echo left: $(ls /sys/class/net) $(head -c 2 $edu/config | od -An -tx1)
+        echo asked: $(dmesg | grep -c 'Button press: will power off'); poweroff -f\n",
     )?;
     guest.expect_exit(0)?;
     let said = guest.transcript();
     check_shared(&said)?;
-    ensure(value(&said, "left:")? == "lo ff ff", &said)
+    ensure(value(&said, "left:")? == "lo ff ff", &said)?;
+    // Nothing was taken without the guest's consent, the two that the host wanted back included.
+    ensure(value(&said, "asked:")? == "3", &said)
 }
