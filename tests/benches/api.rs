@@ -1,5 +1,6 @@
 //! Round trips a second and their 99th percentile on one connection to a machine whose guest is busy:
-//! Fanlight's `vm.info` beside QEMU's QMP `query-status`, in one run, in turn. Prints the README's table.
+//! Fanlight's `vm.info` beside QEMU's QMP `query-status`, in one run, in turn. Prints a
+//! table of the book.
 
 use std::{
     io::{BufRead, BufReader, Write},
@@ -12,7 +13,7 @@ use std::{
 use fanlight_tests::{
     Context, Failure, Result,
     host_side::{
-        bench::{self, CMDLINE, Paths, Vmm, median},
+        bench::{self, CMDLINE, Cell, Paths, Table, Vmm},
         guest::Guest,
     },
     nested_host::{Archive, Busybox, Cache, guest_archive},
@@ -37,10 +38,7 @@ fn initrd(cache: &Cache) -> Result<Vec<u8>> {
     Ok(initrd)
 }
 
-const VMMS: [(Vmm, &str); 2] = [
-    (Vmm::Fanlight, "Fanlight, `vm.info`"),
-    (Vmm::Qemu, "QEMU, QMP `query-status`"),
-];
+const NAMES: [&str; 2] = ["Fanlight, `vm.info`", "QEMU, QMP `query-status`"];
 
 /// What one round showed.
 #[derive(Clone, Copy, Debug)]
@@ -52,24 +50,18 @@ struct Sample {
 }
 
 fn measure(paths: &Paths, rounds: usize) -> Result<()> {
-    let mut samples = vec![Vec::new(); VMMS.len()];
-    for round in 0..rounds {
-        for (index, (vmm, name)) in VMMS.iter().enumerate() {
-            let sample = measure_one(*vmm, paths)
-                .map_err(|error| Failure::new(format!("{name}, round {round}"), error))?;
-            eprintln!("{name}: {sample:?}");
-            samples[index].push(sample);
-        }
-    }
-    let base = median(&samples[1], |sample| sample.rate);
-    println!("| API | round trips a second | of QMP's | 99th percentile |");
-    println!("|---|---|---|---|");
-    for ((_, name), samples) in VMMS.iter().zip(&samples) {
-        let rate = median(samples, |sample| sample.rate);
-        let p99 = median(samples, |sample| sample.p99);
-        println!("| {name} | {rate:.0} | {:.2} | {p99:.0} µs |", rate / base);
-    }
-    Ok(())
+    let samples = bench::in_turn(rounds, &NAMES, |index| measure_one(Vmm::BOTH[index], paths));
+    let mut table = Table::new(&NAMES, [0, 1]);
+    let row = |figure: fn(&Sample) -> f64| {
+        samples
+            .iter()
+            .map(|rounds| Cell::of(rounds, |sample| Some(figure(sample))))
+            .collect()
+    };
+    table.row("round trips a second", "", 0, row(|sample| sample.rate));
+    table.row("99th percentile", "µs", 0, row(|sample| sample.p99));
+    println!("{}", table.text());
+    bench::all_came_to_their_end(&NAMES, &samples)
 }
 
 fn measure_one(vmm: Vmm, paths: &Paths) -> Result<Sample> {

@@ -1,5 +1,5 @@
 //! Host blobs shown and taken away, with one other shown and with many: in the arena, in a memory slot for each, and
-//! by QEMU, all in one run, in turn. Prints the README's tables.
+//! by QEMU, all in one run, in turn, with one version of virglrenderer. Prints tables of the book.
 //!
 //! The guest's side are two programs of `guest-agent`. `serve-blobs` is a client of the stock driver: Linux has no call
 //! that shows a blob or takes it away by itself, so that its pair is RESOURCE_CREATE_BLOB, RESOURCE_MAP_BLOB, a mapping
@@ -14,10 +14,10 @@ use std::{
 };
 
 use fanlight_tests::{
-    Context, Result,
+    Context, Result, ensure,
     guest_side::raw_gpu::MOST,
     host_side::{
-        bench::{self, CMDLINE, Paths, median},
+        bench::{self, CMDLINE, Cell, Paths, Table},
         drawing_guest::DrawingGuest,
         guest::{Guest, nested_host_clock},
     },
@@ -44,10 +44,11 @@ enum Vmm {
     Qemu,
 }
 
-const VMMS: [(Vmm, &str); 3] = [
-    (Vmm::Arena, "Fanlight"),
-    (Vmm::Slots, "Fanlight, `hostmem-slots=on`"),
-    (Vmm::Qemu, "QEMU `virtio-gpu-gl-pci`"),
+const VMMS: [Vmm; 3] = [Vmm::Arena, Vmm::Slots, Vmm::Qemu];
+const NAMES: [&str; 3] = [
+    "Fanlight",
+    "Fanlight, `hostmem-slots=on`",
+    "QEMU `virtio-gpu-gl-pci`",
 ];
 
 /// What pairs can be.
@@ -117,7 +118,7 @@ fn main() -> ExitCode {
 }
 
 fn initrd(cache: &Cache) -> Result<Vec<u8>> {
-    GraphicsStack::get(cache)?;
+    GraphicsStack::older(cache)?;
     GraphicsStack::of_emulator(cache)?;
     let agent = build_program("fanlight-tests", "guest-agent")?;
     let mut initrd = guest_archive(&Busybox::get(cache)?, None, Some(&agent))?;
@@ -198,6 +199,8 @@ struct Run {
     drawing: DrawingGuest,
     /// Others that are shown.
     others: u32,
+    /// The most that were shown, by how many were wanted.
+    had: BTreeMap<u32, u32>,
     /// The emulator of the nested host now and then ends a guest; what it showed before counts.
     is_lost: bool,
     /// Pairs a second, by what they are and how many others were wanted.
@@ -213,6 +216,7 @@ impl Run {
             name,
             drawing: DrawingGuest::new(guest),
             others: 0,
+            had: BTreeMap::new(),
             is_lost: false,
             rates: BTreeMap::new(),
         })
@@ -225,6 +229,7 @@ impl Run {
             self.others = wanted.min(self.others + STEP);
             self.drawing.ask(&format!("others {}", self.others))?;
         }
+        self.had.insert(wanted, self.others);
         let took = start.elapsed().as_secs_f64();
         eprintln!("{}: {} others in {took:.0} s", self.name, self.others);
         Ok(())
@@ -252,9 +257,11 @@ impl Run {
         }
     }
 
-    fn rate(&self, what: &'static str, others: u32) -> f64 {
-        let rates = self.rates.get(&(what, others));
-        rates.map_or(f64::NAN, |rates| median(rates, |rate| *rate))
+    fn cell(&self, what: &'static str, others: u32) -> Cell {
+        match self.rates.get(&(what, others)) {
+            Some(rates) => Cell::Figures(rates.clone()),
+            None => Cell::Failed,
+        }
     }
 }
 
@@ -265,20 +272,29 @@ fn measure(paths: &Paths, rounds: usize) -> Result<()> {
     };
     rustix::process::setrlimit(Resource::Nofile, files).context("cannot allow open files")?;
     let stacks = Stacks {
-        fanlight: GraphicsStack::get(&paths.cache)?,
+        // Of the same version as QEMU's.
+        fanlight: GraphicsStack::older(&paths.cache)?,
         qemu: GraphicsStack::of_emulator(&paths.cache)?,
     };
     stacks.fanlight.show([])?;
     stacks.qemu.show([])?;
+    let mut lost = Vec::new();
     for program in &PROGRAMS {
-        measure_program(program, rounds, paths, &stacks)?;
+        lost.extend(measure_program(program, rounds, paths, &stacks)?);
     }
-    Ok(())
+    ensure(lost.is_empty(), format!("lost: {}", lost.join(", ")))
 }
 
-fn measure_program(program: &Program, rounds: usize, paths: &Paths, stacks: &Stacks) -> Result<()> {
+/// Measures and prints, and returns the names of those that were lost.
+fn measure_program(
+    program: &Program,
+    rounds: usize,
+    paths: &Paths,
+    stacks: &Stacks,
+) -> Result<Vec<&'static str>> {
     let mut runs = VMMS
         .iter()
+        .zip(NAMES)
         .map(|(vmm, name)| Run::start(command(*vmm, program, paths, stacks), name))
         .collect::<Result<Vec<_>>>()?;
     for others in program.others {
@@ -300,32 +316,32 @@ fn measure_program(program: &Program, rounds: usize, paths: &Paths, stacks: &Sta
             }
         }
     }
-    let [few, many] = program.others;
-    let title = program.title;
-    println!(
-        "| {title} | a second, {few} other | {many} others | {many} of {few} | of the slots', {many} others |"
-    );
-    println!("|---|---|---|---|---|");
-    for Kind { verb, title, .. } in program.kinds {
-        for run in &runs {
-            println!(
-                "| {title}: {} | {:.0} | {:.0}{} | {:.2} | {:.2} |",
-                run.name,
-                run.rate(verb, few),
-                run.rate(verb, many),
-                match run.others {
-                    all if all == many => String::new(),
-                    fewer => format!(" (with {fewer})"),
-                },
-                run.rate(verb, many) / run.rate(verb, few),
-                run.rate(verb, many) / runs[1].rate(verb, many)
+    let mut table = Table::new(&NAMES, [0, 2]);
+    for others in program.others {
+        for Kind { verb, title, .. } in program.kinds {
+            let cells = runs.iter().map(|run| run.cell(verb, others)).collect();
+            table.row(
+                &format!(
+                    "{}: {title}, {others} others, pairs a second",
+                    program.title
+                ),
+                "",
+                0,
+                cells,
             );
         }
+        let had = runs.iter().map(|run| match run.had.get(&others) {
+            Some(had) => Cell::Figures(vec![f64::from(*had)]),
+            None => Cell::Failed,
+        });
+        let what = format!("others that there were, of {others}");
+        table.row(&what, "", 0, had.collect());
     }
-    println!();
+    println!("{}", table.text());
     for run in &runs {
         // One that is lost has ended.
         let _ = run.drawing.guest.signal(Signal::KILL);
     }
-    Ok(())
+    let lost = runs.iter().filter(|run| run.is_lost);
+    Ok(lost.map(|run| run.name).collect())
 }

@@ -1,16 +1,17 @@
-//! Boot time, memory and exits of Fanlight beside QEMU, in one run, in turn. Prints the README's table.
+//! Boot time, memory and exits of Fanlight beside QEMU, in one run, in turn. Prints a table of the book.
 
 use std::{
     fs,
     os::unix::process::CommandExt,
     process::{Command, ExitCode, Stdio},
-    time::Instant,
+    thread,
+    time::{Duration, Instant},
 };
 
 use fanlight_tests::{
     Context, Failure, Result,
     host_side::{
-        bench::{self, CMDLINE, Paths, median},
+        bench::{self, CMDLINE, Cell, Paths, Table},
         guest::Guest,
     },
     nested_host::{Archive, Busybox, Cache, guest_archive},
@@ -53,17 +54,16 @@ fn command(paths: &Paths, vmm: Vmm) -> Command {
                 .args(["--cmdline", CMDLINE]);
             command
         }
-        Vmm::Q35 | Vmm::Microvm => {
-            let machine = if matches!(vmm, Vmm::Q35) {
-                "q35"
-            } else {
-                "microvm"
+        Vmm::Q35 | Vmm::Microvm | Vmm::LeanMicrovm => {
+            let machine = match vmm {
+                Vmm::Microvm => "microvm",
+                Vmm::LeanMicrovm => LEAN_MICROVM,
+                _ => "q35",
             };
             let mut command = paths.emulator.command("qemu-system-x86_64");
             command
-                .args([
-                    "-M", machine, "-accel", "kvm", "-cpu", "host", "-smp", "1", "-m",
-                ])
+                .args(["-M", machine, "-accel", "kvm", "-cpu", "host", "-smp", "1"])
+                .arg("-m")
                 .arg(format!("{MEMORY}M"))
                 .args(["-nodefaults", "-no-user-config", "-display", "none"])
                 .args(["-serial", "stdio", "-no-reboot"])
@@ -79,19 +79,33 @@ fn command(paths: &Paths, vmm: Vmm) -> Command {
     command
 }
 
+/// QEMU's own advice for a fast start (`docs/system/i386/microvm.rst`): no interrupt controller, timer and clock of a PC,
+/// no option ROMs.
+const LEAN_MICROVM: &str =
+    "microvm,x-option-roms=off,pit=off,pic=off,isa-serial=on,rtc=off,auto-kernel-cmdline=off";
+
 #[derive(Clone, Copy, Debug)]
 enum Vmm {
     Fanlight,
     FanlightPacked,
     Q35,
     Microvm,
+    LeanMicrovm,
 }
 
-const VMMS: [(Vmm, &str); 4] = [
-    (Vmm::Fanlight, "Fanlight"),
-    (Vmm::FanlightPacked, "Fanlight, `--unpack guest`"),
-    (Vmm::Q35, "QEMU q35"),
-    (Vmm::Microvm, "QEMU microvm"),
+const VMMS: [Vmm; 5] = [
+    Vmm::Fanlight,
+    Vmm::FanlightPacked,
+    Vmm::Q35,
+    Vmm::Microvm,
+    Vmm::LeanMicrovm,
+];
+const NAMES: [&str; 5] = [
+    "Fanlight",
+    "Fanlight, `--unpack guest`",
+    "QEMU q35",
+    "QEMU microvm",
+    "QEMU microvm, lean",
 ];
 
 /// What one start showed.
@@ -101,44 +115,78 @@ struct Sample {
     boot: f64,
     /// Seconds from the start of the program to its first vCPU, where it says so.
     first_run: Option<f64>,
-    /// Proportional set size of all mappings but guest RAM, in KiB.
+    /// Proportional set size of all mappings but guest RAM, in MB.
     memory: f64,
-    /// Exits to user space until the init.
+    /// Accesses to ports and device memory until the init, wherever they were handled.
     exits: f64,
 }
 
+/// How long a guest idles before its VMM's memory is looked at again.
+const IDLE: Duration = Duration::from_secs(60);
+
 fn measure(paths: &Paths, rounds: usize) -> Result<()> {
-    let mut samples = vec![Vec::new(); VMMS.len()];
-    for round in 0..rounds {
-        for (index, (vmm, name)) in VMMS.iter().enumerate() {
-            let sample = start_once(command(paths, *vmm))
-                .map_err(|error| Failure::new(format!("{name}, round {round}"), error))?;
-            eprintln!("{name}: {sample:?}");
-            samples[index].push(sample);
+    let samples = bench::in_turn(rounds, &NAMES, |index| {
+        start_once(command(paths, VMMS[index]))
+    });
+    // All of them idle at the same time.
+    let mut later: Vec<_> = VMMS.map(|_| Vec::new()).into();
+    for _ in 0..rounds {
+        for (memory, later) in memory_after_idling(paths)?.into_iter().zip(&mut later) {
+            later.push(memory);
         }
     }
-    let base = median(&samples[2], |sample| sample.boot);
-    println!(
-        "| VMM | exec to init | of q35 | start to first vCPU | memory beyond guest RAM | exits to user space |"
+    let mut table = Table::new(&NAMES, [0, 2]);
+    let row = |figure: fn(&Sample) -> Option<f64>| {
+        samples
+            .iter()
+            .map(|rounds| Cell::of(rounds, figure))
+            .collect()
+    };
+    table.row("exec to init", "s", 2, row(|sample| Some(sample.boot)));
+    table.row(
+        "start of the program to the first vCPU",
+        "s",
+        3,
+        row(|sample| sample.first_run),
     );
-    println!("|---|---|---|---|---|---|");
-    for ((_, name), samples) in VMMS.iter().zip(&samples) {
-        let boot = median(samples, |sample| sample.boot);
-        let first = match samples[0].first_run {
-            Some(_) => format!(
-                "{:.3} s",
-                median(samples, |sample| sample.first_run.unwrap_or(0.0))
-            ),
-            None => "–".into(),
-        };
-        println!(
-            "| {name} | {boot:.2} s | {:.2} | {first} | {:.1} MB | {:.0} |",
-            boot / base,
-            median(samples, |sample| sample.memory) / 1000.0 * 1.024,
-            median(samples, |sample| sample.exits),
-        );
+    table.row(
+        "memory beyond guest RAM at init",
+        "MB",
+        1,
+        row(|sample| Some(sample.memory)),
+    );
+    table.row(
+        "the same after the guest idled for a minute",
+        "MB",
+        1,
+        later.into_iter().map(Cell::Figures).collect(),
+    );
+    table.row(
+        "port and MMIO accesses until init",
+        "",
+        0,
+        row(|sample| Some(sample.exits)),
+    );
+    println!("{}", table.text());
+    bench::all_came_to_their_end(&NAMES, &samples)
+}
+
+/// Memory beyond RAM of each VMM, in MB, after its guest has idled.
+fn memory_after_idling(paths: &Paths) -> Result<Vec<f64>> {
+    let mut guests = Vec::new();
+    for vmm in VMMS {
+        let dir = tempfile::tempdir().context("cannot make a directory")?;
+        let mut guest = Guest::spawn(command(paths, vmm), dir)?;
+        guest.wait_for(MARK)?;
+        guests.push(guest);
     }
-    Ok(())
+    thread::sleep(IDLE);
+    let memory = guests.iter().map(|guest| memory_beyond_ram(guest.pid()));
+    let memory = memory.collect::<Result<_>>()?;
+    for guest in &guests {
+        guest.signal(Signal::KILL)?;
+    }
+    Ok(memory)
 }
 
 fn start_once(command: Command) -> Result<Sample> {
@@ -148,7 +196,7 @@ fn start_once(command: Command) -> Result<Sample> {
     guest.wait_for(MARK)?;
     let boot = start.elapsed().as_secs_f64();
     let memory = memory_beyond_ram(guest.pid())?;
-    let exits = userspace_exits(guest.pid())?;
+    let exits = accesses(guest.pid())?;
     let first_run = guest
         .transcript()
         .lines()
@@ -178,7 +226,7 @@ fn seconds(text: &str) -> Option<f64> {
     None
 }
 
-/// KiB of all mappings but the one as large as the guest's RAM.
+/// MB of all mappings but the one as large as the guest's RAM.
 fn memory_beyond_ram(pid: u32) -> Result<f64> {
     let text = fs::read_to_string(format!("/proc/{pid}/smaps")).context("cannot read smaps")?;
     let mut sum = 0;
@@ -195,11 +243,11 @@ fn memory_beyond_ram(pid: u32) -> Result<f64> {
             _ => {}
         }
     }
-    Ok(sum as f64)
+    Ok(sum as f64 * 1.024e-3)
 }
 
-/// KVM's own counters of port and memory-mapped accesses that left for user space, from debugfs.
-fn userspace_exits(pid: u32) -> Result<f64> {
+/// KVM's counters of port and MMIO accesses (debugfs), those included that the kernel handles itself.
+fn accesses(pid: u32) -> Result<f64> {
     let vms = fs::read_dir("/sys/kernel/debug/kvm").context("cannot read KVM's counters")?;
     let vm = vms
         .filter_map(|entry| Some(entry.ok()?.path()))

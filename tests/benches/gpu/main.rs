@@ -1,11 +1,9 @@
 //! The GPU of Fanlight beside QEMU's `virtio-gpu-pci,blob=on`, in one run, in turn: the first frame, flushes,
-//! blobs that become dma-bufs, and the copy of a 2D resource. Prints the README's table.
+//! blobs that become dma-bufs, and the copy of a 2D resource. Prints a table of the book.
 //!
 //! The guest's side is `guest-agent draw`, a client of the stock driver. QEMU has no display attached and gives
-//! no descriptor to anybody; it makes its dma-buf while it serves RESOURCE_CREATE_BLOB, so that is its time.
-//! Fanlight makes one when it is first asked for: its time is that command's and what the first call for the
-//! descriptor takes longer than a second one, which only passes it on. With the whole of the call it is the time
-//! until another process has the descriptor.
+//! no descriptor to anybody; it makes its dma-buf while it serves RESOURCE_CREATE_BLOB. Fanlight makes one when it is
+//! first asked for.
 
 mod qmp;
 mod table;
@@ -22,8 +20,8 @@ use std::{
 
 use fanlight_api::{
     client::Client,
-    display::{OutputIndex, ResourceId},
-    methods::{GpuExportResource, GpuExportScanout, VmStats},
+    display::{OutputIndex, ResourceId, Screenshot},
+    methods::{GpuExportResource, GpuExportScanout, GpuScreenshot, VmStats},
     types::NoParams,
 };
 use fanlight_tests::{
@@ -31,7 +29,8 @@ use fanlight_tests::{
     common::pci::Mmio,
     ensure,
     host_side::{
-        bench::{self, CMDLINE, Paths, Vmm, median, tried},
+        bench::{self, CMDLINE, Paths, Vmm, median},
+        compositor::read_png,
         drawing_guest::DrawingGuest,
         guest::{Guest, nested_host_clock},
         watcher::Watcher,
@@ -56,6 +55,10 @@ const BLOB_TRIES: usize = 5;
 const TRANSFERS: u32 = 20;
 /// udmabuf's limit of pieces, as it is and as it must be for a 4K picture in single pages.
 const LIST_LIMIT: &str = "/sys/module/udmabuf/parameters/list_limit";
+/// udmabuf's limit of a buffer's size, in MiB.
+const SIZE_LIMIT: &str = "/sys/module/udmabuf/parameters/size_limit_mb";
+/// Flushes while frames cannot be dma-bufs.
+const CONTROL: &str = "1080p, watched, without udmabuf";
 const DEFAULT_LIMIT: u32 = 1024;
 const RAISED_LIMIT: u32 = 16384;
 /// Pages that are neighbours, more than [`DEFAULT_LIMIT`], of which the guest names each alone, where its command
@@ -78,6 +81,8 @@ const WATCHED: [(&str, bool); 2] = [(", watched", false), (", watched and paced"
 
 /// Those that are tried with the limit that the kernel has by default too.
 const LIMITED: [(&str, &str); 2] = [BLOBS[1], BLOBS[2]];
+
+const NAMES: [&str; 2] = ["Fanlight", "QEMU"];
 
 /// Names and figures of one run.
 type Figures = BTreeMap<String, f64>;
@@ -105,27 +110,20 @@ fn initrd(cache: &Cache) -> Result<Vec<u8>> {
 }
 
 fn measure(paths: &Paths, rounds: usize) -> Result<()> {
-    let mut figures = [Vec::new(), Vec::new()];
+    let vmm = |index: usize| Vmm::BOTH[index];
     set_limit(RAISED_LIMIT)?;
-    for round in 0..rounds {
-        for (vmm, figures) in Vmm::BOTH.into_iter().zip(&mut figures) {
-            let what = format!("{vmm:?}, round {round}");
-            figures.push(tried(&what, || Run::start(vmm, paths)?.everything())?);
-        }
-    }
+    let all = bench::in_turn(rounds, &NAMES, |index| {
+        Run::start(vmm(index), paths)?.everything()
+    });
     set_limit(DEFAULT_LIMIT)?;
-    let mut limited = Vec::new();
-    for vmm in Vmm::BOTH {
-        let what = format!("{vmm:?} with list_limit={DEFAULT_LIMIT}");
-        limited.push(tried(&what, || Run::start(vmm, paths)?.limited())?);
-    }
-    let mut merged = Vec::new();
-    for vmm in Vmm::BOTH {
-        let what = format!("{vmm:?} with {PIECES} neighbours");
-        merged.push(tried(&what, || neighbours(vmm, paths))?);
-    }
-    table::print(&figures, &limited, &merged);
-    Ok(())
+    let limited = bench::in_turn(rounds, &NAMES, |index| {
+        Run::start(vmm(index), paths)?.limited()
+    });
+    let merged = bench::in_turn(1, &NAMES, |index| neighbours(vmm(index), paths));
+    println!("{}", table::of(&all, &limited, &merged).text());
+    bench::all_came_to_their_end(&NAMES, &all)?;
+    bench::all_came_to_their_end(&NAMES, &limited)?;
+    bench::all_came_to_their_end(&NAMES, &merged)
 }
 
 fn set_limit(limit: u32) -> Result<()> {
@@ -170,40 +168,58 @@ struct Run {
 
 enum Host {
     Fanlight(Client),
-    Qemu,
+    Qemu(Qmp),
+}
+
+impl Host {
+    fn save_picture(&mut self, file: &Path) -> Result<()> {
+        match self {
+            Self::Fanlight(client) => {
+                let request = Screenshot {
+                    file: Some(file.into()),
+                    ..Screenshot::default()
+                };
+                let saved = client.call::<GpuScreenshot>(&request);
+                saved.map(drop).context("gpu.screenshot")
+            }
+            Self::Qemu(qmp) => qmp.save_picture(file),
+        }
+    }
 }
 
 impl Run {
-    /// Up to the first frame, which a program on the host has read.
+    /// Up to the first frame, which lies in a PNG file on the host.
     fn start(vmm: Vmm, paths: &Paths) -> Result<Self> {
         let dir = tempfile::tempdir().context("cannot make a directory")?;
-        let (socket, dump) = (dir.path().join("socket"), dir.path().join("dump"));
+        let (socket, picture) = (dir.path().join("socket"), dir.path().join("picture.png"));
         let mut command = command(vmm, paths, &socket, &cmdline());
         command.stderr(Stdio::piped()).process_group(0);
         let start = Instant::now();
         let mut guest = Guest::spawn(command, dir)?;
         guest.wait_for("agent: shows")?;
-        let (host, colour) = match vmm {
-            Vmm::Fanlight => {
-                let mut client = Client::connect(&socket).context("cannot connect")?;
-                let colour = exported_pixel(&mut client)?;
-                (Host::Fanlight(client), colour)
-            }
-            Vmm::Qemu => {
-                let mut qmp = Qmp::connect(&socket)?;
-                let colour = qmp.first_pixel(&dump)?;
-                (Host::Qemu, colour)
-            }
+        let mut host = match vmm {
+            Vmm::Fanlight => Host::Fanlight(Client::connect(&socket).context("cannot connect")?),
+            Vmm::Qemu => Host::Qemu(Qmp::connect(&socket)?),
         };
-        let first = start.elapsed();
+        host.save_picture(&picture)?;
+        let mut figures = Figures::from([("first frame".into(), start.elapsed().as_secs_f64())]);
+        let pixels = read_png(fs::File::open(&picture).context("there is no picture")?)?;
+        let colour = pixels.get(..3).unwrap_or_default();
         ensure(
-            colour == COLOUR,
-            format!("the host sees colour {colour:06x}"),
+            colour == &COLOUR.to_be_bytes()[1..],
+            format!("the host sees colour {colour:?}"),
         )?;
+        if let Host::Fanlight(client) = &mut host {
+            let start = Instant::now();
+            let colour = exported_pixel(client)?;
+            let took = start.elapsed().as_secs_f64() * 1e6;
+            ensure(colour == COLOUR, format!("the dma-buf has {colour:06x}"))?;
+            figures.insert("first frame exported".into(), took);
+        }
         Ok(Self {
             drawing: DrawingGuest::new(guest),
             host,
-            figures: BTreeMap::from([("first frame".into(), first.as_secs_f64())]),
+            figures,
         })
     }
 
@@ -221,10 +237,30 @@ impl Run {
             .ask(&format!("transfer {width} {height} {TRANSFERS}"))?;
         self.figures
             .insert("transfer".into(), said[0] / said[1] * 1e6);
-        let bytes = usize::from(width) * usize::from(height) * 4;
-        self.figures.insert("memcpy".into(), memcpy(bytes));
+        let row = usize::from(width) * 4;
+        self.figures
+            .insert("memcpy".into(), memcpy(row, usize::from(height)));
+        self.without_udmabuf()?;
         self.drawing.guest.signal(Signal::KILL)?;
         Ok(self.figures)
+    }
+
+    /// The control of "no byte is copied": a frame that cannot be a dma-buf is copied for who watches.
+    fn without_udmabuf(&mut self) -> Result<()> {
+        let before = fs::read_to_string(SIZE_LIMIT).context(format!("cannot read {SIZE_LIMIT}"))?;
+        fs::write(SIZE_LIMIT, "1").context(format!("cannot write {SIZE_LIMIT}"))?;
+        let (_, width, height) = SIZES[0];
+        let drawn = self.drawing.ask(&format!("size {width} {height}"));
+        let flushed = drawn.and_then(|_| match &mut self.host {
+            Host::Qemu(_) => Ok(()),
+            Host::Fanlight(client) => {
+                let watcher = Watcher::start(client, false)?;
+                self.flush_round(CONTROL)?;
+                watcher.stop().map(drop)
+            }
+        });
+        fs::write(SIZE_LIMIT, before).context(format!("cannot restore {SIZE_LIMIT}"))?;
+        flushed
     }
 
     /// Only blobs, as many as the kernel may refuse.
@@ -300,11 +336,8 @@ impl Run {
             self.figures
                 .insert(format!("{name}: {what}"), median(&times, of));
         };
-        note("created", |times| times.created);
-        note("descriptor", |times| times.created + times.made);
-        note("passed on", |times| {
-            times.created + times.made + times.passed
-        });
+        note("made", |times| times.created + times.first - times.second);
+        note("passed on", |times| times.created + times.first);
         Ok(())
     }
 
@@ -327,16 +360,16 @@ impl Run {
                 let (first, second) = (export(), export());
                 first.zip(second).map(|(first, second)| Times {
                     created,
-                    made: first - second,
-                    passed: second,
+                    first,
+                    second,
                 })
             }
-            Host::Qemu => {
+            Host::Qemu(_) => {
                 let again = self.drawing.guest.transcript().matches(REFUSED).count();
                 (again == refused).then_some(Times {
                     created,
-                    made: 0.0,
-                    passed: f64::NAN,
+                    first: 0.0,
+                    second: 0.0,
                 })
             }
         };
@@ -355,10 +388,10 @@ struct Blob {
 struct Times {
     /// The command.
     created: f64,
-    /// The dma-buf, after the command.
-    made: f64,
-    /// A call that passes it on.
-    passed: f64,
+    /// The first call for the descriptor, which makes the dma-buf.
+    first: f64,
+    /// A second one, which passes the same on.
+    second: f64,
 }
 
 /// Every guest's command line: the emulator must not lose a timer of theirs.
@@ -416,15 +449,18 @@ fn exported_pixel(client: &mut Client) -> Result<u32> {
     Ok(memory.read::<u32>(0) & 0x00ff_ffff)
 }
 
-/// Bytes a second of the C library's copy, as fast as it goes.
-fn memcpy(bytes: usize) -> f64 {
-    let (from, mut to) = (vec![1u8; bytes], vec![2u8; bytes]);
+/// Bytes a second of the C library's copy, row by row as a transfer copies.
+fn memcpy(row: usize, rows: usize) -> f64 {
+    let (from, mut to) = (vec![1u8; row * rows], vec![2u8; row * rows]);
     let start = Instant::now();
     for _ in 0..TRANSFERS {
-        to.copy_from_slice(std::hint::black_box(&from));
+        let from = std::hint::black_box(&from).chunks_exact(row);
+        for (from, to) in from.zip(to.chunks_exact_mut(row)) {
+            to.copy_from_slice(from);
+        }
         std::hint::black_box(&mut to);
     }
-    bytes as f64 * f64::from(TRANSFERS) / start.elapsed().as_secs_f64()
+    from.len() as f64 * f64::from(TRANSFERS) / start.elapsed().as_secs_f64()
 }
 
 /// What a process has used.

@@ -1,7 +1,6 @@
 //! QEMU's way to a picture of its guest: lines of JSON.
 
 use std::{
-    fs,
     io::{BufRead, BufReader, Write},
     os::unix::net::UnixStream,
     path::Path,
@@ -48,19 +47,8 @@ impl Qmp {
         }
     }
 
-    /// The first pixel of the screen. `file` is for the whole picture.
-    pub fn first_pixel(&mut self, file: &Path) -> Result<u32> {
-        self.call("screendump", json!({"filename": file}))?;
-        let picture = fs::read(file).context("QEMU dumped no screen")?;
-        // A header of three lines: P6, the size, 255.
-        let pixel = picture
-            .split(|&byte| byte == b'\n')
-            .take(3)
-            .map(|line| line.len() + 1)
-            .sum::<usize>();
-        match picture.get(pixel..pixel + 3) {
-            Some(&[red, green, blue]) => Ok(u32::from_be_bytes([0, red, green, blue])),
-            _ => Err(Failure("QEMU's picture is empty".into())),
-        }
+    /// Saves what the screen shows as PNG.
+    pub fn save_picture(&mut self, file: &Path) -> Result<()> {
+        self.call("screendump", json!({"filename": file, "format": "png"}))
     }
 }

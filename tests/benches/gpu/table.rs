@@ -1,94 +1,130 @@
 //! What the benchmark prints.
 
-use fanlight_tests::host_side::bench::median;
+use fanlight_tests::host_side::bench::{Cell, Rounds, Table};
 
-use super::{BLOBS, DEFAULT_LIMIT, Figures, LIMITED, PIECES, SIZES, WATCHED};
+use super::{BLOBS, CONTROL, DEFAULT_LIMIT, Figures, LIMITED, NAMES, PIECES, SIZES, WATCHED};
 
-/// The median of a figure, if every run has it.
-fn figure(runs: &[Figures], name: &str) -> Option<f64> {
-    let all = runs.iter().all(|run| run.contains_key(name));
-    all.then(|| median(runs, |run| run.get(name).copied().unwrap_or(f64::NAN)))
+/// What has a figure in the rounds that came to their end; `missing` if none has it.
+fn cell(rounds: &Rounds<Figures>, name: &str, missing: Cell) -> Cell {
+    match Cell::of(rounds, |figures| figures.get(name).copied()) {
+        Cell::None => missing,
+        cell => cell,
+    }
 }
 
-/// Prints all of it.
-pub fn print(figures: &[Vec<Figures>; 2], limited: &[Figures], merged: &[bool]) {
-    let [ours, qemus] = figures;
-    let row = |what: &str, unit: &str, ours: Option<f64>, qemus: Option<f64>| {
-        let text = |value: Option<f64>| match value {
-            Some(value) if unit == "s" => format!("{value:.2} {unit}"),
-            Some(value) => format!("{value:.0} {unit}").trim_end().to_owned(),
-            None => "refused".into(),
-        };
-        let ratio = match (ours, qemus) {
-            (Some(ours), Some(qemus)) => format!("{:.2}", ours / qemus),
-            _ => "–".into(),
-        };
-        println!("| {what} | {} | {} | {ratio} |", text(ours), text(qemus));
+/// The table of all figures.
+pub fn of(all: &[Rounds<Figures>], limited: &[Rounds<Figures>], merged: &[Rounds<bool>]) -> Table {
+    let mut table = Table::new(&NAMES, [0, 1]);
+    let both = |rounds: &[Rounds<Figures>], name: &str, missing: Cell| -> Vec<Cell> {
+        let cells = rounds.iter().map(|of| cell(of, name, missing.clone()));
+        cells.collect()
     };
-    println!("| | Fanlight | QEMU | of QEMU's |");
-    println!("|---|---|---|---|");
-    let both = |name: &str| (figure(ours, name), figure(qemus, name));
-    let (our, qemu) = both("first frame");
-    row("exec to the first frame on the host", "s", our, qemu);
+    table.row(
+        "exec to a PNG of the first frame",
+        "s",
+        2,
+        both(all, "first frame", Cell::None),
+    );
+    table.row(
+        "that frame's dma-buf, mapped and read by another process",
+        "µs",
+        0,
+        both(all, "first frame exported", Cell::None),
+    );
     for (size, ..) in SIZES {
-        let qemu = figure(qemus, &format!("{size}: flushes"));
         let watched = WATCHED.map(|(how, _)| how);
         for how in [""].into_iter().chain(watched) {
-            let our = figure(ours, &format!("{size}{how}: flushes"));
-            row(&format!("flushes a second, {size}{how}"), "", our, qemu);
+            let ours = cell(&all[0], &format!("{size}{how}: flushes"), Cell::None);
+            // Nobody can watch QEMU's frames: what it does unwatched stands beside.
+            let qemus = cell(&all[1], &format!("{size}: flushes"), Cell::None);
+            table.row(
+                &format!("flushes a second, {size}{how}"),
+                "",
+                0,
+                vec![ours, qemus],
+            );
+        }
+    }
+    let copies = SIZES.map(|(size, ..)| format!("{size}, watched"));
+    for how in copies.iter().map(String::as_str).chain([CONTROL]) {
+        for (what, unit, decimals) in [
+            ("copied", "bytes", 0),
+            ("faults", "", 1),
+            ("processor", "µs", 0),
+        ] {
+            let name = match what {
+                "copied" => "copied for",
+                "faults" => "page faults of",
+                _ => "processor time of",
+            };
+            table.row(
+                &format!("{name} a frame, {how}"),
+                unit,
+                decimals,
+                both(all, &format!("{how}: {what}"), Cell::None),
+            );
         }
     }
     for (name, _) in BLOBS {
-        let pieces = figure(ours, &format!("{name}: pieces")).unwrap_or(f64::NAN);
-        let theirs = figure(qemus, &format!("{name}: pieces")).unwrap_or(f64::NAN);
-        let (our, qemu) = both(&format!("{name}: descriptor"));
-        let what = format!("4K blob to a descriptor, {name} ({pieces:.0}, {theirs:.0})");
-        row(&what, "µs", our, qemu);
-        let our = figure(ours, &format!("{name}: passed on"));
-        row(&format!("{what}, in another process"), "µs", our, qemu);
+        blob_rows(&mut table, name, all, "");
     }
+    let limit = format!("with `list_limit={DEFAULT_LIMIT}`: ");
     for (name, _) in LIMITED {
-        let of =
-            |run: usize, what: &str| limited.get(run)?.get(&format!("{name}: {what}")).copied();
-        let pieces = [0, 1].map(|run| of(run, "pieces").unwrap_or(f64::NAN));
-        let what = format!(
-            "with list_limit={DEFAULT_LIMIT}: {name} ({:.0}, {:.0})",
-            pieces[0], pieces[1]
-        );
-        row(&what, "µs", of(0, "descriptor"), of(1, "descriptor"));
+        blob_rows(&mut table, name, limited, &limit);
     }
-    let made = |run: usize| match merged.get(run) {
-        Some(true) => "made",
-        _ => "refused",
+    table.row(
+        &format!("{limit}{PIECES} neighbours, each an entry: dma-bufs made"),
+        "",
+        0,
+        merged
+            .iter()
+            .map(
+                |rounds| match Cell::of(rounds, |made| made.then_some(1.0)) {
+                    Cell::None => Cell::Refused,
+                    cell => cell,
+                },
+            )
+            .collect(),
+    );
+    let mega = |rounds: &Rounds<Figures>, name: &str| {
+        Cell::of(rounds, |figures| Some(figures.get(name)? / 1e6))
     };
-    println!(
-        "| with list_limit={DEFAULT_LIMIT}: {PIECES} neighbours, each an entry | {} | {} | – |",
-        made(0),
-        made(1)
-    );
-    let (our, qemu) = both("transfer");
-    let mega = |value: Option<f64>| value.map(|value| value / 1e6);
-    row(
-        "TRANSFER_TO_HOST_2D a second, 1080p",
+    table.row(
+        "TRANSFER_TO_HOST_2D, 1080p, a second",
         "MB",
-        mega(our),
-        mega(qemu),
+        0,
+        all.iter().map(|rounds| mega(rounds, "transfer")).collect(),
     );
-    let copy = figure(ours, "memcpy").unwrap_or(f64::NAN);
-    println!();
-    println!(
-        "memcpy: {:.0} MB a second; a transfer is {:.2} of it.",
-        copy / 1e6,
-        our.unwrap_or(f64::NAN) / copy
+    table.row(
+        "memcpy of the same rows in the benchmark, a second",
+        "MB",
+        0,
+        vec![mega(&all[0], "memcpy"), Cell::None],
     );
-    for (size, ..) in SIZES {
-        let of = |what: &str| figure(ours, &format!("{size}, watched: {what}")).unwrap_or(f64::NAN);
-        println!(
-            "A {size} frame, watched: {:.0} bytes copied, {:.1} page faults, {:.0} µs of processor time with the \
-             guest's own.",
-            of("copied"),
-            of("faults"),
-            of("processor")
-        );
-    }
+    table
+}
+
+/// A 4K blob, from the guest's command on.
+fn blob_rows(table: &mut Table, name: &str, rounds: &[Rounds<Figures>], limit: &str) {
+    let pieces = rounds.iter().map(|rounds| {
+        let pieces = cell(rounds, &format!("{name}: pieces"), Cell::None).median();
+        pieces.map_or("–".into(), |pieces| format!("{pieces:.0}"))
+    });
+    let pieces = pieces.collect::<Vec<_>>().join(" and ");
+    let made = rounds
+        .iter()
+        .map(|of| cell(of, &format!("{name}: made"), Cell::Refused));
+    table.row(
+        &format!("{limit}4K blob, {name} ({pieces} entries): its dma-buf exists (1)"),
+        "µs",
+        0,
+        made.collect(),
+    );
+    let ours = cell(&rounds[0], &format!("{name}: passed on"), Cell::Refused);
+    table.row(
+        &format!("{limit}the same: its descriptor is in another process (2)"),
+        "µs",
+        0,
+        vec![ours, Cell::None],
+    );
 }

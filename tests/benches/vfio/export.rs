@@ -11,7 +11,10 @@ use fanlight_devices::{
     memory::{AddressSpace, Backing, BackingKind},
     vfio::{HostDevice, Iommu, sysfs::HostFunction},
 };
-use fanlight_tests::{Context, Failure, Result, host_side::bench::median};
+use fanlight_tests::{
+    Context, Failure, Result,
+    host_side::bench::{Cell, Table, median},
+};
 
 /// Pictures that become dma-bufs of one kind, after a tenth as many to warm up.
 const EXPORTS: usize = 200;
@@ -112,6 +115,26 @@ pub fn measure(memory: &str) -> Result<Vec<Export>> {
         });
     }
     Ok(figures)
+}
+
+/// The table of what each round measured.
+pub fn table(rounds: &[Vec<Export>]) -> Table {
+    let mut table = Table::new(&["Fanlight", "bare ioctl"], [0, 1]);
+    let kinds = rounds.first().map_or(0, Vec::len);
+    for kind in 0..kinds {
+        let of = |figure: fn(&Export) -> f64| {
+            let exports = rounds.iter().filter_map(|round| round.get(kind));
+            Cell::Figures(exports.map(|export| figure(export) * 1e6).collect())
+        };
+        let ranges = rounds[0][kind].ranges;
+        let bare = || of(|export| export.bare);
+        let what = format!("dma-buf of a 4K blob in a BAR, {ranges} ranges");
+        table.row(&what, "µs", 1, vec![of(|export| export.ours), bare()]);
+        let whole = of(|export| export.ours + export.looking_up);
+        let what = "the same, with the look-up of its entries when the guest makes the blob";
+        table.row(what, "µs", 1, vec![whole, bare()]);
+    }
+    table
 }
 
 /// `struct vfio_device_feature` with `struct vfio_device_feature_dma_buf` and its ranges.

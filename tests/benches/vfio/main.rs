@@ -1,6 +1,6 @@
 //! Passed-through devices, by Fanlight beside QEMU in one run, in turn: boot with an SR-IOV VF, interrupts, and what a
 //! transfer through the VF costs the VMM; and a 4K picture in a BAR that becomes a dma-buf, beside the bare ioctl.
-//! Prints the README's tables.
+//! Prints tables of the book.
 //!
 //! Interrupts are those of `edu`, one after the other, which a program in the guest hears by the guest's own vfio-pci.
 //! That needs no IOMMU with the nested host's kernel only, so it is a guest of its own.
@@ -25,7 +25,7 @@ use fanlight_tests::{
     },
     ensure,
     host_side::{
-        bench::{self, CMDLINE, Paths, Vmm, median, tried},
+        bench::{self, CMDLINE, Cell, Paths, Rounds, Table, Vmm},
         guest::{Guest, nested_host_clock},
     },
     nested_host::{
@@ -38,8 +38,6 @@ use rustix::{
     process::{Pid, Signal},
     thread::{CpuSet, sched_getaffinity, sched_setaffinity},
 };
-
-use export::Export;
 
 const DEVICES: &[L1Device] = &[L1Device::Igb, L1Device::Edu, L1Device::Ivshmem(64)];
 const IGB: &str = "8086:10c9";
@@ -61,6 +59,7 @@ const SMALL: u64 = 1 << 20;
 const LARGE: u64 = 8 << 20;
 const INTERRUPTS: u32 = 2000;
 const KINDS: [&str; 2] = ["msi", "intx"];
+const NAMES: [&str; 2] = ["Fanlight", "QEMU"];
 const NOIOMMU: &str = "vfio.enable_unsafe_noiommu_mode=1";
 
 fn main() -> ExitCode {
@@ -82,7 +81,7 @@ fn initrd(cache: &Cache) -> Result<Vec<u8>> {
 struct Cost {
     /// Seconds of processor time of all threads but the vCPUs'.
     processor: f64,
-    /// Exits to user space.
+    /// Accesses to ports and device memory.
     exits: f64,
 }
 
@@ -102,7 +101,10 @@ fn measure(paths: &Paths, rounds: usize) -> Result<()> {
     let vf = bind(paths, &physical, &["--vfs", "1"])?;
     let edu = bind(paths, &Function::only(edu::IDS)?.address(), &[])?;
     let memory = bind(paths, &Function::only(edu::MEMORY_IDS)?.address(), &[])?;
-    let exports = export::measure(&memory)?;
+    let mut exports = Vec::new();
+    for _ in 0..rounds {
+        exports.push(export::measure(&memory)?);
+    }
     // From the next one that is asked for on; the vCPUs will be there too.
     let mask = format!("{:x}", 1_u64 << processor()?);
     fs::write("/proc/irq/default_smp_affinity", mask).context("cannot bind interrupts")?;
@@ -114,80 +116,71 @@ fn measure(paths: &Paths, rounds: usize) -> Result<()> {
         run(Command::new("ip").args(arguments))?;
     }
     let built = built_kernel(&Cache::at("/cache"))?.bzimage;
-    let mut samples = [Vec::new(), Vec::new()];
-    for round in 0..rounds {
-        for (vmm, samples) in Vmm::BOTH.into_iter().zip(&mut samples) {
-            let what = format!("{vmm:?}, round {round}");
-            let stock = Start {
-                kernel: paths.kernel(),
-                device: &vf,
-                cmdline: "",
-            };
-            let (boot, small, large) =
-                tried(&what, || transfers(vmm, command(paths, vmm, &stock)))?;
-            let built = Start {
-                kernel: built.clone(),
-                device: &edu,
-                cmdline: NOIOMMU,
-            };
-            let interrupts = tried(&what, || interrupts(vmm, command(paths, vmm, &built)))?;
-            samples.push(Sample {
-                boot,
-                small,
-                large,
-                interrupts,
-            });
-        }
-    }
-    print(&samples, &exports);
-    Ok(())
-}
-
-fn print(samples: &[Vec<Sample>; 2], exports: &[Export]) {
-    println!("| | Fanlight | QEMU | of QEMU's |\n|---|---|---|---|");
-    let row = |name: &str, decimals: usize, unit: &str, figure: fn(&Sample) -> f64| {
-        let [ours, qemu] = [0, 1].map(|vmm: usize| median(&samples[vmm], figure));
-        let ratio = if qemu > 0.0 {
-            format!("{:.2}", ours / qemu)
-        } else {
-            "–".into()
+    let samples = bench::in_turn(rounds, &NAMES, |index| {
+        let vmm = Vmm::BOTH[index];
+        let stock = Start {
+            kernel: paths.kernel(),
+            device: &vf,
+            cmdline: "",
         };
-        println!("| {name} | {ours:.decimals$}{unit} | {qemu:.decimals$}{unit} | {ratio} |");
-    };
-    row("exec to init, with a VF", 2, " s", |sample| sample.boot);
-    row("MSI a second", 0, "", |sample| sample.interrupts[0]);
-    row("INTx a second", 0, "", |sample| sample.interrupts[1]);
-    let times = "processor time of all threads but the vCPU's";
-    let exits = "exits to user space";
-    let size = |bytes: u64| format!("{} MiB to and fro", bytes >> 20);
-    let (small, large) = (size(SMALL), size(LARGE));
-    row(&format!("{times}, {small}"), 1, " ms", |sample| {
-        sample.small.processor * 1e3
-    });
-    row(&format!("{times}, {large}"), 1, " ms", |sample| {
-        sample.large.processor * 1e3
-    });
-    row(&format!("{exits}, {small}"), 0, "", |sample| {
-        sample.small.exits
-    });
-    row(&format!("{exits}, {large}"), 0, "", |sample| {
-        sample.large.exits
+        let (boot, small, large) = transfers(vmm, command(paths, vmm, &stock))?;
+        let built = Start {
+            kernel: built.clone(),
+            device: &edu,
+            cmdline: NOIOMMU,
+        };
+        Ok(Sample {
+            boot,
+            small,
+            large,
+            interrupts: interrupts(vmm, command(paths, vmm, &built))?,
+        })
     });
     println!(
-        "\n| dma-buf of a 4K blob in a BAR | bare ioctl | Fanlight | of the ioctl's | \
-         looking its entries up, once, before |"
+        "{}\n{}",
+        table(&samples).text(),
+        export::table(&exports).text()
     );
-    println!("|---|---|---|---|---|");
-    for export in exports {
-        let [bare, ours, looking_up] =
-            [export.bare, export.ours, export.looking_up].map(|time| time * 1e6);
-        let name = match export.ranges {
-            1 => "1 range".into(),
-            ranges => format!("{ranges} ranges"),
-        };
-        let ratio = ours / bare;
-        println!("| {name} | {bare:.1} µs | {ours:.1} µs | {ratio:.2} | {looking_up:.1} µs |");
-    }
+    bench::all_came_to_their_end(&NAMES, &samples)
+}
+
+fn table(samples: &[Rounds<Sample>]) -> Table {
+    let mut table = Table::new(&NAMES, [0, 1]);
+    let row = |figure: fn(&Sample) -> f64| {
+        samples
+            .iter()
+            .map(|rounds| Cell::of(rounds, |sample| Some(figure(sample))))
+            .collect()
+    };
+    table.row("exec to init, with a VF", "s", 2, row(|sample| sample.boot));
+    table.row("MSI a second", "", 0, row(|sample| sample.interrupts[0]));
+    table.row("INTx a second", "", 0, row(|sample| sample.interrupts[1]));
+    cost_rows(&mut table, samples, SMALL, |sample| sample.small);
+    cost_rows(&mut table, samples, LARGE, |sample| sample.large);
+    table
+}
+
+/// What a transfer of so many bytes cost.
+fn cost_rows(table: &mut Table, samples: &[Rounds<Sample>], bytes: u64, cost: fn(&Sample) -> Cost) {
+    let cells = |figure: fn(Cost) -> f64| {
+        samples
+            .iter()
+            .map(|rounds| Cell::of(rounds, |sample| Some(figure(cost(sample)))))
+            .collect()
+    };
+    let size = format!("{} MiB both ways", bytes >> 20);
+    table.row(
+        &format!("processor time of all threads but the vCPU's, {size}"),
+        "ms",
+        1,
+        cells(|cost| cost.processor * 1e3),
+    );
+    table.row(
+        &format!("port and MMIO accesses, {size}"),
+        "",
+        0,
+        cells(|cost| cost.exits),
+    );
 }
 
 /// What a command prints, which must succeed.
@@ -375,7 +368,7 @@ fn processor_time(vmm: Vmm, pid: u32) -> Result<f64> {
     Ok(nanoseconds / 1e9)
 }
 
-/// KVM's own counters of port and memory-mapped accesses that left for user space, from debugfs.
+/// KVM's counters of port and MMIO accesses (debugfs), those included that the kernel handles itself.
 fn exits(pid: u32) -> Result<f64> {
     let vms = fs::read_dir("/sys/kernel/debug/kvm").context("cannot read KVM's counters")?;
     let is_it = |path: &Path| {

@@ -10,6 +10,11 @@ use std::{
 use super::command::run;
 use crate::{Context, Failure, Result, progress};
 
+/// The checkout that this program was built from.
+pub fn checkout() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
 /// Names a `fanlight` that is tested or measured, where it is not the one of this checkout.
 const PROGRAM: &str = "FANLIGHT_TEST_PROGRAM";
 
@@ -23,7 +28,7 @@ pub fn program_under_test() -> Result<PathBuf> {
 
 /// Builds a program of this workspace in release mode and returns its path. Cargo shows its progress on a terminal.
 pub fn build_program(package: &str, program: &str) -> Result<PathBuf> {
-    let manifest = Path::new(env!("CARGO_MANIFEST_DIR")).join("../Cargo.toml");
+    let manifest = checkout().join("Cargo.toml");
     let cargo = env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
     let mut command = Command::new(cargo);
     command

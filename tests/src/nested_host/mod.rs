@@ -16,8 +16,9 @@ mod machine;
 mod modules;
 mod packages;
 
-pub use build::{build_program, program_under_test};
+pub use build::{build_program, checkout, program_under_test};
 pub use cache::Cache;
+pub use command::run as run_command;
 pub use drivers::Drivers;
 pub use graphics_stack::GraphicsStack;
 pub use guest_module::guest_module;

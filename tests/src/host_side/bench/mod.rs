@@ -1,6 +1,12 @@
 //! What benchmarks have in common: they run where guests can run, compare VMMs in turn in one run, and print a
 //! table of the book.
 
+mod book;
+mod origin;
+mod table;
+
+pub use table::{Cell, Table};
+
 use std::{
     fmt::Debug,
     fs,
@@ -11,7 +17,7 @@ use std::{
 use rustix::thread::UnshareFlags;
 
 use crate::{
-    Context, Failure, Result,
+    Context, Failure, Result, ensure,
     host_side::{
         kvm_host::{self, Kvm},
         test_process,
@@ -96,21 +102,55 @@ impl Vmm {
     pub const BOTH: [Self; 2] = [Self::Fanlight, Self::Qemu];
 }
 
-/// Runs a step that the emulator may disturb, up to three times, and prints the result.
-pub fn tried<T: Debug>(what: &str, run: impl Fn() -> Result<T>) -> Result<T> {
-    const TRIES: usize = 3;
-    let mut tries = 0;
-    loop {
-        tries += 1;
-        match run() {
-            Ok(found) => {
-                eprintln!("{what}: {found:.2?}");
-                return Ok(found);
+/// The rounds of a VMM.
+#[derive(Clone, Debug)]
+pub struct Rounds<T> {
+    /// What those showed that came to their end.
+    pub samples: Vec<T>,
+    /// How many did not.
+    pub failed: usize,
+}
+
+/// Measures each of `names` once a round, in turn. A round that fails is told, counted, and not replaced.
+pub fn in_turn<T: Debug>(
+    rounds: usize,
+    names: &[&str],
+    mut measure: impl FnMut(usize) -> Result<T>,
+) -> Vec<Rounds<T>> {
+    let none = || Rounds {
+        samples: Vec::new(),
+        failed: 0,
+    };
+    let mut all: Vec<_> = names.iter().map(|_| none()).collect();
+    for round in 1..=rounds {
+        for (index, (name, rounds)) in names.iter().zip(&mut all).enumerate() {
+            match measure(index) {
+                Ok(sample) => {
+                    eprintln!("{name}, round {round}: {sample:.2?}");
+                    rounds.samples.push(sample);
+                }
+                Err(error) => {
+                    eprintln!("{name}, round {round}, failed: {error}");
+                    rounds.failed += 1;
+                }
             }
-            Err(error) if tries == TRIES => return Err(Failure::new(what, error)),
-            Err(error) => eprintln!("{what}: {error}; tried again"),
         }
     }
+    all
+}
+
+/// Fails if a round of one of `names` did, after the tables were printed.
+pub fn all_came_to_their_end<T>(names: &[&str], all: &[Rounds<T>]) -> Result<()> {
+    let failed: Vec<_> = names
+        .iter()
+        .zip(all)
+        .filter(|(_, rounds)| rounds.failed > 0)
+        .map(|(name, rounds)| format!("{} of {name}", rounds.failed))
+        .collect();
+    ensure(
+        failed.is_empty(),
+        format!("rounds failed: {}", failed.join(", ")),
+    )
 }
 
 /// The same for a benchmark that passes these devices through. They are devices of the nested host, so it always runs
@@ -150,6 +190,7 @@ fn prepare(
             test_process::own_mounts(UnshareFlags::empty())?;
         }
         let paths = Paths::in_memory(cache, dir.path())?;
+        println!("{}\n", origin::line("the host's KVM", rounds)?);
         return measure(&paths, rounds).map(|()| ExitCode::SUCCESS);
     }
     if !devices.is_empty() && std::env::var(kvm_host::NESTED_HOST).as_deref() == Ok("never") {
@@ -159,6 +200,8 @@ fn prepare(
         )));
     }
     let kernel = built_kernel(&cache)?;
+    let key = kernel.bzimage.parent().and_then(Path::file_name);
+    let host = format!("nested host `{}`", key.unwrap_or_default().display());
     let this = std::env::current_exe().context("cannot find this program")?;
     fs::copy(&this, dir.path().join("bench")).context("cannot share a program")?;
     let busybox = Busybox::get(&cache)?;
@@ -169,14 +212,23 @@ fn prepare(
         readonly: true,
     };
     let shares = [share("share", dir.path()), share("cache", cache.root())];
+    let origin = origin::line(&host, rounds)?;
+    println!("{origin}\n");
+    let mut output = book::Output::default();
     let code = nested_host.run_with(
         devices,
         &format!("{ROUNDS}={rounds} exec /share/bench"),
         &[&this, &fanlight],
         &shares,
-        &mut std::io::stdout(),
+        &mut output,
         |_| Ok(()),
     )?;
+    if code == 0 {
+        let name = this.file_stem().unwrap_or_default().to_string_lossy();
+        // Cargo adds a hash.
+        let name = name.rsplit_once('-').map_or(&*name, |(name, _)| name);
+        output.bless(name, &origin)?;
+    }
     Ok(ExitCode::from(u8::try_from(code).unwrap_or(1)))
 }
 
