@@ -26,7 +26,7 @@ const TRANSPORT: u64 = 1 << 28 | 1 << 29 | 1 << 32;
 #[derive(Debug, Error)]
 pub enum VsockError {
     /// Not a context id for a guest.
-    #[error("cid={0}: the id must be from {MIN_CID} to 4294967294")]
+    #[error("context id {0}: it must be from {MIN_CID} to 4294967294")]
     Cid(u32),
     /// The host's device is missing, or the user may not open it.
     #[error(
@@ -41,7 +41,7 @@ pub enum VsockError {
         source: io::Error,
     },
     /// Another guest has the id.
-    #[error("cid={0}: another guest has this id; give another")]
+    #[error("context id {0}: another guest has it; give another")]
     CidInUse(u32),
     /// vhost refused a step.
     #[error("vhost-vsock of the host cannot {action}")]

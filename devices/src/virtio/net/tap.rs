@@ -27,10 +27,10 @@ ioctl_iow_nr!(TUNSETVNETHDRSZ, b'T' as u32, 216, libc::c_int);
 #[derive(Debug, Error)]
 pub enum TapError {
     /// Not an interface name.
-    #[error("tap={0}: an interface's name has 1 to 15 bytes, without slashes or white space")]
+    #[error("{0:?}: an interface's name has 1 to 15 bytes, without slashes or white space")]
     Name(String),
     /// The host has no tun driver.
-    #[error("tap={name}: cannot open /dev/net/tun; load it with `modprobe tun`")]
+    #[error("{name}: cannot open /dev/net/tun; load it with `modprobe tun`")]
     NoTun {
         /// The interface.
         name: String,
@@ -40,23 +40,23 @@ pub enum TapError {
     },
     /// The user may not use the interface, or it does not exist and the user may not create it.
     #[error(
-        "tap={0}: no permission on it, or it does not exist; make it with \
+        "{0}: no permission on it, or it does not exist; make it with \
          `ip tuntap add dev {0} mode tap user $USER vnet_hdr` as root"
     )]
     Permission(String),
     /// Another process has it open.
-    #[error("tap={0}: in use by another process; give each guest an interface of its own")]
+    #[error("{0}: in use by another process; give each guest an interface of its own")]
     Busy(String),
     /// An interface of another kind.
-    #[error("tap={0}: that interface is not a tap; give the name of one")]
+    #[error("{0}: that interface is not a tap; give the name of one")]
     NotATap(String),
     /// The descriptor is not a tap interface, or its flags do not suit a guest.
     #[error(
-        "tap={0}: not a tap with IFF_NO_PI and IFF_VNET_HDR; open /dev/net/tun and attach it so"
+        "{0}: not a tap with IFF_NO_PI and IFF_VNET_HDR; open /dev/net/tun and attach it so"
     )]
     NotATapDescriptor(String),
     /// The kernel refused another step.
-    #[error("tap={name}: cannot {action}")]
+    #[error("{name}: cannot {action}")]
     Host {
         /// The interface.
         name: String,

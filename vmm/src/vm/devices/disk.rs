@@ -39,7 +39,7 @@ enum OpenError {
     #[error(transparent)]
     Image(#[from] DiskError),
     /// The serial number is too long, or cannot be printed.
-    #[error("serial={0}: at most 20 printable ASCII characters")]
+    #[error("serial number {0:?}: at most 20 printable ASCII characters")]
     Serial(String),
     /// The descriptor.
     #[error(transparent)]
