@@ -12,7 +12,8 @@ use crate::{Context, Failure, Result, progress};
 
 /// The checkout that this program was built from.
 pub fn checkout() -> PathBuf {
-    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    package.parent().unwrap_or(package).into()
 }
 
 /// Names a `fanlight` that is tested or measured, where it is not the one of this checkout.
