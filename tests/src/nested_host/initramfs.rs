@@ -28,7 +28,6 @@ const GUEST_MODULES: &[&str] = &[
     "pvpanic_pci",
     "evdev",
     "button",
-    "ext4",
 ];
 
 /// A cpio archive under construction.

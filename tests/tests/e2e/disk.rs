@@ -204,6 +204,7 @@ fn file_system(assets: &Assets) -> Result<()> {
          [ \"$before\" = \"$after\" ] && echo same
          dmesg | grep -iE 'EXT4-fs error|I/O error'",
     );
+    let guest = guest.modules(&["ext4"])?;
     let image = guest.path("disk");
     make_image(assets, &image, "raw", "128M")?;
     let said = guest

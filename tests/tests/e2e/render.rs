@@ -56,7 +56,9 @@ const ROOT: &str = "mount -t ext4 -o ro /dev/vda /mnt
 ";
 
 fn guest(assets: &Assets, gpu: &str, script: &str) -> Result<GuestBuilder> {
-    plain_guest(assets, gpu, script)?.with_graphics()
+    plain_guest(assets, gpu, script)?
+        .modules(&["ext4"])?
+        .with_graphics()
 }
 
 fn plain_guest(assets: &Assets, gpu: &str, script: &str) -> Result<GuestBuilder> {
@@ -167,7 +169,9 @@ fn older(assets: &Assets) -> Result<()> {
         /bin/guest-agent blobs 200 20"
     );
     let guest = plain_guest(assets, "outputs=640x480,renderer=venus+virgl", &script)?;
-    let guest = guest.with_graphics_of(assets.older_graphics.clone())?;
+    let guest = guest
+        .modules(&["ext4"])?
+        .with_graphics_of(assets.older_graphics.clone())?;
     let says = [
         "gl: agent: drawn by virgl",
         "vk: agent: computed and drawn by Virtio-GPU Venus",

@@ -34,7 +34,7 @@ const WATCH_DISK: &str = "echo ready; while read line; do case $line in
     esac; echo done $line; done";
 
 fn hotplug_disk(assets: &Assets) -> Result<()> {
-    let builder = assets.guest(WATCH_DISK);
+    let builder = assets.guest(WATCH_DISK).modules(&["ext4"])?;
     let image = builder.path("disk");
     make_image(assets, &image, "raw", "16M")?;
     let (mut guest, mut api) = start(builder)?;
