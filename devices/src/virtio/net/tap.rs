@@ -51,9 +51,7 @@ pub enum TapError {
     #[error("{0}: that interface is not a tap; give the name of one")]
     NotATap(String),
     /// The descriptor is not a tap interface, or its flags do not suit a guest.
-    #[error(
-        "{0}: not a tap with IFF_NO_PI and IFF_VNET_HDR; open /dev/net/tun and attach it so"
-    )]
+    #[error("{0}: not a tap with IFF_NO_PI and IFF_VNET_HDR; open /dev/net/tun and attach it so")]
     NotATapDescriptor(String),
     /// The kernel refused another step.
     #[error("{name}: cannot {action}")]
