@@ -32,6 +32,9 @@ use crate::sync::RwLock;
 pub const SECTOR_SIZE: u64 = 512;
 /// First bytes of a qcow2 image.
 const QCOW2_MAGIC: [u8; 4] = *b"QFI\xfb";
+/// Where the header of qcow2 has `crypt_method`, a big-endian word; 0 is no encryption (QEMU
+/// `docs/interop/qcow2.rst`).
+const QCOW2_CRYPT_METHOD: u64 = 32;
 
 /// Format of an image.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -65,6 +68,9 @@ pub enum DiskError {
     /// The file is not of the format that was named.
     #[error("{}: not a qcow2 image; set format to raw", .0.display())]
     NotQcow2(PathBuf),
+    /// The image is encrypted, which the library below does not look at: it would write plain text into it.
+    #[error("{}: an encrypted qcow2 image; decrypt it with `qemu-img convert`", .0.display())]
+    Encrypted(PathBuf),
     /// The image needs something that is not supported, or is damaged.
     #[error("{}: cannot use this qcow2 image; `qemu-img check` says if it is damaged, and images with backing or data files must be converted first", path.display())]
     Format {
@@ -143,6 +149,14 @@ impl DiskImage {
             path: path.into(),
             source,
         };
+        if format == DiskFormat::Qcow2 {
+            let mut method = [0; 4];
+            file.read_exact_at(&mut method, QCOW2_CRYPT_METHOD)
+                .map_err(bad)?;
+            if method != [0; 4] {
+                return Err(DiskError::Encrypted(path.into()));
+            }
+        }
         let storage = ImageFile::from_open_file(file, options).map_err(bad)?;
         let gate = DenyImplicitOpenGate::default();
         let access = match format {
@@ -342,6 +356,33 @@ mod tests {
         for file in [backed, split] {
             assert!(matches!(open(&file), Err(DiskError::Format { .. })));
         }
+    }
+
+    /// Offsets are those of QEMU's `docs/interop/qcow2.rst`.
+    #[test]
+    fn images_that_are_not_understood_are_refused() {
+        const INCOMPATIBLE_FEATURES: u64 = 72;
+        let file = image(&[]);
+        let options = StorageOpenOptions::new().write(true);
+        let storage = ImageFile::from_open_file(file.reopen().unwrap(), options).unwrap();
+        let builder = Qcow2::<ImageFile>::create_builder(storage).size(1 << 20);
+        builder.create().unwrap();
+        let open = || DiskImage::open(file.path(), false, Some(DiskFormat::Qcow2));
+        let set = |offset: u64, bytes: &[u8]| file.as_file().write_all_at(bytes, offset).unwrap();
+        assert!(open().is_ok());
+        // AES, LUKS, and what nobody has defined yet.
+        for method in [1u32, 2, 3, 1 << 31] {
+            set(QCOW2_CRYPT_METHOD, &method.to_be_bytes());
+            assert!(matches!(open(), Err(DiskError::Encrypted(_))));
+        }
+        set(QCOW2_CRYPT_METHOD, &[0; 4]);
+        // Dirty, corrupt, data file, compression, extended L2 entries, and the rest.
+        for bit in 0..64 {
+            set(INCOMPATIBLE_FEATURES, &(1u64 << bit).to_be_bytes());
+            assert!(matches!(open(), Err(DiskError::Format { .. })), "bit {bit}");
+        }
+        set(INCOMPATIBLE_FEATURES, &[0; 8]);
+        assert!(open().is_ok());
     }
 
     #[test]

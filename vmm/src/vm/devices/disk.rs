@@ -63,6 +63,7 @@ impl Classify for DiskError {
             | DiskError::InUse(_)
             | DiskError::Ambiguous(_)
             | DiskError::NotQcow2(_)
+            | DiskError::Encrypted(_)
             | DiskError::Format { .. }
             | DiskError::Size { .. } => Fault::Input,
         }
