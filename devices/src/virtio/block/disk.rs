@@ -23,6 +23,7 @@ use imago::{
     raw::Raw,
     storage::StorageOpenOptions,
 };
+use rustix::fs::{OFlags, fcntl_getfl};
 use thiserror::Error;
 use vm_memory::VolatileSlice;
 
@@ -59,6 +60,14 @@ pub enum DiskError {
         #[source]
         source: io::Error,
     },
+    /// The file was opened in a way that does not suit a disk. Only one that is handed over can be.
+    #[error("{}: {problem}", path.display())]
+    Flags {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong, and what to do.
+        problem: &'static str,
+    },
     /// Another process has it.
     #[error("{}: in use by another process; stop that first, or give each its own image", .0.display())]
     InUse(PathBuf),
@@ -88,6 +97,24 @@ pub enum DiskError {
         /// Its size in bytes.
         size: u64,
     },
+}
+
+/// Why a file with these flags cannot be a disk, and what to do.
+fn unsuitable(flags: OFlags, readonly: bool) -> Option<&'static str> {
+    let mode = flags & OFlags::RWMODE;
+    if mode == OFlags::WRONLY {
+        Some("it is not open for reading; open it for reading and writing")
+    } else if !readonly && mode != OFlags::RDWR {
+        Some("it is not open for writing; for a disk that the guest only reads, set readonly")
+    } else if flags.contains(OFlags::APPEND) {
+        Some(
+            "it is open for appending, so all writes would go to its end; open it without O_APPEND",
+        )
+    } else if flags.contains(OFlags::DIRECT) {
+        Some("it is open with O_DIRECT, which disks do not support; open it without")
+    } else {
+        None
+    }
 }
 
 /// An open image. Several queues use it at the same time.
@@ -129,6 +156,13 @@ impl DiskImage {
         readonly: bool,
         format: Option<DiskFormat>,
     ) -> Result<Self, DiskError> {
+        if let Some(problem) = fcntl_getfl(&file)
+            .ok()
+            .and_then(|flags| unsuitable(flags, readonly))
+        {
+            let path = path.into();
+            return Err(DiskError::Flags { path, problem });
+        }
         lock(&file, readonly).map_err(|source| match source.kind() {
             ErrorKind::WouldBlock | ErrorKind::PermissionDenied => DiskError::InUse(path.into()),
             _ => DiskError::Open {
@@ -356,6 +390,28 @@ mod tests {
         for file in [backed, split] {
             assert!(matches!(open(&file), Err(DiskError::Format { .. })));
         }
+    }
+
+    #[test]
+    fn files_that_are_opened_for_something_else_are_refused() {
+        let file = image(&[1; 1024]);
+        let hand_over = |options: &mut OpenOptions, readonly| {
+            let file = options.open(file.path()).unwrap();
+            DiskImage::from_file(file, Path::new("fd:3"), readonly, None)
+        };
+        let mut both = OpenOptions::new();
+        let both = both.read(true).write(true);
+        assert!(hand_over(both, false).is_ok());
+        assert!(hand_over(both, true).is_ok());
+        assert!(hand_over(OpenOptions::new().read(true), true).is_ok());
+        let refused = |options: &mut OpenOptions, readonly| {
+            matches!(hand_over(options, readonly), Err(DiskError::Flags { .. }))
+        };
+        // The kernel would put each write at the end of the file.
+        assert!(refused(OpenOptions::new().read(true).append(true), false));
+        assert!(refused(OpenOptions::new().read(true), false));
+        assert!(refused(OpenOptions::new().write(true), true));
+        assert!(refused(OpenOptions::new().write(true), false));
     }
 
     /// Offsets are those of QEMU's `docs/interop/qcow2.rst`.

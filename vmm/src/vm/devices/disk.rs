@@ -60,6 +60,7 @@ impl Classify for DiskError {
     fn fault(&self) -> Fault {
         match self {
             DiskError::Open { .. }
+            | DiskError::Flags { .. }
             | DiskError::InUse(_)
             | DiskError::Ambiguous(_)
             | DiskError::NotQcow2(_)
