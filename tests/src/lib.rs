@@ -1,11 +1,12 @@
 //! Building blocks of the end-to-end tests, the benchmarks and the demo.
 //!
 //! [`guest_side`] runs inside guests, in the program `guest-agent`. [`host_side`] starts Fanlight, talks to it and
-//! judges what it sees. [`common`] is for both. Neither side imports the other.
+//! judges what it sees. [`common`] is for both. Neither side imports the other. [`mutations`] tests the tests.
 
 pub mod common;
 pub mod guest_side;
 pub mod host_side;
+pub mod mutations;
 pub mod nested_host;
 pub mod progress;
 
