@@ -130,6 +130,8 @@ struct Gpu {
     common: (Mmio, usize),
     notify: (Mmio, usize),
     pages: Pages,
+    /// Of the control queue.
+    entries: u16,
     submitted: u16,
 }
 
@@ -197,9 +199,13 @@ impl Gpu {
             "the device refused the features that it offers",
         )?;
         // The control queue comes last: its notification offset is read next.
+        let mut entries = 0;
         for (queue, size, page) in [(1u16, CURSOR_QUEUE_SIZE, CURSOR_PAGE), (0, QUEUE_SIZE, 0)] {
             registers.write(base + QUEUE_SELECT, queue);
-            registers.write(base + QUEUE_SIZE_AT, size);
+            // It has the most that the device takes: 64 without 3D in QEMU.
+            let most: u16 = registers.read(base + QUEUE_SIZE_AT);
+            entries = size.min(most);
+            registers.write(base + QUEUE_SIZE_AT, entries);
             for (index, place) in [TABLE, AVAILABLE, USED].into_iter().enumerate() {
                 let address = pages.physical[page] + place as u64;
                 let at = base + QUEUE_ADDRESSES + index * 8;
@@ -216,6 +222,7 @@ impl Gpu {
             common: (registers, base),
             notify: (notify, notify_base + usize::from(off) * multiplier),
             pages,
+            entries,
             submitted: 0,
         })
     }
@@ -268,7 +275,7 @@ impl Gpu {
         let pages = &self.pages;
         pages.write(TABLE, table);
         for head in heads {
-            let slot = usize::from(self.submitted % QUEUE_SIZE);
+            let slot = usize::from(self.submitted % self.entries);
             pages.write(AVAILABLE + 4 + slot * 2, &head.to_le_bytes());
             self.submitted = self.submitted.wrapping_add(1);
         }
