@@ -52,14 +52,10 @@ struct Sample {
 fn measure(paths: &Paths, rounds: usize) -> Result<()> {
     let samples = bench::in_turn(rounds, &NAMES, |index| measure_one(Vmm::BOTH[index], paths));
     let mut table = Table::new(&NAMES, [0, 1]);
-    let row = |figure: fn(&Sample) -> f64| {
-        samples
-            .iter()
-            .map(|rounds| Cell::of(rounds, |sample| Some(figure(sample))))
-            .collect()
-    };
-    table.row("round trips a second", "", 0, row(|sample| sample.rate));
-    table.row("99th percentile", "µs", 0, row(|sample| sample.p99));
+    let rates = Cell::row(&samples, |sample| Some(sample.rate));
+    table.row("round trips a second", "", 0, rates);
+    let percentiles = Cell::row(&samples, |sample| Some(sample.p99));
+    table.row("99th percentile", "µs", 0, percentiles);
     println!("{}", table.text());
     bench::all_came_to_their_end(&NAMES, &samples)
 }

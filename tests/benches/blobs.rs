@@ -3,7 +3,7 @@
 //!
 //! The guest's side are two programs of `guest-agent`. `serve-blobs` is a client of the stock driver: Linux has no call
 //! that shows a blob or takes it away by itself, so that its pair is RESOURCE_CREATE_BLOB, RESOURCE_MAP_BLOB, a mapping
-//! of the program's that it writes to, for which the driver waits until the blob is shown, RESOURCE_UNMAP_BLOB and
+//! that the program makes and writes to, for which the driver waits until the blob is shown, RESOURCE_UNMAP_BLOB and
 //! RESOURCE_UNREF. `serve-raw-blobs` is a driver itself, and measures MAP_BLOB and UNMAP_BLOB without the others.
 
 use std::{

@@ -135,12 +135,7 @@ fn measure(paths: &Paths, rounds: usize) -> Result<()> {
         }
     }
     let mut table = Table::new(&NAMES, [0, 2]);
-    let row = |figure: fn(&Sample) -> Option<f64>| {
-        samples
-            .iter()
-            .map(|rounds| Cell::of(rounds, figure))
-            .collect()
-    };
+    let row = |figure: fn(&Sample) -> Option<f64>| Cell::row(&samples, figure);
     table.row("exec to init", "s", 2, row(|sample| Some(sample.boot)));
     table.row(
         "start of the program to the first vCPU",

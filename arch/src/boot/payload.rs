@@ -49,7 +49,7 @@ pub struct Payload<'a> {
 }
 
 impl<'a> Payload<'a> {
-    /// Tells the format by the first bytes. `None`: not one of ours.
+    /// Tells the format by the first bytes. `None`: none that is known here.
     ///
     /// The kernel's build appends the length to formats that do not end with it; gzip's own last field
     /// is the same.

@@ -37,7 +37,7 @@ pub struct Unpacked {
     pub randomized: bool,
 }
 
-/// Unpacks `image` below `room_end`. `None`: the format is not one of ours, or there is no room to
+/// Unpacks `image` below `room_end`. `None`: the format is not known here, or there is no room to
 /// unpack; the guest can do it itself.
 pub fn load(
     mem: &GuestMemory,

@@ -124,7 +124,7 @@ impl ConfigSpace {
     /// Sets registers, whatever the guest may write.
     ///
     /// # Panics
-    /// If the bytes do not fit: offsets are constants of ours.
+    /// If the bytes do not fit: offsets are constants of this crate.
     pub fn set(&mut self, offset: usize, bytes: &[u8]) {
         self.bytes[offset..offset + bytes.len()].copy_from_slice(bytes);
     }
@@ -132,7 +132,7 @@ impl ConfigSpace {
     /// Lets the guest write the bits of `mask` from `offset` on.
     ///
     /// # Panics
-    /// If the bytes do not fit: offsets are constants of ours.
+    /// If the bytes do not fit: offsets are constants of this crate.
     pub fn set_writable(&mut self, offset: usize, mask: &[u8]) {
         self.writable[offset..offset + mask.len()].copy_from_slice(mask);
     }

@@ -394,7 +394,7 @@ struct Times {
     second: f64,
 }
 
-/// Every guest's command line: the emulator must not lose a timer of theirs.
+/// Every guest's command line: the emulator must not lose a timer of the guest.
 fn cmdline() -> String {
     format!("{CMDLINE}{}", nested_host_clock())
 }

@@ -146,12 +146,7 @@ fn measure(paths: &Paths, rounds: usize) -> Result<()> {
 
 fn table(samples: &[Rounds<Sample>]) -> Table {
     let mut table = Table::new(&NAMES, [0, 1]);
-    let row = |figure: fn(&Sample) -> f64| {
-        samples
-            .iter()
-            .map(|rounds| Cell::of(rounds, |sample| Some(figure(sample))))
-            .collect()
-    };
+    let row = |figure: fn(&Sample) -> f64| Cell::row(samples, |sample| Some(figure(sample)));
     table.row("exec to init, with a VF", "s", 2, row(|sample| sample.boot));
     table.row("MSI a second", "", 0, row(|sample| sample.interrupts[0]));
     table.row("INTx a second", "", 0, row(|sample| sample.interrupts[1]));
@@ -162,12 +157,7 @@ fn table(samples: &[Rounds<Sample>]) -> Table {
 
 /// What a transfer of so many bytes cost.
 fn cost_rows(table: &mut Table, samples: &[Rounds<Sample>], bytes: u64, cost: fn(&Sample) -> Cost) {
-    let cells = |figure: fn(Cost) -> f64| {
-        samples
-            .iter()
-            .map(|rounds| Cell::of(rounds, |sample| Some(figure(cost(sample)))))
-            .collect()
-    };
+    let cells = |figure: fn(Cost) -> f64| Cell::row(samples, |sample| Some(figure(cost(sample))));
     let size = format!("{} MiB both ways", bytes >> 20);
     table.row(
         &format!("processor time of all threads but the vCPU's, {size}"),

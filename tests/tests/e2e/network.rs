@@ -58,7 +58,7 @@ fn tcp(assets: &Assets, tap: &str, net: u8, vhost: &str) -> Result<()> {
     went_both_ways(&said)
 }
 
-/// Either a thread of the host's kernel moves frames, or threads of ours do.
+/// Either a thread of the host's kernel moves frames, or threads of the VMM do.
 fn check_threads(pid: u32, vhost: bool) -> Result<()> {
     let threads = process_activity::waits(pid);
     let has = |start: &str| threads.iter().any(|(name, _)| name.starts_with(start));

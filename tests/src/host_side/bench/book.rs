@@ -32,7 +32,7 @@ impl Write for Output {
 impl Output {
     /// Writes the tables into the book if the environment asks for it. `benchmark` names the place, `origin` goes above.
     pub fn bless(&self, benchmark: &str, origin: &str) -> Result<()> {
-        if std::env::var_os(BLESS).is_none() {
+        if !is_wanted() {
             return Ok(());
         }
         let dir = checkout().join("docs/src/benchmarks");
@@ -48,6 +48,11 @@ impl Output {
         }
         Err(Failure(format!("no page of the book has {start}")))
     }
+}
+
+/// Whether the environment asks for tables in the book.
+pub fn is_wanted() -> bool {
+    std::env::var_os(BLESS).is_some()
 }
 
 /// The tables of `text`, with an empty line between them.

@@ -185,6 +185,12 @@ fn prepare(
     StockKernel::get(&cache)?;
     let emulator = Emulator::get(&cache)?;
     if devices.is_empty() && kvm_host::kvm() == Kvm::Host {
+        if book::is_wanted() {
+            let nested_host = kvm_host::NESTED_HOST;
+            return Err(Failure(format!(
+                "the book has figures of the nested host: set {nested_host}=force too"
+            )));
+        }
         // Mounts that a benchmark makes go with it. Only root can make any.
         if rustix::process::geteuid().is_root() {
             test_process::own_mounts(UnshareFlags::empty())?;

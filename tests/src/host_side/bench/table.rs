@@ -50,6 +50,11 @@ impl Cell {
         }
     }
 
+    /// A row: the figure of each VMM.
+    pub fn row<T>(all: &[Rounds<T>], figure: impl Fn(&T) -> Option<f64>) -> Vec<Self> {
+        all.iter().map(|rounds| Self::of(rounds, &figure)).collect()
+    }
+
     /// The middle one of the figures.
     pub fn median(&self) -> Option<f64> {
         match self {
